@@ -89,13 +89,16 @@ def similarity(features: Tensor) -> Tensor:
     """Cosine similarity of all pairs of patches: (b, n, d) in any floating type to (b, n, n) in float32.
 
     Lengths are normalised in float32. The product takes its operands in the features' own type if that is bfloat16
-    or float16 and sums in float32, so its error stays far below the 1/256 steps of a bfloat16 result: cosines of an
-    early model all lie close to 1. Values that are not finite count as zero; a zero vector is similar to nothing.
+    or float16 (under autocast: in its type) and sums in float32, so its error stays far below the 1/256 steps of a
+    bfloat16 result: cosines of an early model all lie close to 1. Values that are not finite count as zero; a zero
+    vector is similar to nothing.
     """
+    device = features.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     x = torch.nan_to_num(features.float(), nan=0.0, posinf=0.0, neginf=0.0)
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # squares of huge or tiny values stay in range
-    x = F.normalize(x, dim=-1).to(features.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    x = F.normalize(x, dim=-1).to(dtype)
+    with torch.autocast(device, enabled=False):
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             return torch.bmm(x, x.mT, out_dtype=torch.float32)
         x = x.float()

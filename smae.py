@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 PRESETS = {
-    "tiny": dict(width=192, depth=12, heads=3, decoder_width=128, decoder_depth=4, decoder_heads=4),
+    "tiny": dict(width=192, depth=12, heads=3, decoder_width=128, decoder_depth=2, decoder_heads=4),
     "small": dict(width=384, depth=12, heads=6, decoder_width=256, decoder_depth=8, decoder_heads=8),
     "base": dict(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16),
     "large": dict(width=1024, depth=24, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16),

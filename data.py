@@ -1,0 +1,658 @@
+"""Hugging Face image data to batches of crops; the demo data set ``shapes``, drawn by code.
+
+Every random choice is a function of (seed, epoch, index of the image), so that it does not depend on how many worker
+processes, GPUs or accumulation steps share the work. Pictures stay uint8 until they are on the device.
+
+Letters in shapes: ``b`` batch, ``c`` channels, ``H``/``W`` image height/width in pixels.
+"""
+
+import argparse
+import contextlib
+import glob
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in MAE
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
+CROPS, MASKS = 0, 1  # what random numbers are for: streams of their own, see uniform()
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 images (b, 3, H, W) to floats of about zero mean and unit deviation."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def denormalize(images: Tensor) -> Tensor:
+    """The inverse of :func:`normalize`, rounded to uint8."""
+    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def load_images(
+    name_or_path: str,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    max_images: int | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a data set of images; its image column is renamed ``image`` (left undecoded), its label column ``label``.
+
+    ``name_or_path``: ``shapes`` (the demo data), a folder of images (with or without class folders; ``split`` may be
+    a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by ``save_to_disk``, or a
+    Hugging Face hub name, ``name`` or ``name:configuration``. The columns are found by their type unless named.
+
+    Raises FileNotFoundError if there is no such data, ValueError if it has no such split, no image column, or no
+    image.
+    """
+    dataset = _open(name_or_path, split, streaming)
+    features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image_column = image_column or next((name for name in ("image", "img", "jpg", "png") if name in images), None)
+    if image_column is None and len(images) == 1:
+        image_column = images[0]
+    if image_column not in features:
+        wanted = f"has no column {image_column!r}" if image_column else "has no single image column"
+        raise ValueError(f"{name_or_path} {wanted}; name one of its columns with --image-column: {', '.join(features)}")
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    label_column = label_column or ("label" if "label" in features else next(iter(labels), None))
+    if label_column is not None and label_column not in features:
+        raise ValueError(
+            f"{name_or_path} has no column {label_column!r}; name one with --label-column: {', '.join(features)}"
+        )
+
+    names = {image_column: "image"} | ({label_column: "label"} if label_column else {})
+    dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
+    try:
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column {image_column!r} of {name_or_path} does not hold images: {error}") from None
+    if max_images is not None:
+        if max_images < 1:
+            raise ValueError(f"--max-images must be positive, got {max_images}")
+        dataset = dataset.take(max_images) if streaming else dataset.select(range(min(max_images, len(dataset))))
+    if (next(iter(dataset), None) if streaming else len(dataset) or None) is None:
+        raise ValueError(f"split {split!r} of {name_or_path} is empty")
+    return dataset
+
+
+def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    if name == "shapes":
+        dataset = load_shapes(split)
+        return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            kind = "webdataset" if path.suffix == ".tar" else path.suffix.lstrip(".")
+            return datasets.load_dataset(kind, data_files={split: str(path)}, split=split, streaming=streaming)
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            dataset = datasets.load_from_disk(str(path))
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise ValueError(f"Unknown split {split!r}; there are {list(dataset)}")
+                dataset = dataset[split]
+            return dataset.to_iterable_dataset() if streaming else dataset
+        if path.is_dir():
+            suffixes = {file.suffix.lower() for file in path.rglob("*")}
+            if not suffixes & (IMAGE_SUFFIXES | TABLE_SUFFIXES):
+                raise FileNotFoundError(f"{name} holds neither images nor parquet, arrow or tar files")
+            if not suffixes & TABLE_SUFFIXES:  # every file belongs to the split asked for, whatever its name
+                if (path / split).is_dir():
+                    path = path / split
+                elif split != "train":
+                    raise ValueError(f"Unknown split {split!r}: {name} has no folder of that name")
+                files = {split: f"{glob.escape(str(path))}/**"}
+                return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
+            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+        name, _, configuration = name.partition(":")
+        return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no data set {name!r}, neither here nor on the Hugging Face hub: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
+
+
+# ------------------------------------------------------------------------------------------------- decoding
+
+
+def decode(record: dict) -> Image.Image:
+    """An undecoded record of a ``datasets`` image column to an upright RGB picture. Raises whatever PIL raises."""
+    return to_rgb(datasets.Image().decode_example(record))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL picture in RGB: turned upright, 16 bits scaled to 8, transparency laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey
+        values = np.asarray(image).astype(np.float64)
+        top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
+        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class BadImage(NamedTuple):
+    """A picture that could not be decoded: its index in the data, and what is known of it."""
+
+    index: int
+    description: str
+
+
+class TooManyBadImages(ValueError):
+    """More pictures than allowed could not be decoded."""
+
+
+def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[Image.Image, list[BadImage]]:
+    """Picture ``index``, or the next one that can be decoded, and the bad ones passed over.
+
+    After ``tries`` bad ones in a row it is a blank picture: then the caller has reason enough to stop.
+    """
+    bad = []
+    for i in range(index, index + tries):
+        i %= len(dataset)
+        record = dataset[i]["image"]
+        try:
+            return decode(record), bad
+        except Exception as error:  # a decoder raises anything on a broken file; whatever it is, it is reported
+            bad.append(describe_bad(i, record, error))
+    return Image.new("RGB", (1, 1)), bad
+
+
+def describe_bad(index: int, record: dict, error: Exception) -> BadImage:
+    reason = str(error).splitlines()[0] if str(error) else ""
+    return BadImage(index, f"{record.get('path') or f'image {index}'}: {type(error).__name__}: {reason}")
+
+
+# ------------------------------------------------------------------------------------------------- crops
+
+
+def uniform(key: tuple[int, ...], indices: np.ndarray, count: int) -> np.ndarray:
+    """``count`` random numbers for each index: (b, count) float32 in [0, 1), a function of key, index and column only.
+
+    SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) used as a hash, since NumPy has no generator with a key per row.
+    """
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        state = np.zeros(len(indices), np.uint64)
+        for part in (*key, indices):
+            state = mix(state + golden + np.asarray(part).astype(np.uint64))
+        x = mix(state[:, None] + golden * np.arange(1, count + 1, dtype=np.uint64))
+    return ((x >> np.uint64(40)) * 2.0**-24).astype(np.float32)
+
+
+class Crops(NamedTuple):
+    """Boxes (b, 4) int64, top, left, height, width in pixels, and whether to flip them, (b,) bool."""
+
+    boxes: np.ndarray
+    flips: np.ndarray
+
+
+def random_crops(sizes: np.ndarray, noise: np.ndarray, scale: tuple[float, float] = (0.2, 1.0)) -> Crops:
+    """Crops of pictures of ``sizes`` (b, 2), height and width: ``noise`` (b, 23) decides (RandomResizedCrop + flip).
+
+    The area of a crop is uniform in ``scale`` (shares of the picture), its aspect ratio log-uniform in (3/4, 4/3);
+    the first of ten draws that fits is taken, else the largest central crop of an allowed aspect ratio.
+    """
+    ratios = (3 / 4, 4 / 3)
+    height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    area = height * width * (scale[0] + noise[:, :10] * (scale[1] - scale[0]))
+    ratio = np.exp(math.log(ratios[0]) + noise[:, 10:20] * math.log(ratios[1] / ratios[0]))
+    h, w = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))  # (b, 10)
+    fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
+    first = fits.argmax(axis=1)[:, None]
+    h, w = np.take_along_axis(h, first, 1), np.take_along_axis(w, first, 1)
+    top, left = np.floor(noise[:, 20:21] * (height - h + 1)), np.floor(noise[:, 21:22] * (width - w + 1))
+
+    central_h = np.round(np.minimum(height, width / ratios[0])).clip(1)
+    central_w = np.round(np.minimum(width, height * ratios[1])).clip(1)
+    central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
+    boxes = np.where(fits.any(axis=1, keepdims=True), np.hstack([top, left, h, w]), np.hstack(central))
+    return Crops(boxes.astype(np.int64), noise[:, 22] < 0.5)
+
+
+def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> Tensor:
+    """Cut ``box`` out of the picture and resize it to a uint8 square (3, size, size)."""
+    top, left, height, width = (int(x) for x in box)
+    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    image = TF.pil_to_tensor(image)
+    return image.flip(-1) if flip else image
+
+
+def crop_batch(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """:func:`crop` for a batch (b, c, H, W) on its device: (b, c, size, size) of the same type.
+
+    ``boxes`` (b, 4) may be fractional. The same antialiased bicubic filter as PIL's, as two matrix products.
+    """
+    top, left, height, width = boxes.float().unbind(1)
+    rows = _resize_weights(top, height, images.shape[-2], size)
+    columns = _resize_weights(left, width, images.shape[-1], size)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    out = rows[:, None] @ images.float() @ columns.mT[:, None]
+    return out if images.is_floating_point() else out.round().clamp(0, 255).to(images.dtype)
+
+
+def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """Weights (b, size, pixels) that resize [start, start + length) of ``pixels`` samples to ``size`` samples."""
+    step = (length / size)[:, None, None]  # input pixels per output pixel
+    position = torch.arange(pixels, device=start.device) + 0.5
+    centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    t = (position - centre).abs() / step.clamp(min=1)  # (b, size, pixels), in widths of the filter
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2  # Keys' cubic, a = -1/2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+    inside = (position - start[:, None, None] - length[:, None, None] / 2).abs() < length[:, None, None] / 2 + 0.5
+    weights = weights * inside
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def center_crop(image: Image.Image, size: int, short_side: int | None = None) -> Tensor:
+    """Resize the short side (to ``size`` by default), cut out the centre: (3, size, size) uint8, for evaluation."""
+    image = TF.resize(image, short_side or size, InterpolationMode.BICUBIC)
+    return TF.pil_to_tensor(TF.center_crop(image, size))
+
+
+def sample_pictures(dataset: datasets.Dataset | datasets.IterableDataset, count: int, size: int) -> Tensor:
+    """Up to ``count`` centre-cropped pictures from all over the data (the first of a stream): (k, 3, size, size)."""
+    if isinstance(dataset, datasets.IterableDataset):
+        records = iter(dataset.take(2 * count))
+    else:
+        records = (dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(2 * count, len(dataset))))
+    tensors = []
+    for record in records:
+        with contextlib.suppress(Exception):  # a broken picture; training counts and reports it
+            tensors.append(center_crop(decode(record["image"]), size))
+    return torch.stack(tensors[:: max(1, len(tensors) // count)][:count])
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+class Share(NamedTuple):
+    """Which part of the work is this process's: ``rank`` of ``world`` processes."""
+
+    rank: int = 0
+    world: int = 1
+
+
+class Batch(NamedTuple):
+    """Crops (b, 3, H, W) uint8, the indices (b,) int64 (NumPy) their randomness hangs on, bad pictures met."""
+
+    images: Tensor
+    indices: np.ndarray
+    bad: list[BadImage]
+
+
+class CropOptions(NamedTuple):
+    """How to crop: side in pixels, range of the share of the area, seed, bad pictures in a row to put up with."""
+
+    size: int
+    scale: tuple[float, float]
+    seed: int
+    tries: int
+
+    def draw(self, sizes: np.ndarray, epoch: int, indices: np.ndarray) -> Crops:
+        return random_crops(sizes, uniform((self.seed, epoch, CROPS), indices, 23), self.scale)
+
+
+class MapCrops(torch.utils.data.Dataset):
+    """Decodes and crops (epoch, indices), in worker processes, anew every epoch."""
+
+    def __init__(self, dataset: datasets.Dataset, options: CropOptions):
+        self.dataset, self.options = dataset, options
+
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch:
+        epoch, indices = request
+        pictures, bad = zip(*(decode_or_next(self.dataset, int(i), self.options.tries) for i in indices))
+        crops = self.options.draw(np.array([(p.height, p.width) for p in pictures]), epoch, indices)
+        images = torch.stack([crop(picture, *how, self.options.size) for picture, *how in zip(pictures, *crops)])
+        return Batch(images, indices, list(itertools.chain(*bad)))
+
+
+class PreloadedCrops:
+    """Decodes once into one uint8 tensor (images, 3, side, side) on ``store``; crops whole batches on ``device``.
+
+    Every picture is stored stretched to a square, crops are drawn in the original picture and undo the stretching.
+    ``side`` keeps the short side of the pictures (the longest one among the first 100), up to twice that of a crop.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, options: CropOptions, threads: int, store, device):
+        self.options, self.device = options, device
+        first = [decode_or_next(dataset, i, options.tries)[0] for i in range(min(100, len(dataset)))]
+        side = min(max(min(picture.size) for picture in first), 2 * options.size)
+        self.images = torch.empty(len(dataset), 3, side, side, dtype=torch.uint8)
+        self.sizes = np.empty((len(dataset), 2), np.int64)
+
+        def keep(i: int) -> list[BadImage]:
+            picture, bad = decode_or_next(dataset, i, options.tries)
+            self.sizes[i] = picture.height, picture.width
+            self.images[i] = TF.pil_to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))
+            return bad
+
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            self.bad = list(itertools.chain(*pool.map(keep, range(len(dataset)))))
+        self.images = self.images.to(store)
+
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch:
+        epoch, indices = request
+        sizes = self.sizes[indices]
+        boxes, flips = self.options.draw(sizes, epoch, indices)
+        boxes = boxes * np.tile(self.images.shape[-1] / sizes, 2)  # pixels of the original to pixels of the store
+        boxes, flips = torch.from_numpy(boxes).to(self.device), torch.from_numpy(flips).to(self.device)
+        images = self.images[torch.from_numpy(indices).to(self.images.device)].to(self.device)
+        return Batch(crop_batch(images, boxes, flips, self.options.size), indices, self.bad)
+
+
+class StreamCrops(torch.utils.data.IterableDataset):
+    """Endless crops of a stream, pass after pass, each shuffled anew; every process and worker reads its own share.
+
+    A stream has no index, so here the order of the data does depend on the number of processes and workers.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch: int, share: Share):
+        dataset = dataset.shuffle(seed=options.seed, buffer_size=1000)
+        self.dataset = split_dataset_by_node(dataset, share.rank, share.world)
+        self.options, self.batch, self.share = options, batch, share
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        stride = self.share.world * (worker.num_workers if worker else 1)
+        place = self.share.rank + self.share.world * (worker.id if worker else 0)
+        tensors, indices, bad = [], [], []
+        for index, record in enumerate(self._records()):
+            index = index * stride + place
+            try:
+                picture = decode(record)
+            except Exception as error:
+                bad.append(describe_bad(index, record, error))
+                continue
+            boxes, flips = self.options.draw(np.array([(picture.height, picture.width)]), 0, np.array([index]))
+            tensors.append(crop(picture, boxes[0], flips[0], self.options.size))
+            indices.append(index)
+            if len(tensors) == self.batch:
+                yield Batch(torch.stack(tensors), np.array(indices), bad)
+                tensors, indices, bad = [], [], []
+
+    def _records(self) -> Iterator[dict]:
+        for number in itertools.count():
+            self.dataset.set_epoch(number)
+            empty = True
+            for example in self.dataset:
+                empty = False
+                yield example["image"]
+            if empty:  # fewer shards than workers: this one has nothing to read
+                return
+
+
+class TrainBatches:
+    """Shuffled, cropped batches of a data set: ``for images, indices in batches.epoch(e)``, epochs counted from 1.
+
+    Every step takes ``batch_size`` pictures, divided over the processes and then into ``accumulate`` micro-batches;
+    one item is this process's part of one micro-batch: uint8 crops (b, 3, size, size) on the device, and the indices
+    (b,) of the pictures. The last pictures of an epoch's permutation that do not fill a step are left out.
+    ``preload`` ("host", "device" or None) names where decoded pictures are kept. For a stream, ``length`` is the
+    number of pictures that make an epoch.
+
+    Raises ValueError if a step does not divide evenly or asks for more pictures than there are, TooManyBadImages
+    when more than the share ``max_bad`` of the pictures cannot be decoded. ``bad`` names those met so far by index.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        size: int,
+        batch_size: int,
+        *,
+        scale: tuple[float, float] = (0.2, 1.0),
+        accumulate: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        preload: str | None = None,
+        device: torch.device | str = "cpu",
+        share: Share = Share(),  # noqa: B008
+        length: int | None = None,
+        max_bad: float = 0.01,
+    ):
+        streaming = isinstance(dataset, datasets.IterableDataset)
+        self.length = length if streaming else len(dataset)
+        self.batch_size, self.accumulate, self.seed, self.share = batch_size, accumulate, seed, share
+        self.device, self.max_bad, self.bad = torch.device(device), max_bad, {}
+        if batch_size % (share.world * accumulate):
+            raise ValueError(
+                f"the batch size ({batch_size}) must be a multiple of processes x accumulation steps "
+                f"({share.world} x {accumulate})"
+            )
+        if not self.length:
+            raise ValueError("a stream of unknown length: say with --max-images how many images make an epoch")
+        if self.length < batch_size:
+            raise ValueError(f"a batch takes {batch_size} images, there are only {self.length}: lower --batch-size")
+        if streaming and preload:
+            raise ValueError("streamed data cannot be preloaded: drop --streaming or --preload")
+
+        dataset = dataset.select_columns(["image"])
+        options = CropOptions(size, scale, seed, tries=int(max_bad * self.length) + 1)
+        pin = self.device.type == "cuda"
+        loader = dict(batch_size=None, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0)
+        if streaming:
+            self.crops = StreamCrops(dataset, options, batch_size // (share.world * accumulate), share)
+            self.loader = iter(torch.utils.data.DataLoader(self.crops, **loader))
+        elif preload:
+            self.crops = PreloadedCrops(dataset, options, workers, "cpu" if preload == "host" else device, device)
+        else:
+            self.crops, self.order = MapCrops(dataset, options), []
+            self.loader = torch.utils.data.DataLoader(self.crops, sampler=self.order, **loader)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.length // self.batch_size
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """This process's micro-batches of an epoch: steps_per_epoch * accumulate of them."""
+        requests = self.requests(epoch)
+        if isinstance(self.crops, StreamCrops):
+            batches = itertools.islice(self.loader, len(requests))
+        elif isinstance(self.crops, PreloadedCrops):
+            batches = map(self.crops.__getitem__, requests)
+        else:
+            self.order[:] = requests  # what the loader goes through
+            batches = self.loader
+        for batch in batches:
+            self.count_bad(batch.bad)
+            yield batch.images.to(self.device, non_blocking=True), batch.indices
+
+    def requests(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """What this process reads in an epoch: (epoch, indices (b,)) for every micro-batch."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        rows = rearrange(
+            order[: self.steps_per_epoch * self.batch_size],
+            "(step micro rank b) -> rank (step micro) b",
+            step=self.steps_per_epoch,
+            micro=self.accumulate,
+            rank=self.share.world,
+        )
+        return [(epoch, indices) for indices in rows[self.share.rank]]
+
+    def count_bad(self, bad: list[BadImage]):
+        """Add to the bad pictures met; raise TooManyBadImages if they are too many."""
+        self.bad.update(bad)
+        if len(self.bad) > self.max_bad * self.length:
+            names = "".join(f"\n  {description}" for description in itertools.islice(self.bad.values(), 20))
+            raise TooManyBadImages(
+                f"{len(self.bad)} of {self.length} images are broken, more than --max-bad-images {self.max_bad}:{names}"
+            )
+
+
+def add_data_options(parser: argparse.ArgumentParser):
+    """The command-line options that name the data, the same in every script."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        default="shapes",
+        help="shapes (the demo data), a folder of images, parquet file or folder, save_to_disk folder, or hub name",
+    )
+    group.add_argument("--split", default="train", help="split of the data")
+    group.add_argument("--image-column", help="column of the images (default: found by its type)")
+    group.add_argument("--label-column", help="column of the labels (default: found by its type)")
+    group.add_argument("--streaming", action="store_true", help="read while training, without a download before")
+    group.add_argument("--max-images", type=int, help="use the first so many images; for a stream, those of an epoch")
+    group.add_argument(
+        "--preload",
+        nargs="?",
+        const="device",
+        choices=["host", "device"],
+        help="decode once into the memory of the device (or host) and crop whole batches there",
+    )
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoders of each process")
+    group.add_argument("--max-bad-images", type=float, default=0.01, help="share of broken images that stops the run")
+
+
+# ------------------------------------------------------------------------------------------------- demo data
+
+SHAPE_NAMES = [
+    "disc",
+    "square",
+    "triangle",
+    "star",
+    "ring",
+    "cross",
+    "crescent",
+    "heart",
+    "half-disc",
+    "bar",
+    "arrow",
+    "dumbbell",
+]
+
+
+def load_shapes(split: str = "train", size: int = 64) -> datasets.Dataset:
+    """The demo data: one of 12 textured shapes on a textured background; 4,000 pictures in "train", 1,000 in "test".
+
+    Columns: ``image``; ``label``, the shape; ``mask``, 255 on the object; ``bbox``, its [x, y, width, height] in
+    pixels. Colours, textures, place (anywhere), angle and area (5-50 % of the picture) are drawn without regard to
+    the label. Drawn once, then cached by ``datasets``. Raises ValueError for another split.
+    """
+    counts = {"train": 4000, "test": 1000}
+    if split not in counts:
+        raise ValueError(f"Unknown split {split!r}; there are {list(counts)}")
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=SHAPE_NAMES), mask=datasets.Image(),
+        bbox=datasets.List(datasets.Value("float32"), length=4),
+    )  # fmt: skip
+    how = dict(split=split, count=counts[split], size=size)
+    return datasets.Dataset.from_generator(draw_shapes, features, gen_kwargs=how, split=datasets.NamedSplit(split))
+
+
+def draw_shapes(split: str, count: int, size: int) -> Iterator[dict]:
+    for i in range(count):
+        rng = np.random.default_rng((["train", "test"].index(split), i))
+        label = i % len(SHAPE_NAMES)
+        mask = _place(rng, SHAPE_NAMES[label], size)
+        colours = rng.uniform(0, 255, (4, 3))
+        while np.linalg.norm(colours[:2].mean(0) - colours[2:].mean(0)) < 90:  # the object must stand out somewhat
+            colours = rng.uniform(0, 255, (4, 3))
+        ground, object_ = (_texture(rng, size, *pair) for pair in (colours[:2], colours[2:]))
+        cover = mask.reshape(size, 2, size, 2).mean((1, 3))  # drawn at twice the size, for smooth edges
+        pixels = ground + cover[..., None] * (object_ - ground) + rng.normal(0, 6, ground.shape)
+        rows, columns = np.nonzero(cover > 0.5)
+        x, y = columns.min(), rows.min()
+        yield {
+            "image": Image.fromarray(pixels.clip(0, 255).astype(np.uint8)),
+            "label": label,
+            "mask": Image.fromarray(np.where(cover > 0.5, 255, 0).astype(np.uint8)),
+            "bbox": [x, y, columns.max() + 1 - x, rows.max() + 1 - y],
+        }
+
+
+def _place(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+    """The shape at a random angle, area and place within the picture: (2 * size, 2 * size) bool."""
+    angle, area = rng.uniform(0, 2 * math.pi), rng.uniform(0.07, 0.3) * size * size
+    side = (np.arange(2 * size) + 0.5) / 2  # in pixels of the picture
+    unit = np.linspace(-1, 1, 64)
+    inside = _inside(name, unit[None, :], unit[:, None])
+    radius = min(math.sqrt(area / (4 * inside.mean())), 0.49 * size)  # of a shape that fills [-1, 1] x [-1, 1]
+    y, x = rng.uniform(radius, size - radius, 2)
+    u, v = (side[None, :] - x) / radius, (side[:, None] - y) / radius
+    return _inside(name, u * math.cos(angle) + v * math.sin(angle), v * math.cos(angle) - u * math.sin(angle))
+
+
+def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Whether points (u, v) lie in the shape, which fits the unit disc."""
+    r, angle = np.hypot(u, v), np.arctan2(v, u)
+
+    def polygon(corners: int) -> np.ndarray:
+        sector = math.pi / corners
+        return r * np.cos((angle % (2 * sector)) - sector) < math.cos(sector)
+
+    if name == "disc":
+        return r < 1
+    if name == "square":
+        return polygon(4)
+    if name == "triangle":
+        return polygon(3)
+    if name == "star":
+        fold = np.abs((angle % (2 * math.pi / 5)) - math.pi / 5) / (math.pi / 5)  # 1 at a tip, 0 between two
+        return r < 0.45 / (1 - 0.55 * fold)
+    if name == "ring":
+        return (r < 1) & (r > 0.6)
+    if name == "cross":
+        return (np.minimum(np.abs(u), np.abs(v)) < 0.3) & (np.maximum(np.abs(u), np.abs(v)) < 0.95)
+    if name == "crescent":
+        return (r < 1) & (np.hypot(u - 0.55, v) > 0.75)
+    if name == "heart":
+        x, y = 1.2 * u, 1.2 * v + 0.1
+        return (x * x + y * y - 0.8) ** 3 < 1.6 * x * x * y**3
+    if name == "half-disc":
+        return (r < 1) & (u > 0)
+    if name == "bar":
+        return (np.abs(u) < 0.95) & (np.abs(v) < 0.3)
+    if name == "arrow":
+        return ((np.abs(v) < 0.2) & (np.abs(u + 0.3) < 0.6)) | ((u > 0.1) & (u + np.abs(v) < 0.95) & (np.abs(v) < 0.75))
+    return (np.hypot(np.abs(u) - 0.6, v) < 0.4) | ((np.abs(v) < 0.14) & (np.abs(u) < 0.6))  # dumbbell
+
+
+def _texture(rng: np.random.Generator, size: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """A random texture between two colours (3,): (size, size, 3)."""
+    y, x = np.mgrid[:size, :size] / size
+    angle, frequency, phase = rng.uniform(0, math.pi), rng.uniform(2, 9), rng.uniform(0, 2 * math.pi, 2)
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    wave = np.sin(2 * math.pi * frequency * u + phase[0])
+    kind = rng.integers(5)
+    if kind == 0:  # stripes
+        t = wave
+    elif kind == 1:  # checks
+        t = np.sign(wave * np.sin(2 * math.pi * frequency * v + phase[1]))
+    elif kind == 2:  # wavy stripes
+        t = np.sin(2 * math.pi * frequency * u + 3 * np.sin(2 * math.pi * 2 * v + phase[1]))
+    elif kind == 3:  # clouds
+        coarse = rng.normal(size=(9, 9)).astype(np.float32)
+        t = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+    else:  # a gradient
+        t = 2 * u - 1
+    return first + (second - first) * ((t + 1) / 2).clip(0, 1)[..., None]

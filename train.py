@@ -1,0 +1,346 @@
+"""Pre-train a masked autoencoder: first with random masks, then with masks guided by its own patch clusters.
+
+    accelerate launch train.py                                    # the demo: a tiny model on drawn shapes
+    accelerate launch train.py --dataset PATH_OR_HUB_NAME ...     # your own pictures
+    accelerate launch train.py --preset paper                     # the paper's ImageNet recipe (8 GPUs)
+
+Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png and loss.png.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import masks
+import pictures
+import smae
+
+PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
+    dataset="ILSVRC/imagenet-1k",
+    model="base",
+    image_size=224,
+    patch_size=16,
+    epochs=400,
+    warmup_epochs=40,
+    guide_start=50,
+    batch_size=4096,
+    blr=1.5e-4,
+)
+RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "loss.png")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Pre-train a self-guided masked autoencoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
+    data.add_data_options(parser)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=list(smae.PRESETS), default="tiny", help="size of the encoder")
+    group.add_argument("--image-size", type=int, default=64, help="side of the training crops, in pixels")
+    group.add_argument("--patch-size", type=int, default=8, help="side of a patch, in pixels")
+    for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads"):
+        group.add_argument(f"--{name}", type=int, help="overrides that of --model")
+    group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
+
+    group = parser.add_argument_group("masks")
+    group.add_argument(
+        "--mask", choices=["random", "selfguided"], default="selfguided", help="masks after --guide-start"
+    )
+    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is masked")
+    group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="choice of hint patches")
+    group.add_argument("--hint-ratio", type=float, default=0.05, help="hints as a share of the masked patches")
+    group.add_argument("--guide-start", type=int, help="epochs of random masks before (default: an eighth of --epochs)")
+    group.add_argument("--guide-layer", type=int, help="encoder block whose output guides (default: the last but one)")
+    group.add_argument("--foreground", choices=["border", "peak"], default="border", help="which side is the object")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, default=5, help="passes over the data")
+    group.add_argument("--warmup-epochs", type=int, default=1, help="epochs of linear warm-up, part of --epochs")
+    group.add_argument("--batch-size", type=int, default=128, help="images per step, over all processes together")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches that a process makes of its share")
+    group.add_argument("--blr", type=float, default=1e-3, help="base learning rate, per 256 images of a batch")
+    group.add_argument("--lr", type=float, help="learning rate (default: blr * batch size / 256)")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="on weight matrices only")
+    group.add_argument("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
+    group.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), help="range of a crop's share of area")
+    group.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 if fast")
+    group.add_argument("--compile", action="store_true", help="compile the model (slow start, faster steps)")
+    group.add_argument("--seed", type=int, default=0, help="of weights, crops, order and masks")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    group.add_argument("--save-every", type=int, help="epochs between weights and pictures (default: a tenth)")
+    group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
+
+    if parser.parse_known_args(arguments)[0].preset == "paper":
+        parser.set_defaults(**PAPER)
+    return parser.parse_args(arguments)
+
+
+# ------------------------------------------------------------------------------------------------- set-up
+
+
+def best_precision() -> str:
+    """bf16 where the hardware computes in it, float32 elsewhere."""
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpuinfo = Path("/proc/cpuinfo")
+    return "bf16" if cpuinfo.exists() and "bf16" in cpuinfo.read_text() else "no"
+
+
+def complete(args: argparse.Namespace):
+    """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
+    for name in ("epochs", "batch_size", "accumulate"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        raise ValueError(f"--crop-scale takes two shares of the area, 0 < low <= high <= 1, got {args.crop_scale}")
+    if not 0 <= args.warmup_epochs <= args.epochs:
+        raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {args.warmup_epochs}")
+    if args.guide_start is None:
+        args.guide_start = max(1, args.epochs // 8)
+    if args.guide_start < 0:
+        raise ValueError(f"--guide-start must not be negative, got {args.guide_start}")
+    if args.lr is None:
+        args.lr = args.blr * args.batch_size / 256
+    if args.save_every is None:
+        args.save_every = math.ceil(args.epochs / 10)
+    if args.save_every < 1:
+        raise ValueError(f"--save-every must be at least 1, got {args.save_every}")
+    if args.precision == "auto":
+        args.precision = best_precision()
+
+
+def build_model(args: argparse.Namespace) -> smae.SMAE:
+    """The model that the arguments describe; raises ValueError where it cannot be guided or masked as asked."""
+    sizes = {name: getattr(args, name) for name in smae.PRESETS["base"]}
+    sizes = smae.PRESETS[args.model] | {name: size for name, size in sizes.items() if size is not None}
+    model = smae.SMAE(
+        **sizes | dict(image_size=args.image_size, patch_size=args.patch_size, normalize_pixels=not args.raw_pixels)
+    )
+    depth = len(model.blocks)
+    if args.guide_layer is None:
+        args.guide_layer = max(1, depth - 1)
+    if not 1 <= args.guide_layer <= depth:
+        raise ValueError(f"--guide-layer must lie between 1 and {depth}, the depth of the encoder")
+    masks.hint_count(len(model.positions), args.mask_ratio, args.hint, args.hint_ratio)
+    return model
+
+
+def build_optimizer(model: smae.SMAE, device: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW as in MAE; biases, norms and tokens (all of one dimension) are not decayed."""
+    groups = [
+        dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu"))
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over ``warmup`` steps, then half a cosine to 0 at ``steps``; steps count from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def check_folder(out: Path, overwrite: bool):
+    """Raise ValueError if ``out`` holds a run already that is not to be overwritten, or is no folder."""
+    found = [name for name in RUN_FILES if (out / name).exists()]
+    if found and not overwrite:
+        raise ValueError(f"{out} holds another run ({', '.join(found)}); choose another --out or add --overwrite")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder")
+
+
+@contextlib.contextmanager
+def one_line_errors(*kinds: type[Exception], ranks: str = "first"):
+    """End the program with one line on standard error where the user can mend what is wrong."""
+    try:
+        yield
+    except kinds as error:
+        if ranks == "any" or os.environ.get("RANK", "0") == "0":
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, noise: Tensor) -> masks.Mask:
+    """The mask of a batch of images (b, 3, H, W): random, or guided by one look at the whole images."""
+    if phase == "random":
+        return masks.random_mask(*noise.shape, args.mask_ratio, noise=noise)
+    with torch.no_grad():
+        features = encode(images, layer=args.guide_layer)[:, 1:]
+    side = args.image_size // args.patch_size
+    return masks.self_guided_mask(
+        features, (side, side), args.mask_ratio, args.hint, args.hint_ratio, args.foreground, noise=noise
+    )
+
+
+def main():
+    args = parse_arguments()
+
+    with one_line_errors(ValueError, FileNotFoundError):
+        complete(args)
+        check_folder(args.out, args.overwrite)
+        accelerator = Accelerator(
+            mixed_precision=args.precision,
+            gradient_accumulation_steps=args.accumulate,
+            log_with=args.log_with,
+            project_dir=args.out,
+        )
+        set_seed(args.seed)
+        model = build_model(args)
+        if not accelerator.is_main_process:
+            datasets.disable_progress_bars()
+        with accelerator.main_process_first():
+            dataset = data.load_images(
+                args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
+            )
+        batches = data.TrainBatches(
+            dataset,
+            args.image_size,
+            args.batch_size,
+            scale=tuple(args.crop_scale),
+            accumulate=args.accumulate,
+            seed=args.seed,
+            workers=args.workers,
+            preload=args.preload,
+            device=accelerator.device,
+            share=data.Share(accelerator.process_index, accelerator.num_processes),
+            length=args.max_images,
+            max_bad=args.max_bad_images,
+        )
+        samples = data.sample_pictures(dataset, 8, args.image_size)
+
+    encode = model.encode
+    if args.compile:
+        model.forward = torch.compile(model.forward, fullgraph=True)
+        encode = torch.compile(encode, fullgraph=True)
+    optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
+    trained, optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one, on the device
+
+    steps = args.epochs * batches.steps_per_epoch
+    warmup = args.warmup_epochs * batches.steps_per_epoch
+    config = dict(train={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()})
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            (args.out / name).unlink(missing_ok=True)
+    accelerator.init_trackers("smae", config={key: str(value) for key, value in config["train"].items()})
+    accelerator.print(
+        f"{args.dataset}: {batches.length} images; {args.model}: "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(model.positions)} patches\n"
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.precision}; "
+        f"effective batch {args.batch_size} = {accelerator.num_processes} processes x {args.accumulate} micro-batches "
+        f"x {args.batch_size // accelerator.num_processes // args.accumulate}; learning rate {args.lr:g}\n"
+        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks from epoch {args.guide_start + 1}"
+    )
+
+    bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=1, dynamic_ncols=True)
+    trained.train()
+    step = 0
+    for epoch in range(1, args.epochs + 1):
+        phase = "random" if epoch <= args.guide_start else args.mask
+        total, start = torch.zeros((), device=accelerator.device), time.perf_counter()
+        with one_line_errors(data.TooManyBadImages, Diverged, ranks="any"):
+            for uint8_images, indices in batches.epoch(epoch):
+                images = data.normalize(uint8_images)
+                noise = torch.from_numpy(data.uniform((args.seed, epoch, data.MASKS), indices, len(model.positions)))
+                with accelerator.autocast():
+                    mask = choose_mask(args, phase, images, encode, noise.to(images.device, non_blocking=True))
+                lr = learning_rate(step, steps, warmup, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+                with accelerator.accumulate(trained):
+                    loss = trained(images, mask)
+                    accelerator.backward(loss)
+                    if args.clip_grad and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(trained.parameters(), args.clip_grad)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                total += loss.detach()
+                if accelerator.sync_gradients:
+                    step += 1
+                    bar.update()
+                    if step % 10 == 0:  # reading the loss waits for the device: not at every step
+                        speed = (step % batches.steps_per_epoch or batches.steps_per_epoch) * args.batch_size
+                        speed /= time.perf_counter() - start
+                        bar.set_postfix_str(f"{phase}, loss {loss.item():.4f}, lr {lr:.2e}, {speed:.0f} images/s")
+
+            mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
+            seconds = time.perf_counter() - start
+            batches.count_bad(gather_object(list(batches.bad.items())))
+            if not math.isfinite(mean):
+                raise Diverged(
+                    f"the loss is {mean} in epoch {epoch} ({phase} masks): try a lower --blr or --clip-grad 1"
+                )
+        record = dict(
+            epoch=epoch,
+            phase=phase,
+            loss=mean,
+            lr=lr,
+            images_per_second=batches.steps_per_epoch * args.batch_size / seconds,
+            seconds=seconds,
+            bad_images=len(batches.bad),
+        )
+        accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
+        if accelerator.is_main_process:
+            with open(args.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+            bar.write(
+                f"epoch {epoch}/{args.epochs}  {phase:10}  loss {mean:.4f}  lr {lr:.2e}  "
+                f"{record['images_per_second']:.0f} images/s"
+            )
+            if epoch % args.save_every == 0 or epoch in (args.guide_start, args.epochs):
+                smae.save(model, args.out, config)
+                with accelerator.autocast():
+                    sheet = pictures.mask_sheet(
+                        model,
+                        samples,
+                        args.guide_layer,
+                        args.mask_ratio,
+                        args.hint,
+                        args.hint_ratio,
+                        args.foreground,
+                        title=f"epoch {epoch}: ",
+                    )
+                sheet.savefig(args.out / "masks.png")
+                pictures.loss_curve(args.out / "metrics.jsonl").savefig(args.out / "loss.png")
+    bar.close()
+    accelerator.end_training()
+
+    for description in batches.bad.values():
+        accelerator.print(f"skipped a broken image: {description}")
+    accelerator.print(
+        f"wrote {', '.join(RUN_FILES)} to {args.out}; next: look at {args.out / 'masks.png'}, use the encoder with "
+        f'smae.load("{args.out}"), or train on your own pictures with --dataset FOLDER --out runs/mine'
+    )
+
+
+if __name__ == "__main__":
+    main()
