@@ -211,6 +211,8 @@ def main():
             log_with=args.log_with,
             project_dir=args.out,
         )
+        if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
+            torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes))
         set_seed(args.seed)
         model = build_model(args)
         if not accelerator.is_main_process:
