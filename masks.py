@@ -146,8 +146,8 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
 
 def relevance(affinity: Tensor, foreground: Tensor) -> Tensor:
     """Mean similarity (b, n) of each patch to the foreground patches: similarities (b, n, n), sides (b, n) bool."""
-    weights = foreground.to(affinity.dtype)
-    return torch.einsum("bij,bj->bi", affinity, weights) / weights.sum(1, keepdim=True).clamp(min=1)
+    total = (affinity * foreground[:, None, :]).sum(dim=-1)  # no matrix product: autocast would round it to 16 bits
+    return total / foreground.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()

@@ -49,15 +49,16 @@ def mask_sheet(
     def shown(mask: masks.Mask) -> Tensor:  # (b, h, w) bool
         return torch.zeros(len(x), h * w, device=device).scatter(1, mask.visible, 1).bool().view(-1, h, w)
 
-    object_side = side.view(-1, h, w)
-    hints = object_hints(relevance, hinted)
+    k = masks.hint_count(h * w, ratio, hint, hint_ratio)
+    candidates = relevance.topk(informed.masked.shape[1] + k, dim=1).indices
+    hints = torch.zeros_like(side).scatter(1, candidates, True).view(-1, h, w) & shown(hinted)
     pixels = rearrange(images, "b c h w -> b h w c").cpu().numpy() / 255
     columns = {
         "input": pixels,
         "random mask": hide(pixels, shown(random)),
-        "bi-partition\n(object side in colour)": tint(pixels, object_side),
+        "bi-partition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
         "informed mask": hide(pixels, shown(informed)),
-        f"informed mask,\n{hints[0].sum()} hints ({hint})": hide(pixels, shown(hinted)),
+        f"informed mask,\n{k} hints ({hint})": hide(pixels, shown(hinted)),
         "reconstruction\nfrom hints + rest": rearrange(rebuilt, "b c h w -> b h w c").cpu().numpy() / 255,
     }
     figure = Figure(figsize=(1.75 * len(columns), 1.75 * len(x) + 0.9), layout="constrained")
@@ -68,17 +69,10 @@ def mask_sheet(
             axes[row, column].imshow(picture, interpolation="nearest")
             axes[row, column].set_axis_off()
             if "hints (" in name:
-                outline(axes[row, column], hints[row].view(h, w), model.patch_size)
+                outline(axes[row, column], hints[row], model.patch_size)
     note = "; brightness and contrast of a rebuilt patch are the input's" if model.normalize_pixels else ""
     figure.suptitle(f"{title}masked patches grey, {ratio:.0%} of {h} x {w}{note}", fontsize=11)
     return figure
-
-
-def object_hints(relevance: Tensor, mask: masks.Mask) -> Tensor:
-    """True (b, n) for visible patches that are more relevant than some masked one."""
-    least = relevance.gather(1, mask.masked).amin(dim=1, keepdim=True)
-    visible = torch.zeros_like(relevance).scatter(1, mask.visible, 1).bool()
-    return (visible & (relevance > least)).cpu()
 
 
 def enlarge(cells: Tensor, pixels: np.ndarray) -> np.ndarray:

@@ -262,7 +262,8 @@ def main():
         f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks from epoch {args.guide_start + 1}"
     )
 
-    bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=1, dynamic_ncols=True)
+    patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+    bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
     trained.train()
     step = 0
     for epoch in range(1, args.epochs + 1):
@@ -292,7 +293,8 @@ def main():
                     if step % 10 == 0:  # reading the loss waits for the device: not at every step
                         speed = (step % batches.steps_per_epoch or batches.steps_per_epoch) * args.batch_size
                         speed /= time.perf_counter() - start
-                        bar.set_postfix_str(f"{phase}, loss {loss.item():.4f}, lr {lr:.2e}, {speed:.0f} images/s")
+                        text = f"{phase}, loss {loss.item():.4f}, lr {lr:.2e}, {speed:.0f} images/s"
+                        bar.set_postfix_str(text, refresh=False)
 
             mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
             seconds = time.perf_counter() - start
