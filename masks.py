@@ -99,10 +99,12 @@ def similarity(features: Tensor) -> Tensor:
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # squares of huge or tiny values stay in range
     x = F.normalize(x, dim=-1).to(dtype)
     with torch.autocast(device, enabled=False):
-        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-            return torch.bmm(x, x.mT, out_dtype=torch.float32)
-        x = x.float()
-        return x @ x.mT
+        if x.is_cuda and dtype in (torch.bfloat16, torch.float16):
+            product = torch.bmm(x, x.mT, out_dtype=torch.float32)
+        else:
+            product = x.float() @ x.float().mT
+    length = x.float().norm(dim=-1).clamp(min=0.5)  # rounding to 16 bits has changed it a little; zeros stay zeros
+    return product / (length[:, :, None] * length[:, None, :])
 
 
 @torch.no_grad()

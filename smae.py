@@ -198,8 +198,8 @@ class SMAE(nn.Module):
         """
         if layer is not None and not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must lie between 1 and {len(self.blocks)}, got {layer}")
-        patches = patchify(images, self.patch_size)
         positions = self._positions(self.positions, self.grid(images))
+        patches = patchify(images, self.patch_size)
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
         cls = repeat(self.cls_token, "d -> b 1 d", b=len(images))

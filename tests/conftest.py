@@ -1,0 +1,43 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+REAL = ROOT.parent / "shared" / "data"  # photographs for development, see its README; not part of the project
+
+import smae  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_model():
+    """A model of 4 x 4 patches, small enough for anything."""
+    return smae.SMAE(
+        width=32,
+        depth=3,
+        heads=2,
+        decoder_width=16,
+        decoder_depth=2,
+        decoder_heads=2,
+        image_size=32,
+        patch_size=8,
+    ).eval()
+
+
+@pytest.fixture
+def photographs():
+    """A function that gives the path of a real data set, or skips the test where it is not at hand."""
+
+    def path(name: str) -> str:
+        if not (REAL / name).is_dir():
+            pytest.skip(f"real photographs ({name}) are not on this machine")
+        return str(REAL / name)
+
+    return path

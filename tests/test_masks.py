@@ -1,0 +1,285 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics.pairwise import cosine_similarity
+
+import masks
+
+GRID = (8, 8)
+
+
+def object_features(rows=slice(2, 5), columns=slice(3, 6), spread=0.3, b=3, d=32):
+    """Features (b, 64, d) of an 8 x 8 grid: one direction on a rectangle, another elsewhere; and the rectangle."""
+    inside = torch.zeros(GRID, dtype=torch.bool)
+    inside[rows, columns] = True
+    inside = inside.flatten().expand(b, -1)
+    directions = torch.randn(2, b, 1, d)
+    features = torch.where(inside[..., None], directions[0], directions[1]) + spread * torch.randn(b, 64, d)
+    return features, inside
+
+
+def scipy_cut(affinity: torch.Tensor) -> np.ndarray:
+    """The second smallest solution of (D - W) y = lambda D y of one similarity matrix, by an independent solver."""
+    w = affinity.double().clamp(min=1e-5).numpy()
+    degree = np.diag(w.sum(1))
+    return scipy.linalg.eigh(degree - w, degree, subset_by_index=[1, 1])[1][:, 0]
+
+
+def share_of_same_side(y: torch.Tensor, other: np.ndarray) -> float:
+    same = (masks.bipartition(y[None])[0].numpy() == (other > other.mean())).mean()
+    return max(same, 1 - same)
+
+
+# ------------------------------------------------------------------------------------------- counts
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    h=st.integers(2, 9), w=st.integers(1, 9), ratio=st.floats(0.01, 0.99), hint_ratio=st.floats(0, 0.5),
+    hint=st.sampled_from(["none", "random", "similar"]), rule=st.sampled_from(["border", "peak"]), b=st.integers(1, 4),
+)  # fmt: skip
+def test_every_strategy_gives_exact_counts_ascending_and_disjoint(h, w, ratio, hint_ratio, hint, rule, b):
+    n, m = h * w, round(ratio * h * w)
+    if not 0 < m < n:
+        with pytest.raises(ValueError, match=r"leaves no (visible|masked) patch"):
+            masks.random_mask(b, n, ratio)
+        return
+    features = torch.randn(b, n, 5)
+    if hint != "none" and round(hint_ratio * m) > n - m:
+        with pytest.raises(ValueError, match="hints, but only"):
+            masks.self_guided_mask(features, (h, w), ratio, hint, hint_ratio, rule)
+        return
+    guided = masks.self_guided_mask(features, (h, w), ratio, hint, hint_ratio, rule)
+    for mask in (masks.random_mask(b, n, ratio), guided):
+        assert mask.masked.shape == (b, m) and mask.visible.shape == (b, n - m)
+        assert mask.masked.dtype == mask.visible.dtype == torch.int64
+        assert torch.equal(torch.cat(mask, dim=1).sort(1).values, torch.arange(n).expand(b, -1))
+        assert (mask.masked.diff(dim=1) > 0).all() and (mask.visible.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_ratios_outside_zero_and_one_are_refused(ratio):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        masks.random_mask(2, 16, ratio)
+    with pytest.raises(ValueError, match="hint"):
+        masks.hint_count(16, 0.75, "random", -0.1)
+
+
+def test_unknown_strategies_and_wrong_shapes_are_refused():
+    features = torch.randn(2, 64, 4)
+    with pytest.raises(ValueError, match="hint must be"):
+        masks.self_guided_mask(features, GRID, hint="all")
+    with pytest.raises(ValueError, match="foreground rule"):
+        masks.self_guided_mask(features, GRID, foreground="left")
+    with pytest.raises(ValueError, match=r"8 \* 7"):
+        masks.self_guided_mask(features, (8, 7))
+    with pytest.raises(ValueError, match="noise"):
+        masks.random_mask(2, 64, noise=torch.rand(2, 63))
+
+
+def test_random_masks_are_uniform_and_follow_the_noise():
+    noise = torch.rand(4000, 16)
+    mask = masks.random_mask(4000, 16, 0.75, noise=noise)
+    share = torch.zeros(4000, 16).scatter(1, mask.masked, 1).mean(0)
+    assert (share - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
+    again = masks.random_mask(4000, 16, 0.75, noise=noise)
+    assert torch.equal(mask.masked, again.masked)
+    rows = masks.random_mask(10, 16, 0.75, noise=noise[50:60])
+    assert torch.equal(rows.visible, mask.visible[50:60])
+
+
+# ------------------------------------------------------------------------------------------- similarity and cut
+
+
+def test_similarity_is_the_cosine_of_scikit_learn():
+    features = torch.randn(2, 10, 7) * 100
+    expected = np.stack([cosine_similarity(x) for x in features.numpy()])
+    np.testing.assert_allclose(masks.similarity(features), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_features_are_multiplied_with_float32_sums(dtype):
+    """A result rounded to bfloat16 would be off by up to 1/512 where cosines are close to 1."""
+    features = 10 * torch.randn(1, 1, 192) + torch.randn(2, 50, 192)  # every cosine above 0.9
+    close = masks.similarity(features.to(dtype))
+    assert close.dtype == torch.float32
+    exact = masks.similarity(features)
+    assert exact.min() > 0.9
+    assert (close - exact).abs().max() < 2e-4
+    assert close.unique().numel() > 1000
+    with torch.autocast("cpu", dtype):
+        under_autocast = masks.similarity(features)
+    assert under_autocast.dtype == torch.float32
+    assert 0 < (under_autocast - exact).abs().max() < 2e-4
+
+
+def test_relevance_and_cut_do_not_lose_precision_under_autocast():
+    """A product under autocast once rounded relevance to bfloat16, and ties decided which patches were masked."""
+    features, _ = object_features()
+    affinity = masks.similarity(features)
+    side = masks.foreground_side(masks.normalized_cut(affinity), GRID)
+    expected = masks.normalized_cut(affinity), masks.relevance(affinity, side)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = masks.normalized_cut(affinity), masks.relevance(affinity, side)
+    for x, y in zip(got, expected):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y)
+
+
+def test_values_that_are_not_finite_or_huge_do_not_spread():
+    features = torch.randn(1, 6, 4)
+    expected = masks.similarity(features)
+    broken = features.clone()
+    broken[0, 2] = torch.tensor([float("nan"), float("inf"), 1e38, 0])
+    broken[0, 3] *= 1e30
+    broken[0, 4] *= 1e-30
+    result = masks.similarity(broken)
+    assert result.isfinite().all()
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(result[0][others][:, others], expected[0][others][:, others])
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_cut_agrees_with_the_generalised_eigenproblem_of_scipy(spread):
+    features, _ = object_features(spread=spread, b=8)
+    affinity = masks.similarity(features)
+    y = masks.normalized_cut(affinity)
+    shares = [share_of_same_side(y[i], scipy_cut(affinity[i])) for i in range(8)]
+    assert np.mean(shares) >= 0.99, shares
+
+
+def test_cut_agrees_with_scipy_on_photographs(photographs):
+    import data
+
+    dataset = data.load_images(photographs("objmask"), max_images=8)
+    images = torch.stack([data.center_crop(data.decode(record), 112) for record in dataset["image"]])
+    features = torch.nn.functional.unfold(data.normalize(images), 8, stride=8).mT  # raw pixels of 14 x 14 patches
+    affinity = masks.similarity(features)
+    y = masks.normalized_cut(affinity)
+    assert np.mean([share_of_same_side(y[i], scipy_cut(affinity[i])) for i in range(8)]) >= 0.99
+
+
+@pytest.mark.parametrize("size", [6, 20, 32])
+def test_planted_blocks_are_recovered_exactly(size):
+    member = torch.arange(64) < size
+    for seed in range(10):
+        noise = 0.1 * torch.randn(64, 64, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+        planted = 0.2 + 0.5 * (member[:, None] == member[None, :]) + (noise + noise.T) / 2
+        side = masks.bipartition(masks.normalized_cut(planted[order][:, order][None]))[0]
+        assert torch.equal(side, member[order]) or torch.equal(side, ~member[order])
+
+
+# ------------------------------------------------------------------------------------------- foreground, relevance
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_border_rule_takes_the_side_away_from_the_border(sign):
+    _, inside = object_features(slice(3, 6), slice(0, 4))  # touches the border, but with a small share
+    y = sign * torch.where(inside, 1.0, -0.2)
+    assert torch.equal(masks.foreground_side(y, GRID, "border"), inside)
+    assert torch.equal(masks.foreground_side(-y, GRID, "border"), inside)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_peak_rule_takes_the_side_of_the_largest_magnitude(sign):
+    _, inside = object_features(slice(0, 2), slice(0, 8))  # at the border: the other rule would not choose it
+    y = sign * torch.where(inside, 1.0, -0.2)
+    assert torch.equal(masks.foreground_side(y, GRID, "peak"), inside)
+    assert torch.equal(masks.foreground_side(y, GRID, "border"), ~inside)
+
+
+def test_relevance_is_the_mean_similarity_to_the_foreground():
+    affinity, side = torch.rand(2, 5, 5), torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
+    expected = torch.stack([affinity[i][:, side[i]].mean(1) for i in range(2)])
+    torch.testing.assert_close(masks.relevance(affinity, side), expected)
+    assert torch.equal(masks.relevance(affinity, torch.zeros(2, 5, dtype=torch.bool)), torch.zeros(2, 5))
+
+
+# ------------------------------------------------------------------------------------------- the mask
+
+
+def test_the_object_is_masked_whole_without_hints_and_nearly_whole_with_them():
+    features, inside = object_features(spread=0.5, b=20)
+    whole = masks.self_guided_mask(features, GRID, 0.5, "none")
+    assert inside.gather(1, whole.masked).sum() == inside.sum()
+    hinted = masks.self_guided_mask(features, GRID, 0.5, "random", 0.1)
+    shown = inside.gather(1, hinted.visible).sum() / inside.sum()
+    assert 0.02 < shown < 0.2  # 3 of the 35 candidates are shown; 9 candidates are object
+    peak = masks.self_guided_mask(features, GRID, 0.5, "none", foreground="peak")
+    assert inside.gather(1, peak.masked).sum() == inside.sum()
+
+
+def test_without_hints_exactly_the_most_relevant_patches_are_masked():
+    relevance = torch.rand(5, 20)
+    mask = masks.informed_mask(relevance, 0.6, "none")
+    assert torch.equal(mask.masked, relevance.topk(12, dim=1).indices.sort(1).values)
+
+
+@pytest.mark.parametrize("hint", ["random", "similar"])
+def test_hints_are_exactly_k_of_the_m_plus_k_most_relevant_patches(hint):
+    relevance = torch.rand(500, 20)
+    mask = masks.informed_mask(relevance, 0.6, hint, 0.25)  # m = 12, k = 3
+    candidates = torch.zeros(500, 20).scatter(1, relevance.topk(15, dim=1).indices, 1)
+    assert (candidates.gather(1, mask.visible).sum(1) == 3).all()
+    assert (candidates.gather(1, mask.masked) == 1).all()
+
+
+def test_random_hints_are_uniform_and_similar_hints_prefer_the_relevant():
+    relevance = torch.linspace(1, 0, 20).expand(20000, -1)  # patch 0 is the most relevant; 15 candidates, 3 hints
+
+    def shown(hint):
+        mask = masks.informed_mask(relevance, 0.6, hint, 0.25)
+        return torch.zeros(20000, 20).scatter(1, mask.visible, 1).mean(0)[:15]
+
+    random, similar = shown("random"), shown("similar")
+    assert (random - 0.2).abs().max() < 0.02
+    assert (similar.diff() < 0.005).all() and similar[0] > 2 * similar[10]
+
+
+def test_the_same_noise_gives_the_same_mask_whatever_else_is_in_the_batch():
+    features, _ = object_features(b=6)
+    noise = torch.rand(6, 64)
+    together = masks.self_guided_mask(features, GRID, noise=noise)
+    for i in range(6):
+        alone = masks.self_guided_mask(features[i : i + 1], GRID, noise=noise[i : i + 1])
+        assert torch.equal(alone.masked, together.masked[i : i + 1])
+    other = masks.self_guided_mask(features, GRID, noise=1 - noise)
+    assert not torch.equal(other.masked, together.masked)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.zeros(64, 8),
+        torch.ones(64, 8),
+        torch.full((64, 8), float("nan")),
+        torch.full((64, 8), float("inf")),
+        torch.full((64, 8), 3e38),
+        torch.rand(64, 1) @ torch.rand(1, 8),
+    ],
+    ids=["zero", "constant", "nan", "inf", "huge", "rank one"],
+)
+@pytest.mark.parametrize("rule", ["border", "peak"])
+@pytest.mark.parametrize("hint", ["none", "random", "similar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_that_say_nothing_give_valid_random_masks(features, rule, hint, dtype):
+    """Ties once fell to the first patches: a degenerate image must be masked at random, not always alike."""
+    batch = features.to(dtype).expand(400, -1, -1)
+    mask = masks.self_guided_mask(batch, GRID, 0.75, hint, foreground=rule, noise=torch.rand(400, 64))
+    assert torch.equal(torch.cat(mask, dim=1).sort(1).values, torch.arange(64).expand(400, -1))
+    share = torch.zeros(400, 64).scatter(1, mask.masked, 1).mean(0)
+    assert (share - 0.75).abs().max() < 6 * (0.75 * 0.25 / 400) ** 0.5
+
+
+def test_one_degenerate_image_leaves_the_others_alone():
+    features, _ = object_features(b=3)
+    noise = torch.rand(3, 64)
+    expected = masks.self_guided_mask(features, GRID, noise=noise)
+    features[1] = float("nan")
+    mask = masks.self_guided_mask(features, GRID, noise=noise)
+    assert torch.equal(mask.masked[::2], expected.masked[::2])
+    assert not torch.equal(mask.masked[1], expected.masked[1])

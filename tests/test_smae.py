@@ -1,0 +1,333 @@
+import json
+import shutil
+
+import pytest
+import torch
+from einops import rearrange
+
+import masks
+import smae
+
+
+def visible_first(n: int, v: int, b: int = 2) -> masks.Mask:
+    """Rows of their own random masks with ``v`` visible patches."""
+    return masks.random_mask(b, n, 1 - v / n)
+
+
+# ------------------------------------------------------------------------------------------- parity
+
+
+OLD_NAMES = [  # of transformers 4, and what transformers 5 calls them
+    ("vit.encoder.layer.", "vit.layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+]
+
+
+def peer_and_ours(normalize_pixels: bool = True, image_size: int = 48):
+    """A randomly initialised ``transformers`` ViTMAE and ours with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, decoder_hidden_size=32,
+        decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
+        image_size=image_size, patch_size=8, layer_norm_eps=1e-6, norm_pix_loss=normalize_pixels,
+    )  # fmt: skip
+    peer = transformers.ViTMAEForPreTraining(config).eval()
+    for parameter in peer.parameters():  # positions aside, nothing at its initial zero or one
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ours = smae.SMAE(
+        width=48, depth=3, heads=4, decoder_width=32, decoder_depth=2, decoder_heads=2, image_size=image_size,
+        patch_size=8, normalize_pixels=normalize_pixels,
+    )  # fmt: skip
+    # MAE puts the column first; transformers 5 starts from zeros, or from positions with the row first
+    for theirs, table in (
+        (peer.vit.embeddings.position_embeddings, ours.positions),
+        (peer.decoder.decoder_pos_embed, ours.decoder_positions),
+    ):
+        theirs.data.zero_()[0, 1:] = table
+    theirs = {}
+    for name, tensor in peer.state_dict().items():
+        for old, new in OLD_NAMES:
+            name = name.replace(old, new)
+        theirs[name] = tensor
+
+    def both(name: str) -> dict[str, torch.Tensor]:
+        return {kind: theirs[f"{name}.{kind}"] for kind in ("weight", "bias")}
+
+    weights = {
+        "cls_token": theirs["vit.embeddings.cls_token"].flatten(),
+        "mask_token": theirs["decoder.mask_token"].flatten(),
+    }
+
+    def put(name: str, tensors: dict[str, torch.Tensor]):
+        weights.update({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
+
+    projection = both("vit.embeddings.patch_embeddings.projection")
+    put("embed", projection | {"weight": rearrange(projection["weight"], "d c p1 p2 -> d (p1 p2 c)")})
+    for name, other in (("norm", "vit.layernorm"), ("decoder_embed", "decoder.decoder_embed")):
+        put(name, both(other))
+    put("decoder_norm", both("decoder.decoder_norm"))
+    put("head", both("decoder.decoder_pred"))
+    layers = [(f"blocks.{i}", f"vit.layers.{i}") for i in range(3)]
+    layers += [(f"decoder_blocks.{i}", f"decoder.decoder_layers.{i}") for i in range(2)]
+    for name, other in layers:
+        qkv = [both(f"{other}.attention.{x}_proj") for x in "qkv"]
+        put(f"{name}.attention.qkv", {kind: torch.cat([x[kind] for x in qkv]) for kind in ("weight", "bias")})
+        put(f"{name}.attention.out", both(f"{other}.attention.o_proj"))
+        put(f"{name}.mlp.0", both(f"{other}.mlp.fc1"))
+        put(f"{name}.mlp.2", both(f"{other}.mlp.fc2"))
+        put(f"{name}.norm1", both(f"{other}.layernorm_before"))
+        put(f"{name}.norm2", both(f"{other}.layernorm_after"))
+    ours.load_state_dict(weights)
+    return peer, ours.eval()
+
+
+@pytest.mark.parametrize("normalize_pixels", [True, False])
+def test_loss_encoder_and_reconstruction_agree_with_transformers(normalize_pixels):
+    peer, ours = peer_and_ours(normalize_pixels)
+    images, noise = torch.randn(3, 3, 48, 48), torch.rand(3, 36)
+    mask = masks.Mask(*(x.sort(1).values for x in noise.argsort(1).split([9, 27], dim=1)))
+    with torch.no_grad():
+        expected = peer(images, noise=noise)
+        latent = ours.encode(images, mask.visible)
+        # the peer encodes the visible patches in the order of their noise
+        order = noise.argsort(1)[:, :9].argsort(1).argsort(1)
+        hidden = peer.vit(images, noise=noise).last_hidden_state
+        prediction = ours.decode(latent, mask, (6, 6))
+    torch.testing.assert_close(ours(images, mask), expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(smae.take(latent[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(latent[:, 0], hidden[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prediction, smae.take(expected.logits, mask.masked), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_agree_with_transformers():
+    peer, ours = peer_and_ours()
+    images, noise = torch.randn(3, 3, 48, 48), torch.rand(3, 36)
+    mask = masks.Mask(*(x.sort(1).values for x in noise.argsort(1).split([9, 27], dim=1)))
+    peer(images, noise=noise).loss.backward()
+    ours(images, mask).backward()
+    expected, close = peer.vit.embeddings.patch_embeddings.projection.weight.grad, dict(rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.embed.weight.grad, rearrange(expected, "d c p1 p2 -> d (p1 p2 c)"), **close)
+    torch.testing.assert_close(ours.mask_token.grad, peer.decoder.mask_token.grad.flatten(), **close)
+    torch.testing.assert_close(ours.cls_token.grad, peer.vit.embeddings.cls_token.grad.flatten(), **close)
+
+
+@pytest.mark.parametrize(
+    "preset, name",
+    [
+        ("tiny", "vit_tiny_patch16_224"),
+        ("small", "vit_small_patch16_224"),
+        ("base", "vit_base_patch16_224"),
+        ("large", "vit_large_patch16_224"),
+        ("huge", "vit_huge_patch14_224"),
+    ],
+)
+def test_encoder_presets_have_the_parameters_of_timm(preset, name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        peer = timm.create_model(name, num_classes=0)
+        ours = smae.SMAE(**smae.PRESETS[preset])
+    count = sum(
+        p.numel() for name, p in ours.named_parameters() if name.split("_")[0] not in ("decoder", "mask", "head")
+    )
+    count -= sum(p.numel() for p in ours.head.parameters())
+    assert count == sum(p.numel() for p in peer.parameters()) - peer.pos_embed.numel()
+    assert ours.config["heads"] == peer.blocks[0].attn.num_heads
+
+
+# ------------------------------------------------------------------------------------------- properties
+
+
+def test_positions_encode_column_then_row_as_sines_and_cosines():
+    table = smae.sincos_positions(2, 3, 8)  # row 1, column 2 is the last of 6
+    angles = torch.tensor([2.0, 2.0 / 100, 1.0, 1.0 / 100])
+    expected = torch.cat([angles[:2].sin(), angles[:2].cos(), angles[2:].sin(), angles[2:].cos()])
+    torch.testing.assert_close(table[5], expected)
+    with pytest.raises(ValueError, match="divisible by 4"):
+        smae.sincos_positions(2, 2, 6)
+
+
+def test_patchify_and_back_is_the_identity_and_goes_row_by_row():
+    images = torch.randn(2, 3, 24, 16)
+    patches = smae.patchify(images, 8)
+    assert torch.equal(smae.unpatchify(patches, 8, (3, 2)), images)
+    assert torch.equal(patches[:, 1], rearrange(images[:, :, :8, 8:], "b c p1 p2 -> b (p1 p2 c)"))
+
+
+def test_masked_pixels_do_not_reach_the_encoder(small_model):
+    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    changed = smae.patchify(images, 8)
+    changed.scatter_(1, mask.masked[..., None].expand(-1, -1, changed.shape[-1]), 7.0)
+    changed = smae.unpatchify(changed, 8, (4, 4))
+    assert torch.equal(small_model.encode(images, mask.visible), small_model.encode(changed, mask.visible))
+    assert small_model(images, mask) != small_model(changed, mask)
+
+
+def test_thrown_patches_are_neither_encoded_nor_decoded_nor_scored(small_model):
+    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    mask = masks.Mask(mask.visible, mask.masked[:, 3:])
+    thrown = torch.ones(2, 16, dtype=torch.bool).scatter(1, torch.cat(mask, dim=1), False)
+    changed = smae.patchify(images, 8)
+    changed[thrown] = 7.0
+    changed = smae.unpatchify(changed, 8, (4, 4))
+    assert torch.equal(small_model(images, mask), small_model(changed, mask))
+    assert torch.equal(small_model.reconstruct(changed, mask)[changed == 7], changed[changed == 7])
+
+
+def test_the_order_of_patches_does_not_matter(small_model):
+    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    shuffled = masks.Mask(mask.visible.flip(1), mask.masked.roll(5, dims=1))
+    torch.testing.assert_close(small_model(images, mask), small_model(images, shuffled))
+
+
+def test_encoding_all_patches_explicitly_is_the_default(small_model):
+    images = torch.randn(2, 3, 32, 32)
+    everything = torch.arange(16).expand(2, -1)
+    torch.testing.assert_close(small_model.encode(images), small_model.encode(images, everything))
+    assert small_model.encode(images).shape == (2, 17, 32)
+
+
+def test_layer_gives_the_output_of_that_block_without_the_norm(small_model):
+    images, outputs = torch.randn(2, 3, 32, 32), []
+    hooks = [block.register_forward_hook(lambda *args: outputs.append(args[-1])) for block in small_model.blocks]
+    final = small_model.encode(images)
+    for hook in hooks:
+        hook.remove()
+    for layer, output in enumerate(outputs, start=1):
+        assert torch.equal(small_model.encode(images, layer=layer), output)
+    assert torch.equal(final, small_model.norm(outputs[-1]))
+    for layer in (0, 4, -1):
+        with pytest.raises(ValueError, match="between 1 and 3"):
+            small_model.encode(images, layer=layer)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (16, 64), (8, 8)])
+def test_any_grid_works_and_equals_a_model_made_for_it(small_model, size):
+    images = torch.randn(2, 3, *size)
+    other = smae.SMAE(**small_model.config | dict(image_size=size)).eval()
+    other.load_state_dict(small_model.state_dict())
+    n = size[0] * size[1] // 64
+    torch.testing.assert_close(small_model.encode(images), other.encode(images))
+    if n > 1:
+        mask = visible_first(n, n // 2)
+        torch.testing.assert_close(small_model(images, mask), other(images, mask))
+        assert small_model.reconstruct(images, mask).shape == images.shape
+
+
+def test_transposed_grids_of_as_many_patches_have_positions_of_their_own(small_model):
+    wide = smae.SMAE(**small_model.config | dict(image_size=(16, 64))).eval()
+    wide.load_state_dict(small_model.state_dict())
+    images = torch.randn(1, 3, 64, 16)
+    tall = smae.SMAE(**small_model.config | dict(image_size=(64, 16))).eval()
+    tall.load_state_dict(small_model.state_dict())
+    torch.testing.assert_close(wide.encode(images), tall.encode(images))
+
+
+def test_images_that_do_not_divide_into_patches_are_refused(small_model):
+    for images in (torch.zeros(1, 3, 30, 32), torch.zeros(1, 3, 0, 32)):
+        with pytest.raises(ValueError, match="multiple of the patch size 8"):
+            small_model.encode(images)
+    with pytest.raises(ValueError, match="takes 3 channels"):
+        small_model.encode(torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("wrong", [dict(heads=5), dict(decoder_heads=3), dict(image_size=30), dict(depth=0)])
+def test_sizes_that_do_not_fit_are_refused(small_model, wrong):
+    with pytest.raises(ValueError):
+        smae.SMAE(**small_model.config | wrong)
+
+
+def test_normalised_target_has_no_mean_and_unit_deviation_in_every_patch(small_model):
+    target = small_model.target(5 + 3 * torch.randn(2, 3, 32, 32), visible_first(16, 4).masked)
+    torch.testing.assert_close(target.mean(-1), torch.zeros(2, 12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(target.std(-1), torch.ones(2, 12), atol=1e-4, rtol=0)
+
+
+def test_reconstruction_keeps_what_is_visible_and_undoes_the_normalisation(small_model):
+    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    rebuilt = smae.patchify(small_model.reconstruct(images, mask), 8)
+    patches = smae.patchify(images, 8)
+    assert torch.equal(smae.take(rebuilt, mask.visible), smae.take(patches, mask.visible))
+    prediction = small_model.decode(small_model.encode(images, mask.visible), mask, (4, 4))
+    hidden = smae.take(patches, mask.masked)
+    expected = prediction * hidden.std(-1, keepdim=True) + hidden.mean(-1, keepdim=True)
+    torch.testing.assert_close(smae.take(rebuilt, mask.masked), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_start_xavier_uniform_with_zero_biases(small_model):
+    for name, module in small_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = (6 / (module.in_features + module.out_features)) ** 0.5
+            assert module.weight.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1), name
+            assert not module.bias.any(), name
+    big = smae.SMAE(width=768, depth=1, heads=12)
+    assert big.cls_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert big.mask_token.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def test_autocast_changes_the_loss_little_and_keeps_it_float32(small_model):
+    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = small_model(images, mask)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, small_model(images, mask), rtol=0.02, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- behaviour
+
+
+def test_one_batch_can_be_learned_by_heart(small_model):
+    images, mask = torch.nn.functional.interpolate(torch.randn(4, 3, 4, 4), scale_factor=8), visible_first(16, 4, b=4)
+    images = images + 0.3 * torch.sin(torch.arange(32) / 2)  # something to normalise in every patch
+    optimizer = torch.optim.AdamW(small_model.parameters(), lr=3e-3)
+    first = small_model(images, mask).item()
+    for _ in range(150):
+        loss = small_model(images, mask)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1 * first
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiling_the_whole_graph_gives_the_same_loss_and_gradients(small_model):
+    model = smae.SMAE(**small_model.config | dict(depth=1, decoder_depth=1))
+    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    expected = model(images, mask)
+    expected.backward()
+    gradient = model.embed.weight.grad.clone()
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True)(images, mask)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.embed.weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_model_comes_back_bit_by_bit(small_model, tmp_path):
+    smae.save(small_model, tmp_path / "run", config={"train": {"epochs": 3}})
+    loaded = smae.load(tmp_path / "run")
+    assert loaded.config == small_model.config
+    assert not loaded.training
+    for name, tensor in small_model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.encode(images), small_model.encode(images))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"] == {"epochs": 3}
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loading_says_what_is_missing_or_does_not_fit(small_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        smae.load(tmp_path)
+    smae.save(small_model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["depth"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"blocks\.2"):
+        smae.load(tmp_path)
