@@ -85,7 +85,7 @@ def load_images(
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
     try:
         dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"column {image_column!r} of {name_or_path} does not hold images: {error}") from None
     if max_images is not None:
         if max_images < 1:

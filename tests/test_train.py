@@ -1,0 +1,358 @@
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import smae
+import train
+
+SMALL = "--width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --decoder-heads 2 --image-size 32".split()
+QUICK = [*SMALL, *"--max-images 32 --batch-size 16 --epochs 2 --workers 0 --precision no".split()]
+
+
+def run(*arguments, processes: int | None = None, script: str = "train.py") -> subprocess.CompletedProcess:
+    """Run a script under ``accelerate launch`` on the CPU."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    launch += ["--num_processes", str(processes or 1), "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no"] + (["--multi_cpu", "--main_process_port", "0"] if processes else [])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*launch, script, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def train_here(monkeypatch, *arguments):
+    """Run train.main() in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    train.main()
+
+
+def records(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
+    out = tmp_path / "run"
+    result = run(*QUICK, "--guide-start", 1, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert sorted(file.name for file in out.iterdir()) == sorted(train.RUN_FILES)
+    first, second = records(out)
+    assert {"epoch", "phase", "loss", "lr", "images_per_second", "seconds"} <= set(first)
+    assert (first["epoch"], first["phase"], second["epoch"], second["phase"]) == (1, "random", 2, "selfguided")
+    assert 0 < second["loss"] < 3 and first["lr"] > second["lr"] > 0
+
+    assert "effective batch 16 = 1 processes x 1 micro-batches x 16; learning rate 6.25e-05" in result.stdout
+    last = result.stdout.strip().splitlines()[-1]
+    assert last.startswith("wrote config.json") and "next:" in last and str(out) in last
+
+    model = smae.load(out)
+    assert model.config["width"] == 32 and model.config["image_size"] == [32, 32]
+    assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)
+    config = json.loads((out / "config.json").read_text())
+    assert config["train"]["guide_layer"] == 1 and config["train"]["dataset"] == "shapes"
+
+
+def test_masks_png_has_six_titled_columns_for_eight_pictures(monkeypatch, tmp_path):
+    sheets = []
+    draw = train.pictures.mask_sheet
+    monkeypatch.setattr(
+        train.pictures, "mask_sheet", lambda *args, **kw: sheets.append(draw(*args, **kw)) or sheets[-1]
+    )
+    train_here(monkeypatch, *QUICK, "--out", tmp_path / "run", "--hint-ratio", 0.2)
+    axes = sheets[-1].axes
+    titles = [axis.get_title() for axis in axes if axis.get_title()]
+    wanted = ["input", "random mask", "bi-partition", "informed mask", "informed mask,\n2 hints", "reconstruction"]
+    assert len(axes) == 48 and all(title.startswith(start) for title, start in zip(titles, wanted))
+    assert all(axis.images for axis in axes)
+    assert [len(axis.patches) for axis in axes[4::6]] == [2] * 8  # a frame around each hint
+    assert all(not axis.patches for i, axis in enumerate(axes) if i % 6 != 4)
+    for row in range(8):  # a quarter of the patches shows the picture, the rest is grey
+        for column in (1, 3, 4):
+            shown = (axes[6 * row + column].images[0].get_array()[::8, ::8] != train.pictures.GREY).any(-1)
+            assert shown.sum() == 4
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(monkeypatch, tmp_path):
+    for name, extra in (("a", []), ("b", ["--workers", 2]), ("c", ["--seed", 1])):
+        train_here(monkeypatch, *QUICK, "--guide-start", 1, "--out", tmp_path / name, *extra)
+    a, b, c = (smae.load(tmp_path / name).state_dict() for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["embed.weight"], c["embed.weight"])
+
+
+def test_training_learns_something(monkeypatch, tmp_path):
+    arguments = [*QUICK, "--epochs", 15, "--lr", 3e-3, "--guide-start", 15, "--out", tmp_path / "run"]
+    train_here(monkeypatch, *arguments)
+    losses = [record["loss"] for record in records(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--streaming"],
+        ["--preload"],
+        ["--preload", "host", "--clip-grad", "0.1", "--mask", "random"],
+        ["--precision", "bf16", "--raw-pixels", "--hint", "similar", "--foreground", "peak"],
+        ["--log-with", "tensorboard", "--save-every", "1", "--crop-scale", "0.5", "1"],
+    ],
+    ids=" ".join,
+)
+def test_options_run(extra, tmp_path):
+    result = run(*QUICK, "--guide-start", 1, "--out", tmp_path / "run", *extra)
+    assert result.returncode == 0, result.stderr
+    assert records(tmp_path / "run")[1]["phase"] == ("random" if "random" in extra else "selfguided")
+    if "tensorboard" in extra:
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_clipping_limits_the_gradient(monkeypatch, tmp_path):
+    norms = []
+    clip = train.Accelerator.clip_grad_norm_
+    monkeypatch.setattr(train.Accelerator, "clip_grad_norm_", lambda *a, **k: norms.append(a[2]) or clip(*a, **k))
+    train_here(monkeypatch, *QUICK, "--out", tmp_path / "a")
+    assert norms == []
+    train_here(monkeypatch, *QUICK, "--out", tmp_path / "b", "--clip-grad", 0.25)
+    assert norms == [0.25] * 4
+
+
+def test_readme_example_runs_as_it_stands(monkeypatch, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    assert blocks
+    train_here(monkeypatch, *QUICK, "--out", tmp_path / "runs" / "pretrain")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[55] == pytest.approx(1.0) and rates[10] == 2.0 and 0 < rates[99] < 0.002
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert train.learning_rate(0, 5, 5, 1.0) == pytest.approx(0.2)
+
+
+def test_only_matrices_are_decayed(small_model):
+    optimizer = train.build_optimizer(small_model, "cpu", 1e-3, 0.05)
+    decayed, spared = optimizer.param_groups
+    names = {id(p): name for name, p in small_model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.95)
+    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
+    assert {"cls_token", "mask_token", "norm.weight", "embed.bias"} <= {names[id(p)] for p in spared["params"]}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_paper_preset_is_the_papers_recipe_and_flags_win():
+    args = train.parse_arguments(["--preset", "paper", "--batch-size", "1024"])
+    assert (args.model, args.image_size, args.patch_size, args.epochs) == ("base", 224, 16, 400)
+    assert (args.warmup_epochs, args.guide_start, args.blr, args.weight_decay) == (40, 50, 1.5e-4, 0.05)
+    assert args.batch_size == 1024 and args.mask_ratio == 0.75 and tuple(args.crop_scale) == (0.2, 1.0)
+    train.complete(args)
+    assert args.lr == pytest.approx(6e-4)
+
+
+def test_guide_starts_after_an_eighth_of_the_epochs_unless_told():
+    args = train.parse_arguments(["--epochs", "80"])
+    train.complete(args)
+    assert args.guide_start == 10
+
+
+def test_every_option_has_help():
+    for action in train.parse_arguments.__globals__["argparse"].ArgumentParser()._actions:
+        assert action.help
+    result = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and "--guide-layer" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run by one process, by two, and by one in two micro-batches; float32, all phases."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, processes, extra in (("one", None, []), ("two", 2, []), ("accumulated", None, ["--accumulate", 2])):
+        out = root / name
+        arguments = [*QUICK, "--epochs", 4, "--guide-start", 2, "--lr", 1e-3, "--out", out / "run", *extra]
+        result = run(out / "record", *arguments, processes=processes, script="tests/record_run.py")
+        assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_two_processes_read_other_pictures_draw_other_masks_and_end_alike(runs):
+    first, second = (torch.load(runs / "two" / "record" / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["world"] == second["world"] == 2
+    for epoch in range(1, 5):
+        parts = [{i for e, rows in side["indices"] if e == epoch for i in rows} for side in (first, second)]
+        assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 32
+    assert len(first["masked"]) == len(second["masked"]) == 8
+    assert all(a != b for a, b in zip(first["masked"], second["masked"]))
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+    assert (runs / "two" / "run" / "model.safetensors").exists()
+
+
+def test_one_process_two_processes_and_accumulation_follow_the_same_loss(runs):
+    one, two, accumulated = (
+        [r["loss"] for r in records(runs / name / "run")] for name in ("one", "two", "accumulated")
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+    assert accumulated == pytest.approx(one, rel=1e-4)
+    assert len({round(loss, 6) for loss in one}) == 4
+    phases = [r["phase"] for r in records(runs / "two" / "run")]
+    assert phases == ["random", "random", "selfguided", "selfguided"]
+    weights = [torch.load(runs / name / "record" / "0.pt", weights_only=True)["weights"] for name in ("one", "two")]
+    start = smae.load(runs / "one" / "run").config
+    assert start["depth"] == 2
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_reads_and_masks_what_two_did_together(runs):
+    one = torch.load(runs / "one" / "record" / "0.pt", weights_only=True)
+    two = [torch.load(runs / "two" / "record" / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for step, (epoch, indices) in enumerate(one["indices"]):
+        assert indices == two[0]["indices"][step][1] + two[1]["indices"][step][1]
+        if epoch <= 2:  # random masks hang on the seed alone; guided ones on weights that differ in the last bits
+            assert one["masked"][step] == two[0]["masked"][step] + two[1]["masked"][step]
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 40 pictures, one of them broken."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, row in enumerate(data.draw_shapes("test", 40, 32)):
+        row["image"].save(folder / f"{i:02d}.png")
+    (folder / "17.png").write_bytes(b"not a picture")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--dataset ./nowhere", "no data set './nowhere'"),
+        ("--split other", "Unknown split 'other'"),
+        ("--image-column nothing", "no column 'nothing'"),
+        ("--image-column bbox", "does not hold images"),
+        ("--image-size 30", "30x30 is not a positive multiple of the patch size 8"),
+        ("--guide-layer 3", "--guide-layer must lie between 1 and 2"),
+        ("--guide-layer 0", "--guide-layer must lie between 1 and 2"),
+        ("--mask-ratio 0", "between 0 and 1"),
+        ("--mask-ratio 1.2", "between 0 and 1"),
+        ("--mask-ratio 0.01", "leaves no masked patch"),
+        ("--mask-ratio 0.99", "leaves no visible patch"),
+        ("--hint-ratio 0.5", "asks for 6 hints, but only 4"),
+        ("--hint-ratio -1", "hint ratio"),
+        ("--batch-size 64", "there are only 32"),
+        ("--batch-size 0", "--batch-size must be at least 1"),
+        ("--accumulate 3", "multiple of processes x accumulation"),
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--warmup-epochs 9", "--warmup-epochs"),
+        ("--guide-start -1", "--guide-start"),
+        ("--crop-scale 0.5 0.2", "--crop-scale"),
+        ("--save-every 0", "--save-every"),
+        ("--heads 5", "must divide the width"),
+        ("--max-images 0", "must be positive"),
+        ("--streaming --preload", "cannot be preloaded"),
+        ("--log-with nothing", "nothing"),
+    ],
+)
+def test_bad_input_gives_one_line_and_leaves_earlier_results(arguments, message, monkeypatch, tmp_path, capfd):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("precious")
+    with pytest.raises(SystemExit) as stopped:
+        train_here(monkeypatch, *QUICK, "--out", out, "--overwrite", *arguments.split())
+    errors = capfd.readouterr().err
+    lines = [line for line in errors.splitlines() if "train.py: error:" in line]
+    assert stopped.value.code not in (0, None)
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in errors
+    assert (out / "metrics.jsonl").read_text() == "precious" and len(list(out.iterdir())) == 1
+
+
+def test_a_wrong_call_fails_without_a_traceback_of_ours(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "train.py", "--dataset", tmp_path / "none"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and "neither here nor on the Hugging Face hub" in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("train.py: error:")]) == 1
+
+
+def test_an_empty_split_is_refused(monkeypatch, tmp_path, capfd):
+    import datasets
+
+    features = datasets.Features(image=datasets.Image())
+    datasets.Dataset.from_dict({"image": []}, features).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *QUICK, "--out", tmp_path / "run", "--dataset", tmp_path / "none.parquet")
+    assert "is empty" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_another_run_is_not_overwritten_unless_told(monkeypatch, tmp_path, capfd):
+    out = tmp_path / "run"
+    train_here(monkeypatch, *QUICK, "--out", out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *QUICK, "--out", out, "--seed", 1)
+    assert "holds another run" in capfd.readouterr().err
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    train_here(monkeypatch, *QUICK, "--out", out, "--seed", 1, "--overwrite")
+    assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert len(records(out)) == 2
+
+
+def test_a_broken_picture_is_skipped_counted_and_named(monkeypatch, tmp_path, photos, capfd):
+    arguments = [*QUICK, "--max-images", 40, "--batch-size", 8, "--dataset", photos, "--max-bad-images", 0.05]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
+    assert [record["bad_images"] for record in records(tmp_path / "run")] == [1, 1]
+    assert "skipped a broken image" in (printed := capfd.readouterr().out) and "17.png" in printed
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_too_many_broken_pictures_stop_the_run_with_their_paths(processes, tmp_path, photos):
+    arguments = [*QUICK, "--max-images", 40, "--batch-size", 8, "--dataset", photos, "--epochs", 3]
+    result = run(*arguments, "--out", tmp_path / "run", processes=processes)
+    assert result.returncode != 0
+    assert "1 of 40 images are broken, more than --max-bad-images 0.01" in result.stderr
+    assert "17.png" in result.stderr
+    assert 'File "' + str(ROOT / "train.py") not in result.stderr  # no traceback of ours
+
+
+def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):
+    (photos / "30.png").write_bytes(b"")
+    arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--max-bad-images", 0.3]
+    result = run(*arguments, "--out", tmp_path / "run", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert records(tmp_path / "run")[0]["bad_images"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_weights(monkeypatch, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *QUICK, "--epochs", 8, "--save-every", 1, "--lr", 1e18, "--out", tmp_path / "run")
+    assert "the loss is nan" in capfd.readouterr().err
+    assert all(torch.isfinite(x).all() for x in smae.load(tmp_path / "run").state_dict().values())
