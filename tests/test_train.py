@@ -16,11 +16,11 @@ SMALL = "--width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --d
 QUICK = [*SMALL, *"--max-images 32 --batch-size 16 --epochs 2 --workers 0 --precision no".split()]
 
 
-def run(*arguments, processes: int | None = None, script: str = "train.py") -> subprocess.CompletedProcess:
+def run(*arguments, processes: int = 1, script: str = "train.py") -> subprocess.CompletedProcess:
     """Run a script under ``accelerate launch`` on the CPU."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    launch += ["--num_processes", str(processes or 1), "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no"] + (["--multi_cpu", "--main_process_port", "0"] if processes else [])
+    launch += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*launch, script, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -188,7 +188,7 @@ def test_every_option_has_help():
 def runs(tmp_path_factory):
     """The same run by one process, by two, and by one in two micro-batches; float32, all phases."""
     root = tmp_path_factory.mktemp("runs")
-    for name, processes, extra in (("one", None, []), ("two", 2, []), ("accumulated", None, ["--accumulate", 2])):
+    for name, processes, extra in (("one", 1, []), ("two", 2, []), ("accumulated", 1, ["--accumulate", 2])):
         out = root / name
         arguments = [*QUICK, "--epochs", 4, "--guide-start", 2, "--lr", 1e-3, "--out", out / "run", *extra]
         result = run(out / "record", *arguments, processes=processes, script="tests/record_run.py")
@@ -333,7 +333,7 @@ def test_a_broken_picture_is_skipped_counted_and_named(monkeypatch, tmp_path, ph
     assert "skipped a broken image" in (printed := capfd.readouterr().out) and "17.png" in printed
 
 
-@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_too_many_broken_pictures_stop_the_run_with_their_paths(processes, tmp_path, photos):
     arguments = [*QUICK, "--max-images", 40, "--batch-size", 8, "--dataset", photos, "--epochs", 3]
     result = run(*arguments, "--out", tmp_path / "run", processes=processes)
