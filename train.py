@@ -206,6 +206,7 @@ def main():
         complete(args)
         check_folder(args.out, args.overwrite)
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
             mixed_precision=args.precision,
             gradient_accumulation_steps=args.accumulate,
             log_with=args.log_with,
@@ -263,6 +264,9 @@ def main():
     )
 
     patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
+        accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
+
     bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
     trained.train()
     step = 0

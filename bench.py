@@ -1,0 +1,161 @@
+"""Speed, side by side in one process.
+
+    python bench.py step                      # a training step of ours against transformers' ViTMAE, and the guide's cost
+    python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
+
+Both models see the same batch, draw their random masks inside the step, and use SDPA and fused AdamW. Times are
+medians over --repeats rounds; in every round each contestant runs once, so that a noisy machine treats them alike,
+and the ratios are medians of the ratios of the rounds.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import masks
+import smae
+
+TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_arguments() -> argparse.Namespace:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Measure speed, side by side.", formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="a training step against transformers' ViTMAE", formatter_class=formatter)
+    step.add_argument("--model", choices=list(smae.PRESETS), default="base", help="size of the encoder")
+    step.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
+    step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")
+    step.add_argument("--batch-size", type=int, default=8, help="images per step")
+    step.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
+    step.add_argument("--compile", action="store_true", help="compile both models")
+    step.add_argument("--repeats", type=int, default=10, help="rounds, after two to warm up")
+    step.add_argument("--json", help="also write the figures to this file")
+    return parser.parse_args()
+
+
+def peer_of(model: smae.SMAE) -> torch.nn.Module:
+    """transformers' ViTMAE of the same sizes as ``model``, with SDPA attention."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    sizes = model.config
+    config = ViTMAEConfig(
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["depth"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=4 * sizes["width"],
+        decoder_hidden_size=sizes["decoder_width"],
+        decoder_num_hidden_layers=sizes["decoder_depth"],
+        decoder_num_attention_heads=sizes["decoder_heads"],
+        decoder_intermediate_size=4 * sizes["decoder_width"],
+        image_size=sizes["image_size"][0],
+        patch_size=sizes["patch_size"],
+        layer_norm_eps=1e-6,
+        norm_pix_loss=True,
+        attn_implementation="sdpa",
+    )
+    return ViTMAEForPreTraining(config)
+
+
+def training_step(model: torch.nn.Module, loss: Callable[[], Tensor], images: Tensor, dtype) -> Callable[[], None]:
+    """A function that does forward, backward and an optimizer's step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+    def step():
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(contestants: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each contestant in each of ``repeats`` rounds, after two rounds to warm up."""
+    seconds = {name: [] for name in contestants}
+    for repeat in range(repeats + 2):
+        for name, run in contestants.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    sizes = smae.PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
+    ours = smae.SMAE(**sizes)
+    peer = peer_of(ours).to(device).train()
+    ours = ours.to(device).train()
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    b, grid, dtype = args.batch_size, ours.grid(images), TYPES[args.precision]
+    n, layer = grid[0] * grid[1], len(ours.blocks) - 1
+    forward = torch.compile(ours, fullgraph=True) if args.compile else ours
+    encode = torch.compile(ours.encode, fullgraph=True) if args.compile else ours.encode
+    peer_forward = torch.compile(peer) if args.compile else peer
+
+    @torch.no_grad()
+    def features() -> Tensor:
+        return encode(images, layer=layer)[:, 1:]
+
+    def guide():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            masks.self_guided_mask(features(), grid)
+
+    def look():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            features()
+
+    return measure(
+        {
+            "ours, random masks": training_step(
+                ours, lambda: forward(images, masks.random_mask(b, n, device=device)), images, dtype
+            ),
+            "transformers": training_step(peer, lambda: peer_forward(images).loss, images, dtype),
+            "guide (features + mask)": guide,
+            "features alone": look,
+        },
+        args.repeats,
+        device,
+    )
+
+
+def report(seconds: dict[str, list[float]], base: str) -> str:
+    """A table: median, least and most milliseconds, and the ratio to ``base``."""
+    lines = [f"{'':26}{'median ms':>10}{'min':>9}{'max':>9}{'/ ' + base:>24}"]
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(values, seconds[base]))
+        ms = [1000 * x for x in (statistics.median(values), min(values), max(values))]
+        lines.append(f"{name:26}{ms[0]:10.1f}{ms[1]:9.1f}{ms[2]:9.1f}{ratio:24.3f}")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    torch.manual_seed(0)
+    print(
+        f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}, precision {args.precision}, "
+        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    seconds = bench_step(args, device)
+    print(report(seconds, "ours, random masks"))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(dict(arguments=vars(args), hardware=hardware, torch=torch.__version__, seconds=seconds), file)
+
+
+if __name__ == "__main__":
+    main()
