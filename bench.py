@@ -1,6 +1,6 @@
 """Speed, side by side in one process.
 
-    python bench.py step                      # a training step of ours against transformers' ViTMAE, and the guide's cost
+    python bench.py step        # a training step of ours against transformers' ViTMAE, and the cost of the guide
     python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
 
 Both models see the same batch, draw their random masks inside the step, and use SDPA and fused AdamW. Times are
