@@ -8,6 +8,7 @@ Letters in shapes: ``b`` batch, ``c`` channels, ``H``/``W`` image height/width i
 
 import argparse
 import contextlib
+import functools
 import glob
 import itertools
 import math
@@ -33,16 +34,28 @@ TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
 CROPS, MASKS = 0, 1  # what random numbers are for: streams of their own, see uniform()
 
 
+@functools.cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Made once per device: copying them at every step would wait for the device."""
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
+
+
 def normalize(images: Tensor) -> Tensor:
     """uint8 images (b, 3, H, W) to floats of about zero mean and unit deviation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = _mean_and_std(images.device)
     return (images.float() / 255 - mean) / std
 
 
 def denormalize(images: Tensor) -> Tensor:
     """The inverse of :func:`normalize`, rounded to uint8."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
+    mean, std = _mean_and_std(images.device)
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on ``device``, without waiting for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # ------------------------------------------------------------------------------------------------- loading
@@ -280,7 +293,10 @@ def center_crop(image: Image.Image, size: int, short_side: int | None = None) ->
 
 
 def sample_pictures(dataset: datasets.Dataset | datasets.IterableDataset, count: int, size: int) -> Tensor:
-    """Up to ``count`` centre-cropped pictures from all over the data (the first of a stream): (k, 3, size, size)."""
+    """Up to ``count`` centre-cropped pictures from all over the data (the first of a stream): (k, 3, size, size).
+
+    Raises ValueError if none can be decoded.
+    """
     if isinstance(dataset, datasets.IterableDataset):
         records = iter(dataset.take(2 * count))
     else:
@@ -289,6 +305,8 @@ def sample_pictures(dataset: datasets.Dataset | datasets.IterableDataset, count:
     for record in records:
         with contextlib.suppress(Exception):  # a broken picture; training counts and reports it
             tensors.append(center_crop(decode(record["image"]), size))
+    if not tensors:
+        raise ValueError("not one of the first pictures tried can be decoded")
     return torch.stack(tensors[:: max(1, len(tensors) // count)][:count])
 
 
@@ -365,8 +383,8 @@ class PreloadedCrops:
         sizes = self.sizes[indices]
         boxes, flips = self.options.draw(sizes, epoch, indices)
         boxes = boxes * np.tile(self.images.shape[-1] / sizes, 2)  # pixels of the original to pixels of the store
-        boxes, flips = torch.from_numpy(boxes).to(self.device), torch.from_numpy(flips).to(self.device)
-        images = self.images[torch.from_numpy(indices).to(self.images.device)].to(self.device)
+        boxes, flips = to_device(boxes, self.device), to_device(flips, self.device)
+        images = self.images[to_device(indices, self.images.device)].to(self.device)
         return Batch(crop_batch(images, boxes, flips, self.options.size), indices, self.bad)
 
 
@@ -464,7 +482,7 @@ class TrainBatches:
             self.crops = StreamCrops(dataset, options, batch_size // (share.world * accumulate), share)
             self.loader = iter(torch.utils.data.DataLoader(self.crops, **loader))
         elif preload:
-            self.crops = PreloadedCrops(dataset, options, workers, "cpu" if preload == "host" else device, device)
+            self.crops = PreloadedCrops(dataset, options, workers, "cpu" if preload == "host" else device, self.device)
         else:
             self.crops, self.order = MapCrops(dataset, options), []
             self.loader = torch.utils.data.DataLoader(self.crops, sampler=self.order, **loader)

@@ -36,7 +36,7 @@ def mask_sheet(
     device = model.positions.device
     x = data.normalize(images.to(device))
     h, w = grid = model.grid(x)
-    noise = torch.from_numpy(data.uniform((0, data.MASKS), np.arange(len(x)), h * w)).to(device)
+    noise = data.to_device(data.uniform((0, data.MASKS), np.arange(len(x)), h * w), device)
 
     affinity = masks.similarity(model.encode(x, layer=guide_layer)[:, 1:])
     side = masks.foreground_side(masks.normalized_cut(affinity), grid, foreground)

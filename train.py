@@ -276,9 +276,9 @@ def main():
         with one_line_errors(data.TooManyBadImages, Diverged, ranks="any"):
             for uint8_images, indices in batches.epoch(epoch):
                 images = data.normalize(uint8_images)
-                noise = torch.from_numpy(data.uniform((args.seed, epoch, data.MASKS), indices, len(model.positions)))
+                noise = data.uniform((args.seed, epoch, data.MASKS), indices, len(model.positions))
                 with accelerator.autocast():
-                    mask = choose_mask(args, phase, images, encode, noise.to(images.device, non_blocking=True))
+                    mask = choose_mask(args, phase, images, encode, data.to_device(noise, images.device))
                 lr = learning_rate(step, steps, warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
