@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import data
 import masks
 import smae
 
@@ -25,10 +26,11 @@ TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_arguments() -> argparse.Namespace:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Measure speed, side by side.", formatter_class=formatter)
+    parser = argparse.ArgumentParser(description="Measure speed, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="a training step against transformers' ViTMAE", formatter_class=formatter)
+    step = commands.add_parser(
+        "step", help="a training step against transformers' ViTMAE", formatter_class=data.HelpFormatter
+    )
     step.add_argument("--model", choices=list(smae.PRESETS), default="base", help="size of the encoder")
     step.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")

@@ -527,6 +527,13 @@ class TrainBatches:
             )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that a flag is off or that an option is not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def add_data_options(parser: argparse.ArgumentParser):
     """The command-line options that name the data, the same in every script."""
     group = parser.add_argument_group("data")

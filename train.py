@@ -44,8 +44,7 @@ RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Pre-train a self-guided masked autoencoder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Pre-train a self-guided masked autoencoder.", formatter_class=data.HelpFormatter
     )
     parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
     data.add_data_options(parser)
