@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import functools
 import glob
+import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -31,6 +33,7 @@ from torchvision.transforms import functional as TF
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in MAE
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
+TEST_SPLITS = {"val", "valid", "validation", "dev", "test", "testing"}  # beside these, "train" is a split, not a class
 CROPS, MASKS = 0, 1  # what random numbers are for: streams of their own, see uniform()
 
 
@@ -52,9 +55,9 @@ def denormalize(images: Tensor) -> Tensor:
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor on ``device``, without waiting for the device."""
-    tensor = torch.from_numpy(array)
+def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """An array or tensor of the host on ``device``, without waiting for the device."""
+    tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -87,6 +90,10 @@ def load_images(
     if image_column not in features:
         wanted = f"has no column {image_column!r}" if image_column else "has no single image column"
         raise ValueError(f"{name_or_path} {wanted}; name one of its columns with --image-column: {', '.join(features)}")
+    feature = features[image_column]
+    raw = {"binary", "large_binary", "string", "large_string"}  # encoded pictures, or their paths
+    if not (feature is None or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in raw):
+        raise ValueError(f"column {image_column!r} of {name_or_path} does not hold images, but {feature}")
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     label_column = label_column or ("label" if "label" in features else next(iter(labels), None))
     if label_column is not None and label_column not in features:
@@ -95,17 +102,17 @@ def load_images(
         )
 
     names = {image_column: "image"} | ({label_column: "label"} if label_column else {})
-    dataset = dataset.rename_columns({old: new for old, new in names.items() if old != new})
-    try:
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"column {image_column!r} of {name_or_path} does not hold images: {error}") from None
+    names = {old: new for old, new in names.items() if old != new}
+    in_the_way = [new for new in names.values() if new in features]
+    dataset = (dataset.remove_columns(in_the_way) if in_the_way else dataset).rename_columns(names)
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    first = next(iter(dataset), None) if streaming else len(dataset) or None
+    if first is None:
+        raise ValueError(f"split {split!r} of {name_or_path} is empty")
     if max_images is not None:
         if max_images < 1:
             raise ValueError(f"--max-images must be positive, got {max_images}")
         dataset = dataset.take(max_images) if streaming else dataset.select(range(min(max_images, len(dataset))))
-    if (next(iter(dataset), None) if streaming else len(dataset) or None) is None:
-        raise ValueError(f"split {split!r} of {name_or_path} is empty")
     return dataset
 
 
@@ -130,7 +137,8 @@ def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
             if not suffixes & (IMAGE_SUFFIXES | TABLE_SUFFIXES):
                 raise FileNotFoundError(f"{name} holds neither images nor parquet, arrow or tar files")
             if not suffixes & TABLE_SUFFIXES:  # every file belongs to the split asked for, whatever its name
-                if (path / split).is_dir():
+                folders = {child.name for child in path.iterdir() if child.is_dir()}
+                if split in folders and (split != "train" or len(folders) == 1 or folders & TEST_SPLITS):
                     path = path / split
                 elif split != "train":
                     raise ValueError(f"Unknown split {split!r}: {name} has no folder of that name")
@@ -140,10 +148,14 @@ def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
         name, _, configuration = name.partition(":")
         return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise FileNotFoundError(f"no data set {name!r}, neither here nor on the Hugging Face hub: {reason}") from None
-    except ValueError as error:
-        raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from None
+    except (ValueError, IndexError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"cannot load {name}: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 # ------------------------------------------------------------------------------------------------- decoding
@@ -159,7 +171,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey
         values = np.asarray(image).astype(np.float64)
-        top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
+        sixteen = image.mode.startswith("I;16") or values.max() > 255
+        top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if sixteen else 255.0
         return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -194,9 +207,9 @@ def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[I
     return Image.new("RGB", (1, 1)), bad
 
 
-def describe_bad(index: int, record: dict, error: Exception) -> BadImage:
-    reason = str(error).splitlines()[0] if str(error) else ""
-    return BadImage(index, f"{record.get('path') or f'image {index}'}: {type(error).__name__}: {reason}")
+def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
+    name = (record or {}).get("path") or f"image {index}"
+    return BadImage(index, f"{name}: {type(error).__name__}: {one_line(error)}")
 
 
 # ------------------------------------------------------------------------------------------------- crops
@@ -307,7 +320,7 @@ def sample_pictures(dataset: datasets.Dataset | datasets.IterableDataset, count:
             tensors.append(center_crop(decode(record["image"]), size))
     if not tensors:
         raise ValueError("not one of the first pictures tried can be decoded")
-    return torch.stack(tensors[:: max(1, len(tensors) // count)][:count])
+    return torch.stack([tensors[int(i)] for i in np.linspace(0, len(tensors) - 1, min(count, len(tensors)))])
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -382,9 +395,11 @@ class PreloadedCrops:
         epoch, indices = request
         sizes = self.sizes[indices]
         boxes, flips = self.options.draw(sizes, epoch, indices)
-        boxes = boxes * np.tile(self.images.shape[-1] / sizes, 2)  # pixels of the original to pixels of the store
+        scale = self.images.shape[-1] / sizes  # pixels of the original to pixels of the store
+        boxes = (boxes * np.tile(scale, 2)).astype(np.float32)
         boxes, flips = to_device(boxes, self.device), to_device(flips, self.device)
-        images = self.images[to_device(indices, self.images.device)].to(self.device)
+        images = self.images[to_device(indices, self.images.device)]
+        images = to_device(images, self.device) if images.device.type == "cpu" else images
         return Batch(crop_batch(images, boxes, flips, self.options.size), indices, self.bad)
 
 
@@ -410,6 +425,9 @@ class StreamCrops(torch.utils.data.IterableDataset):
                 picture = decode(record)
             except Exception as error:
                 bad.append(describe_bad(index, record, error))
+                if len(bad) == self.options.tries:  # no need to fill a batch: these are reason enough to stop
+                    yield Batch(torch.empty(0, 3, 0, 0), np.array(indices), bad)
+                    return
                 continue
             boxes, flips = self.options.draw(np.array([(picture.height, picture.width)]), 0, np.array([index]))
             tensors.append(crop(picture, boxes[0], flips[0], self.options.size))
@@ -483,6 +501,7 @@ class TrainBatches:
             self.loader = iter(torch.utils.data.DataLoader(self.crops, **loader))
         elif preload:
             self.crops = PreloadedCrops(dataset, options, workers, "cpu" if preload == "host" else device, self.device)
+            self.count_bad(self.crops.bad)
         else:
             self.crops, self.order = MapCrops(dataset, options), []
             self.loader = torch.utils.data.DataLoader(self.crops, sampler=self.order, **loader)
@@ -495,6 +514,7 @@ class TrainBatches:
         """This process's micro-batches of an epoch: steps_per_epoch * accumulate of them."""
         requests = self.requests(epoch)
         if isinstance(self.crops, StreamCrops):
+            self.bad.clear()  # the next pass meets the same ones under other indices
             batches = itertools.islice(self.loader, len(requests))
         elif isinstance(self.crops, PreloadedCrops):
             batches = map(self.crops.__getitem__, requests)
@@ -527,11 +547,16 @@ class TrainBatches:
             )
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not that a flag is off or that an option is not given."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def add_data_options(parser: argparse.ArgumentParser):
@@ -554,7 +579,7 @@ def add_data_options(parser: argparse.ArgumentParser):
         choices=["host", "device"],
         help="decode once into the memory of the device (or host) and crop whole batches there",
     )
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="decoders of each process")
+    group.add_argument("--workers", type=int, default=min(8, cores()), help="decoders of each process")
     group.add_argument("--max-bad-images", type=float, default=0.01, help="share of broken images that stops the run")
 
 
@@ -590,11 +615,14 @@ def load_shapes(split: str = "train", size: int = 64) -> datasets.Dataset:
         image=datasets.Image(), label=datasets.ClassLabel(names=SHAPE_NAMES), mask=datasets.Image(),
         bbox=datasets.List(datasets.Value("float32"), length=4),
     )  # fmt: skip
-    how = dict(split=split, count=counts[split], size=size)
+    drawing = "".join(
+        map(inspect.getsource, (draw_shapes, _place, _inside, _texture))
+    )  # another drawing, another cache
+    how = dict(split=split, count=counts[split], size=size, drawing=hashlib.sha256(drawing.encode()).hexdigest())
     return datasets.Dataset.from_generator(draw_shapes, features, gen_kwargs=how, split=datasets.NamedSplit(split))
 
 
-def draw_shapes(split: str, count: int, size: int) -> Iterator[dict]:
+def draw_shapes(split: str, count: int, size: int, drawing: str = "") -> Iterator[dict]:
     for i in range(count):
         rng = np.random.default_rng((["train", "test"].index(split), i))
         label = i % len(SHAPE_NAMES)

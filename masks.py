@@ -112,12 +112,17 @@ def normalized_cut(affinity: Tensor, eps: float = 1e-5) -> Tensor:
     """The relaxed normalized cut (b, n), float32, of patches with similarities (b, n, n); its sign is arbitrary.
 
     The second smallest solution y of (D - W) y = lambda D y with W = max(similarity, eps) and D its row sums
-    (Shi & Malik 2000, equation 6), from the second largest eigenvector of D^-1/2 W D^-1/2.
+    (Shi & Malik 2000, equation 6), from the second largest eigenvector of D^-1/2 W D^-1/2. Exact; on a GPU the solver
+    waits for the device.
     """
     with torch.autocast(affinity.device.type, enabled=False):
         w = affinity.float().clamp(min=eps)
         scale = w.sum(dim=-1).rsqrt()  # (b, n)
-        _, vectors = torch.linalg.eigh(scale[:, :, None] * w * scale[:, None, :])
+        matrix = scale[:, :, None] * w * scale[:, None, :]
+        try:
+            vectors = torch.linalg.eigh(matrix).eigenvectors
+        except torch.linalg.LinAlgError:  # GPU solvers may give up on many equal eigenvalues, as of a constant image
+            vectors = torch.linalg.eigh(matrix.double().cpu()).eigenvectors.to(matrix)
         return vectors[..., -2] * scale
 
 
@@ -129,10 +134,11 @@ def bipartition(y: Tensor) -> Tensor:
 def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> Tensor:
     """True (b, n) for the side of the cut ``y`` (b, n) that is the object; the sign of ``y`` does not matter.
 
-    ``border``: the side with the smaller share of its patches on the border of the (h, w) grid. ``peak``: the side of
-    the largest \\|y\\| (TokenCut, Wang et al., CVPR 2022). Raises ValueError for another rule.
+    ``border``: the side with the smaller share of its patches on the border of the (h, w) grid; of two equal shares,
+    the side without the top left patch. ``peak``: the side of the largest absolute value (TokenCut, Wang et al., CVPR
+    2022). Raises ValueError for another rule.
     """
-    upper = bipartition(y)
+    side = bipartition(y)
     if rule == "border":
         border = torch.ones(grid, dtype=torch.bool, device=y.device)
         border[1:-1, 1:-1] = False
@@ -140,9 +146,10 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
         def border_share(side: Tensor) -> Tensor:  # (b, n) -> (b, 1)
             return (side & border.flatten()).sum(1, keepdim=True) / side.sum(1, keepdim=True).clamp(min=1)
 
-        return torch.where(border_share(upper) <= border_share(~upper), upper, ~upper)
+        side = side != side[:, :1]  # without the top left patch, whatever the sign of y
+        return torch.where(border_share(side) <= border_share(~side), side, ~side)
     if rule == "peak":
-        return upper == upper.gather(1, y.abs().argmax(dim=1, keepdim=True))
+        return side == side.gather(1, y.abs().argmax(dim=1, keepdim=True))
     raise ValueError(f"the foreground rule must be border or peak, got {rule!r}")
 
 
@@ -171,7 +178,7 @@ def informed_mask(
     m, k = masked_count(n, ratio), hint_count(n, ratio, hint, hint_ratio)
     noise = _uniform(noise, b, n, relevance.device)
     low, high = relevance.aminmax(dim=1, keepdim=True)
-    says_something = (high - low) > 1e-5 * high.abs()  # False for not-a-number, too
+    says_something = (high - low) > 1e-4 * high.abs()  # more than rounding; False for not-a-number, too
     relevance = torch.where(says_something & relevance.isfinite().all(1, keepdim=True), relevance, noise)
 
     order = relevance.argsort(dim=1, descending=True)

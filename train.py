@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
 RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "loss.png")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Pre-train a self-guided masked autoencoder.", formatter_class=data.HelpFormatter
     )
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=list(smae.PRESETS), default="tiny", help="size of the encoder")
     group.add_argument("--image-size", type=int, default=64, help="side of the training crops, in pixels")
-    group.add_argument("--patch-size", type=int, default=8, help="side of a patch, in pixels")
+    group.add_argument("--patch-size", type=int, help="side of a patch, in pixels (default: the model's own, else 8)")
     for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads"):
         group.add_argument(f"--{name}", type=int, help="overrides that of --model")
     group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
@@ -88,6 +88,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--save-every", type=int, help="epochs between weights and pictures (default: a tenth)")
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
 
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
     if parser.parse_known_args(arguments)[0].preset == "paper":
         parser.set_defaults(**PAPER)
     return parser.parse_args(arguments)
@@ -113,6 +118,8 @@ def complete(args: argparse.Namespace):
         raise ValueError(f"--crop-scale takes two shares of the area, 0 < low <= high <= 1, got {args.crop_scale}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {args.warmup_epochs}")
+    if args.patch_size is None:
+        args.patch_size = smae.PRESETS[args.model].get("patch_size", 8)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // 8)
     if args.guide_start < 0:
@@ -144,7 +151,7 @@ def build_model(args: argparse.Namespace) -> smae.SMAE:
 
 
 def build_optimizer(model: smae.SMAE, device: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW as in MAE; biases, norms and tokens (all of one dimension) are not decayed."""
+    """AdamW as in MAE; biases, norms and, unlike there, CLS and mask token are not decayed."""
     groups = [
         dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=weight_decay),
         dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
@@ -201,7 +208,7 @@ def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, no
 def main():
     args = parse_arguments()
 
-    with one_line_errors(ValueError, FileNotFoundError):
+    with one_line_errors(ValueError, OSError):
         complete(args)
         check_folder(args.out, args.overwrite)
         accelerator = Accelerator(
@@ -210,17 +217,19 @@ def main():
             gradient_accumulation_steps=args.accumulate,
             log_with=args.log_with,
             project_dir=args.out,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
         )
+        if args.log_with and not accelerator.log_with:
+            raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")
         if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
-            torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes))
+            torch.set_num_threads(max(torch.get_num_threads(), data.cores() // accelerator.num_processes))
         set_seed(args.seed)
         model = build_model(args)
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
-        with accelerator.main_process_first():
-            dataset = data.load_images(
-                args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
-            )
+        dataset = data.load_images(
+            args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
+        )
         batches = data.TrainBatches(
             dataset,
             args.image_size,
@@ -236,22 +245,17 @@ def main():
             max_bad=args.max_bad_images,
         )
         samples = data.sample_pictures(dataset, 8, args.image_size)
+        optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
 
     encode = model.encode
     if args.compile:
         model.forward = torch.compile(model.forward, fullgraph=True)
         encode = torch.compile(encode, fullgraph=True)
-    optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
     trained, optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one, on the device
 
     steps = args.epochs * batches.steps_per_epoch
     warmup = args.warmup_epochs * batches.steps_per_epoch
     config = dict(train={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()})
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES:
-            (args.out / name).unlink(missing_ok=True)
     accelerator.init_trackers("smae", config={key: str(value) for key, value in config["train"].items()})
     accelerator.print(
         f"{args.dataset}: {batches.length} images; {args.model}: "
@@ -259,11 +263,15 @@ def main():
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.precision}; "
         f"effective batch {args.batch_size} = {accelerator.num_processes} processes x {args.accumulate} micro-batches "
         f"x {args.batch_size // accelerator.num_processes // args.accumulate}; learning rate {args.lr:g}\n"
-        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks from epoch {args.guide_start + 1}"
+        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks after epoch {args.guide_start}"
     )
 
     patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
+    if (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        and "MASTER_ADDR" in os.environ
+        and accelerator.num_processes == 1
+    ):
         accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
 
     bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
@@ -317,6 +325,10 @@ def main():
         )
         accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
         if accelerator.is_main_process:
+            if epoch == 1:  # whatever a run before left stays until there is something to put in its place
+                args.out.mkdir(parents=True, exist_ok=True)
+                for name in RUN_FILES:
+                    (args.out / name).unlink(missing_ok=True)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
             bar.write(

@@ -27,7 +27,8 @@ def image_bytes(image: Image.Image, kind="PNG", **options) -> bytes:
 def dataset_of(blobs: list[bytes]) -> datasets.Dataset:
     """An undecoded data set of encoded pictures, as load_images returns it."""
     features = datasets.Features(image=datasets.Image(decode=False))
-    return datasets.Dataset.from_dict({"image": [{"bytes": blob, "path": None} for blob in blobs]}, features)
+    records = [None if blob is None else {"bytes": blob, "path": None} for blob in blobs]
+    return datasets.Dataset.from_dict({"image": records}, features)
 
 
 @pytest.fixture
@@ -114,6 +115,17 @@ def test_a_column_of_raw_bytes_can_be_named(tmp_path):
     assert data.decode(loaded[1]["image"]).size == (40, 30)
 
 
+def test_a_class_called_train_is_not_taken_for_a_split(tmp_path):
+    write_folder(tmp_path, ["car/1.png", "train/1.png", "train/2.png", "bus/1.png"])
+    loaded = data.load_images(str(tmp_path))
+    assert len(loaded) == 4 and loaded.features["label"].names == ["bus", "car", "train"]
+
+
+def test_named_columns_take_the_place_of_columns_called_image_and_label(photographs):
+    loaded = data.load_images(photographs("objmask"), image_column="mask", label_column="source", max_images=2)
+    assert data.decode(loaded[0]["image"]).size and isinstance(loaded[0]["label"], str | int)
+
+
 def test_what_cannot_be_loaded_is_said_clearly(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither here nor on the Hugging Face hub"):
         data.load_images(str(tmp_path / "missing"))
@@ -134,10 +146,20 @@ def test_what_cannot_be_loaded_is_said_clearly(tmp_path):
         data.load_images(str(tmp_path / "two"), image_column="left", label_column="y")
     with pytest.raises(ValueError, match="must be positive"):
         data.load_images(str(tmp_path / "two"), image_column="left", max_images=0)
-    two.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match="does not hold images"):
+        data.load_images(str(tmp_path / "two"), image_column="n", streaming=True)
+    (tmp_path / "broken").mkdir()
+    two.to_parquet(tmp_path / "broken" / "train-00000-of-00002.parquet")
+    (tmp_path / "broken" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(ValueError, match="cannot load"):
+        data.load_images(str(tmp_path / "broken"), image_column="left")
+    two.select([]).save_to_disk(tmp_path / "none")  # which load_from_disk answers with an IndexError
+    with pytest.raises(ValueError, match="cannot load"):
+        data.load_images(str(tmp_path / "none"), image_column="left")
+    two.select([]).to_parquet(tmp_path / "none.parquet")
     for streaming in (False, True):
         with pytest.raises(ValueError, match="is empty"):
-            data.load_images(str(tmp_path / "none"), image_column="left", streaming=streaming)
+            data.load_images(str(tmp_path / "none.parquet"), image_column="left", streaming=streaming)
 
 
 def test_real_photographs_load(photographs):
@@ -176,6 +198,10 @@ def test_every_mode_becomes_rgb_and_looks_the_same(mode):
     difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).mean()
     limit = {"palette": 8, "CMYK": 8, "1 bit": 128}.get(mode, 0.5)
     assert difference <= limit
+
+
+def test_a_dark_picture_of_16_bits_stays_dark():
+    assert data.to_rgb(Image.fromarray(np.full((4, 4), 200, np.uint16))).getpixel((0, 0)) == (1, 1, 1)
 
 
 def test_transparent_parts_become_white_not_what_hides_beneath():
@@ -332,11 +358,11 @@ def test_what_does_not_divide_or_suffice_is_refused(pictures):
 # ------------------------------------------------------------------------------------------- bad pictures
 
 
-def with_bad(count=20, bad=(3, 4, 11)):
+def with_bad(count=20, bad=(3, 4, 11, 15)):
     blobs = [image_bytes(picture(seed=i)) for i in range(count)]
-    kinds = [b"", b"this is text", blobs[0][:100]]
+    kinds = [b"", b"this is text", blobs[0][:100], None]
     for number, i in enumerate(bad):
-        blobs[i] = kinds[number % 3]
+        blobs[i] = kinds[number % 4]
     return dataset_of(blobs)
 
 
@@ -346,13 +372,13 @@ def test_bad_pictures_are_skipped_counted_and_named(options):
     for epoch in range(2, 5):
         list(batches.epoch(epoch))
     assert len(images) == 16
-    assert sorted(batches.bad) == [3, 4, 11]
+    assert sorted(batches.bad) == [3, 4, 11, 15]
     assert all("image 11" in batches.bad[i] for i in (11,))
 
 
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"preload": "device"}], ids=str)
 def test_too_many_bad_pictures_stop_with_their_names(options):
-    with pytest.raises(data.TooManyBadImages, match=r"(?s)of 20 images are broken.*image (3|4|11)"):
+    with pytest.raises(data.TooManyBadImages, match=r"(?s)of 20 images are broken.*image (3|4|11|15)"):
         for _ in range(5):
             epoch_of(with_bad(), max_bad=0.1, **options)
     with pytest.raises(data.TooManyBadImages):
@@ -393,11 +419,23 @@ def test_streams_are_shared_out_without_overlap_and_go_on(workers, shards):
 def test_a_stream_skips_and_counts_bad_pictures():
     stream = with_bad().to_iterable_dataset()
     batches = data.TrainBatches(stream, 16, 8, length=20, max_bad=0.9)
-    assert len(list(batches.epoch(1))) == 2 and 1 <= len(batches.bad) <= 3
+    assert len(list(batches.epoch(1))) == 2 and 1 <= len(batches.bad) <= 4
     batches = data.TrainBatches(stream, 16, 8, length=20, max_bad=0.0)
     with pytest.raises(data.TooManyBadImages):
         for epoch in range(1, 4):
             list(batches.epoch(epoch))
+
+
+def test_a_stream_of_nothing_but_bad_pictures_stops():
+    batches = data.TrainBatches(with_bad(20, range(20)).to_iterable_dataset(), 16, 8, length=20, max_bad=0.5)
+    with pytest.raises(data.TooManyBadImages):
+        list(batches.epoch(1))
+
+
+def test_a_stream_does_not_count_the_same_bad_picture_twice():
+    batches = data.TrainBatches(with_bad(20, (3,)).to_iterable_dataset(), 16, 10, length=20, max_bad=0.1)
+    for epoch in range(1, 7):
+        assert len(list(batches.epoch(epoch))) == 2 and len(batches.bad) <= 2
 
 
 # ------------------------------------------------------------------------------------------- demo data
@@ -428,6 +466,15 @@ def test_shapes_are_drawn_the_same_each_time(shapes):
     assert not np.array_equal(np.asarray(shapes["train"][0]["image"]), np.asarray(shapes["test"][0]["image"]))
     with pytest.raises(ValueError, match="Unknown split"):
         data.load_shapes("validation")
+
+
+def test_sample_pictures_come_from_all_over_the_data_past_broken_ones():
+    samples = data.sample_pictures(with_bad(40, (0, 20)), 4, 16)
+    expected = [data.center_crop(picture(seed=i), 16) for i in range(40)]
+    found = [next(i for i in range(40) if torch.equal(expected[i], sample)) for sample in samples]
+    assert len(samples) == 4 and found[0] < 10 and found[-1] == 39
+    with pytest.raises(ValueError, match="decoded"):
+        data.sample_pictures(with_bad(3, range(3)), 2, 16)
 
 
 def test_a_shape_cannot_be_told_from_raw_pixels_or_mean_colour(shapes):

@@ -173,6 +173,21 @@ def test_planted_blocks_are_recovered_exactly(size):
         assert torch.equal(side, member[order]) or torch.equal(side, ~member[order])
 
 
+def test_a_solver_that_gives_up_is_replaced(monkeypatch):
+    affinity = masks.similarity(object_features()[0])
+    expected, solve, calls = masks.normalized_cut(affinity), torch.linalg.eigh, []
+
+    def fussy(matrix):
+        calls.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fussy)
+    torch.testing.assert_close(masks.normalized_cut(affinity).abs(), expected.abs(), rtol=1e-3, atol=1e-4)
+    assert calls == [torch.float32, torch.float64]
+
+
 # ------------------------------------------------------------------------------------------- foreground, relevance
 
 
@@ -182,6 +197,13 @@ def test_border_rule_takes_the_side_away_from_the_border(sign):
     y = sign * torch.where(inside, 1.0, -0.2)
     assert torch.equal(masks.foreground_side(y, GRID, "border"), inside)
     assert torch.equal(masks.foreground_side(-y, GRID, "border"), inside)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
+def test_border_rule_does_not_depend_on_the_sign_even_where_the_sides_tie(grid):
+    y = torch.arange(grid[1]).float().expand(grid).reshape(1, -1)  # left half against right half
+    side = masks.foreground_side(y, grid, "border")
+    assert torch.equal(side, masks.foreground_side(-y, grid, "border")) and not side[0, 0]
 
 
 @pytest.mark.parametrize("sign", [1, -1])

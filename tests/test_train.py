@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -104,9 +105,10 @@ def test_training_learns_something(monkeypatch, tmp_path):
         ["--preload"],
         ["--preload", "host", "--clip-grad", "0.1", "--mask", "random"],
         ["--precision", "bf16", "--raw-pixels", "--hint", "similar", "--foreground", "peak"],
+        pytest.param(["--compile"], marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
         ["--log-with", "tensorboard", "--save-every", "1", "--crop-scale", "0.5", "1"],
     ],
-    ids=" ".join,
+    ids=lambda extra: " ".join(extra),
 )
 def test_options_run(extra, tmp_path):
     result = run(*QUICK, "--guide-start", 1, "--out", tmp_path / "run", *extra)
@@ -172,13 +174,12 @@ def test_guide_starts_after_an_eighth_of_the_epochs_unless_told():
     assert args.guide_start == 10
 
 
-def test_help_explains_every_option_and_shows_no_empty_default(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    options = set(vars(train.parse_arguments([])))
-    assert all(f"--{name.replace('_', '-')} " in text for name in options)
-    assert "default: None" not in text and "default: False" not in text and "default: 0.75" in text
+def test_every_option_has_help_and_shows_no_empty_default():
+    parser = train.build_parser()
+    assert all(action.help for action in parser._actions)
+    text = " ".join(parser.format_help().split())
+    assert "default: None" not in text and "default: False" not in text
+    assert "default: 0.75" in text and "masks (default: 0)" in text
 
 
 # ------------------------------------------------------------------------------------------- several processes
@@ -270,6 +271,9 @@ def photos(tmp_path):
         ("--max-images 0", "must be positive"),
         ("--streaming --preload", "cannot be preloaded"),
         ("--log-with nothing", "nothing"),
+        ("--log-with comet_ml", "not installed"),
+        ("--lr -1", "learning rate"),
+        ("--model huge", "not a positive multiple of the patch size 14"),
     ],
 )
 def test_bad_input_gives_one_line_and_leaves_earlier_results(arguments, message, monkeypatch, tmp_path, capfd):
@@ -346,6 +350,17 @@ def test_too_many_broken_pictures_stop_the_run_with_their_paths(processes, tmp_p
     assert "1 of 40 images are broken, more than --max-bad-images 0.01" in result.stderr
     assert "17.png" in result.stderr
     assert 'File "' + str(ROOT / "train.py") not in result.stderr  # no traceback of ours
+
+
+def test_too_many_broken_pictures_leave_the_run_before_as_it_was(monkeypatch, tmp_path, photos, capfd):
+    train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--overwrite"]
+    for extra in ([], ["--preload"], ["--streaming"]):
+        with pytest.raises(SystemExit):
+            train_here(monkeypatch, *arguments, "--out", tmp_path / "run", *extra)
+        assert "17.png" in capfd.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
 
 
 def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):
