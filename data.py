@@ -151,6 +151,8 @@ def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
         reason = one_line(error)
         raise FileNotFoundError(f"no data set {name!r}, neither here nor on the Hugging Face hub: {reason}") from None
     except (ValueError, IndexError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"split {split!r} of {name} is empty") from None
         raise ValueError(f"cannot load {name}: {one_line(error)}") from None
 
 
