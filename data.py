@@ -456,7 +456,7 @@ class TrainBatches:
     one item is this process's part of one micro-batch: uint8 crops (b, 3, size, size) on the device, and the indices
     (b,) of the pictures. The last pictures of an epoch's permutation that do not fill a step are left out.
     ``preload`` ("host", "device" or None) names where decoded pictures are kept. For a stream, ``length`` is the
-    number of pictures that make an epoch.
+    number of pictures that make an epoch (default: what its description says).
 
     Raises ValueError if a step does not divide evenly or asks for more pictures than there are, TooManyBadImages
     when more than the share ``max_bad`` of the pictures cannot be decoded. ``bad`` names those met so far by index.
@@ -479,7 +479,7 @@ class TrainBatches:
         max_bad: float = 0.01,
     ):
         streaming = isinstance(dataset, datasets.IterableDataset)
-        self.length = length if streaming else len(dataset)
+        self.length = length or _known_length(dataset) if streaming else len(dataset)
         self.batch_size, self.accumulate, self.seed, self.share = batch_size, accumulate, seed, share
         self.device, self.max_bad, self.bad = torch.device(device), max_bad, {}
         if batch_size % (share.world * accumulate):
@@ -583,6 +583,12 @@ def add_data_options(parser: argparse.ArgumentParser):
     )
     group.add_argument("--workers", type=int, default=min(8, cores()), help="decoders of each process")
     group.add_argument("--max-bad-images", type=float, default=0.01, help="share of broken images that stops the run")
+
+
+def _known_length(stream: datasets.IterableDataset) -> int | None:
+    """How many pictures the description of a streamed split promises, if it does."""
+    splits = stream.info.splits or {}
+    return splits[str(stream.split)].num_examples if str(stream.split) in splits else None
 
 
 # ------------------------------------------------------------------------------------------------- demo data

@@ -205,6 +205,38 @@ def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, no
     )
 
 
+def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: data.TrainBatches):
+    """Say what is about to be trained, on what, and how."""
+    world, parameters = accelerator.num_processes, sum(p.numel() for p in model.parameters())
+    accelerator.print(
+        f"{args.dataset}: {batches.length} images; {args.model}: {parameters / 1e6:.1f} M parameters, "
+        f"{len(model.positions)} patches\n"
+        f"{world} process(es) on {accelerator.device.type}, precision {args.precision}; "
+        f"effective batch {args.batch_size} = {world} processes x {args.accumulate} micro-batches "
+        f"x {args.batch_size // world // args.accumulate}; learning rate {args.lr:g}\n"
+        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks after epoch {args.guide_start}"
+    )
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_ADDR" in os.environ and world == 1:  # several were asked for
+        accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
+
+
+def draw(args: argparse.Namespace, epoch: int, model: smae.SMAE, samples: Tensor):
+    """Refresh masks.png and loss.png."""
+    sheet = pictures.mask_sheet(
+        model,
+        samples,
+        args.guide_layer,
+        args.mask_ratio,
+        args.hint,
+        args.hint_ratio,
+        args.foreground,
+        title=f"epoch {epoch}: ",
+    )
+    sheet.savefig(args.out / "masks.png")
+    pictures.loss_curve(args.out / "metrics.jsonl").savefig(args.out / "loss.png")
+
+
 def main():
     args = parse_arguments()
 
@@ -257,23 +289,9 @@ def main():
     warmup = args.warmup_epochs * batches.steps_per_epoch
     config = dict(train={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()})
     accelerator.init_trackers("smae", config={key: str(value) for key, value in config["train"].items()})
-    accelerator.print(
-        f"{args.dataset}: {batches.length} images; {args.model}: "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(model.positions)} patches\n"
-        f"{accelerator.num_processes} process(es) on {accelerator.device.type}, precision {args.precision}; "
-        f"effective batch {args.batch_size} = {accelerator.num_processes} processes x {args.accumulate} micro-batches "
-        f"x {args.batch_size // accelerator.num_processes // args.accumulate}; learning rate {args.lr:g}\n"
-        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks after epoch {args.guide_start}"
-    )
+    announce(args, accelerator, model, batches)
 
     patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    if (
-        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        and "MASTER_ADDR" in os.environ
-        and accelerator.num_processes == 1
-    ):
-        accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
-
     bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
     trained.train()
     step = 0
@@ -338,18 +356,7 @@ def main():
             if epoch % args.save_every == 0 or epoch in (args.guide_start, args.epochs):
                 smae.save(model, args.out, config)
                 with accelerator.autocast():
-                    sheet = pictures.mask_sheet(
-                        model,
-                        samples,
-                        args.guide_layer,
-                        args.mask_ratio,
-                        args.hint,
-                        args.hint_ratio,
-                        args.foreground,
-                        title=f"epoch {epoch}: ",
-                    )
-                sheet.savefig(args.out / "masks.png")
-                pictures.loss_curve(args.out / "metrics.jsonl").savefig(args.out / "loss.png")
+                    draw(args, epoch, model, samples)
     bar.close()
     accelerator.end_training()
 

@@ -355,6 +355,11 @@ def test_what_does_not_divide_or_suffice_is_refused(pictures):
         data.TrainBatches(pictures.to_iterable_dataset(), 16, 8)
 
 
+def test_a_stream_that_knows_its_length_need_not_be_told(photographs):
+    stream = data.load_images(photographs("imagenette128"), "validation", streaming=True)
+    assert data.TrainBatches(stream, 16, 8).length == 3925
+
+
 # ------------------------------------------------------------------------------------------- bad pictures
 
 
