@@ -15,7 +15,7 @@ import masks
 import smae
 
 matplotlib.rcParams["savefig.dpi"] = 100
-GREY, ORANGE = 0.8, "#ff7f0e"
+ORANGE = "#ff7f0e"
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def mask_sheet(
             if "hints (" in name:
                 outline(axes[row, column], hints[row], model.patch_size)
     note = "; brightness and contrast of a rebuilt patch are the input's" if model.normalize_pixels else ""
-    figure.suptitle(f"{title}masked patches grey, {ratio:.0%} of {h} x {w}{note}", fontsize=11)
+    figure.suptitle(f"{title}masked patches hatched, {ratio:.0%} of {h} x {w}{note}", fontsize=11)
     return figure
 
 
@@ -82,8 +82,10 @@ def enlarge(cells: Tensor, pixels: np.ndarray) -> np.ndarray:
 
 
 def hide(pixels: np.ndarray, visible: Tensor) -> np.ndarray:
-    """Pictures (b, H, W, 3) in [0, 1] with all patches grey that are not ``visible`` (b, h, w)."""
-    return np.where(enlarge(visible, pixels), pixels, GREY)
+    """Pictures (b, H, W, 3) in [0, 1], hatched in grey where a patch is not ``visible`` (b, h, w)."""
+    y, x = np.indices(pixels.shape[1:3])
+    hatching = np.where((x + y) // 2 % 2, 0.62, 0.8)[..., None]  # plain grey would look like a cloudy sky
+    return np.where(enlarge(visible, pixels), pixels, hatching)
 
 
 def tint(pixels: np.ndarray, side: Tensor) -> np.ndarray:
