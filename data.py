@@ -74,6 +74,8 @@ def load_images(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load a data set of images; its image column is renamed ``image`` (left undecoded), its label column ``label``.
 
+    Other columns stay as they are, but that a stream leaves all of them undecoded.
+
     ``name_or_path``: ``shapes`` (the demo data), a folder of images (with or without class folders; ``split`` may be
     a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by ``save_to_disk``, or a
     Hugging Face hub name, ``name`` or ``name:configuration``. The columns are found by their type unless named.
@@ -104,6 +106,7 @@ def load_images(
     names = {image_column: "image"} | ({label_column: "label"} if label_column else {})
     names = {old: new for old, new in names.items() if old != new}
     in_the_way = [new for new in names.values() if new in features]
+    dataset = dataset.decode(False) if streaming else dataset  # first: renaming a stream decodes it on the way
     dataset = (dataset.remove_columns(in_the_way) if in_the_way else dataset).rename_columns(names)
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     first = next(iter(dataset), None) if streaming else len(dataset) or None
@@ -145,6 +148,8 @@ def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
                 files = {split: f"{glob.escape(str(path))}/**"}
                 return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
             return datasets.load_dataset(str(path), split=split, streaming=streaming)
+        if name[0] in ".~/" or name.count("/") > 1:
+            raise FileNotFoundError("it looks like a path, but there is no such file or folder")
         name, _, configuration = name.partition(":")
         return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
