@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
@@ -174,8 +174,7 @@ def decode(record: dict) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL picture in RGB: turned upright, 16 bits scaled to 8, transparency laid over white."""
-    image = ImageOps.exif_transpose(image)
+    """Any PIL picture in RGB: 16 bits scaled to 8, transparency laid over white."""
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey
         values = np.asarray(image).astype(np.float64)
         sixteen = image.mode.startswith("I;16") or values.max() > 255
