@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -155,7 +156,7 @@ def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
     except (FileNotFoundError, ConnectionError) as error:
         reason = one_line(error)
         raise FileNotFoundError(f"no data set {name!r}, neither here nor on the Hugging Face hub: {reason}") from None
-    except (ValueError, IndexError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, LookupError, ArithmeticError, OSError, RuntimeError, DatasetsError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"split {split!r} of {name} is empty") from None
         raise ValueError(f"cannot load {name}: {one_line(error)}") from None
@@ -462,8 +463,9 @@ class TrainBatches:
     ``preload`` ("host", "device" or None) names where decoded pictures are kept. For a stream, ``length`` is the
     number of pictures that make an epoch (default: what its description says).
 
-    Raises ValueError if a step does not divide evenly or asks for more pictures than there are, TooManyBadImages
-    when more than the share ``max_bad`` of the pictures cannot be decoded. ``bad`` names those met so far by index.
+    ``bad`` names the pictures met so far that cannot be decoded, by index; more than the share ``max_bad`` raise
+    TooManyBadImages, at once or, with several processes, when they are added up by :meth:`check_bad`. Raises ValueError
+    if a step does not divide evenly or asks for more pictures than there are.
     """
 
     def __init__(
@@ -507,7 +509,8 @@ class TrainBatches:
             self.loader = iter(torch.utils.data.DataLoader(self.crops, **loader))
         elif preload:
             self.crops = PreloadedCrops(dataset, options, workers, "cpu" if preload == "host" else device, self.device)
-            self.count_bad(self.crops.bad)
+            self.bad.update(self.crops.bad)
+            self.check_bad()
         else:
             self.crops, self.order = MapCrops(dataset, options), []
             self.loader = torch.utils.data.DataLoader(self.crops, sampler=self.order, **loader)
@@ -528,7 +531,9 @@ class TrainBatches:
             self.order[:] = requests  # what the loader goes through
             batches = self.loader
         for batch in batches:
-            self.count_bad(batch.bad)
+            self.bad.update(batch.bad)
+            if self.share.world == 1 or not len(batch.images):  # several processes stop together: see check_bad
+                self.check_bad()
             yield batch.images.to(self.device, non_blocking=True), batch.indices
 
     def requests(self, epoch: int) -> list[tuple[int, np.ndarray]]:
@@ -543,9 +548,9 @@ class TrainBatches:
         )
         return [(epoch, indices) for indices in rows[self.share.rank]]
 
-    def count_bad(self, bad: list[BadImage]):
-        """Add to the bad pictures met; raise TooManyBadImages if they are too many."""
-        self.bad.update(bad)
+    def check_bad(self, met_elsewhere: list[BadImage] = ()):
+        """Raise TooManyBadImages if too many bad pictures were met, here and by the other processes."""
+        self.bad.update(met_elsewhere)
         if len(self.bad) > self.max_bad * self.length:
             names = "".join(f"\n  {description}" for description in itertools.islice(self.bad.values(), 20))
             raise TooManyBadImages(

@@ -205,6 +205,13 @@ def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, no
     )
 
 
+def stop_if_too_many_are_bad(batches: data.TrainBatches):
+    """Add up the bad pictures of all processes; if they are too many, all stop together."""
+    everywhere = gather_object(list(batches.bad.items()))
+    with one_line_errors(data.TooManyBadImages):
+        batches.check_bad(everywhere)
+
+
 def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: data.TrainBatches):
     """Say what is about to be trained, on what, and how."""
     world, parameters = accelerator.num_processes, sum(p.numel() for p in model.parameters())
@@ -319,7 +326,8 @@ def main():
                 if accelerator.sync_gradients:
                     step += 1
                     bar.update()
-                    if step % 10 == 0:  # reading the loss waits for the device: not at every step
+                    if step % 10 == 0:  # these wait for the device and the other processes: not at every step
+                        stop_if_too_many_are_bad(batches)
                         speed = (step % batches.steps_per_epoch or batches.steps_per_epoch) * args.batch_size
                         speed /= time.perf_counter() - start
                         text = f"{phase}, loss {loss.item():.4f}, lr {lr:.2e}, {speed:.0f} images/s"
@@ -327,7 +335,7 @@ def main():
 
             mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
             seconds = time.perf_counter() - start
-            batches.count_bad(gather_object(list(batches.bad.items())))
+            stop_if_too_many_are_bad(batches)
             if not math.isfinite(mean):
                 raise Diverged(
                     f"the loss is {mean} in epoch {epoch} ({phase} masks): try a lower --blr or --clip-grad 1"
