@@ -153,13 +153,23 @@ def test_what_cannot_be_loaded_is_said_clearly(tmp_path):
     (tmp_path / "broken" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(ValueError, match="cannot load"):
         data.load_images(str(tmp_path / "broken"), image_column="left")
-    two.select([]).save_to_disk(tmp_path / "none")  # which load_from_disk answers with an IndexError
-    with pytest.raises(ValueError, match="cannot load"):
-        data.load_images(str(tmp_path / "none"), image_column="left")
     two.select([]).to_parquet(tmp_path / "none.parquet")
     for streaming in (False, True):
         with pytest.raises(ValueError, match="is empty"):
             data.load_images(str(tmp_path / "none.parquet"), image_column="left", streaming=streaming)
+
+
+def test_an_error_of_datasets_becomes_one_clear_line(monkeypatch, tmp_path):
+    """load_from_disk answers an empty data set with an IndexError."""
+    dataset_of([image_bytes(picture())]).save_to_disk(tmp_path)
+    for error in (
+        IndexError("list index out of range"),
+        ZeroDivisionError(),
+        datasets.exceptions.DatasetsError("a\nb"),
+    ):
+        monkeypatch.setattr(datasets, "load_from_disk", lambda path, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(ValueError, match="^cannot load [^\n]*$"):
+            data.load_images(str(tmp_path))
 
 
 def test_real_photographs_load(photographs):
