@@ -168,7 +168,7 @@ def test_an_error_of_datasets_becomes_one_clear_line(monkeypatch, tmp_path):
         datasets.exceptions.DatasetsError("a\nb"),
     ):
         monkeypatch.setattr(datasets, "load_from_disk", lambda path, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(ValueError, match="^cannot load [^\n]*$"):
+        with pytest.raises(ValueError, match=r"^cannot load [^\n]*$"):
             data.load_images(str(tmp_path))
 
 
