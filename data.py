@@ -15,7 +15,7 @@ import inspect
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,24 +35,57 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in M
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
 TEST_SPLITS = {"val", "valid", "validation", "dev", "test", "testing"}  # beside these, "train" is a split, not a class
-CROPS, MASKS = 0, 1  # what random numbers are for: streams of their own, see uniform()
+CROPS, MASKS, AUGMENT = 0, 1, 2  # what random numbers are for: streams of their own, see uniform()
+
+
+class Source(NamedTuple):
+    """A data set known by name: its hub id (None: not there), columns, test split, and what to do if it is missing."""
+
+    hub: str | None
+    image: str
+    label: str
+    test: str
+    hint: str = "is this machine online?"
+
+
+DATASETS = {  # those of the paper; add your own row
+    "imagenet-1k": Source(
+        "ILSVRC/imagenet-1k",
+        "image",
+        "label",
+        "validation",
+        "accept its terms at huggingface.co/datasets/ILSVRC/imagenet-1k, then log in with: hf auth login",
+    ),
+    "inat2019": Source(
+        None,
+        "image",
+        "label",
+        "val",
+        "it is not on the hub: get train_val2019.tar.gz, train2019.json and val2019.json as "
+        "github.com/visipedia/inat_comp/tree/master/2019 says, sort the pictures into train/CLASS and val/CLASS "
+        "folders by these lists, and give that folder to --dataset",
+    ),
+    "cifar10": Source("uoft-cs/cifar10", "img", "label", "test"),
+    "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", "test"),
+    "cub200": Source("bentrevett/caltech-ucsd-birds-200-2011", "image", "label", "test"),
+}
 
 
 @functools.cache
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+def _mean_and_std(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Made once per device: copying them at every step would wait for the device."""
-    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
+    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images (b, 3, H, W) to floats of about zero mean and unit deviation."""
-    mean, std = _mean_and_std(images.device)
+def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """uint8 images (b, 3, H, W) to floats of about zero mean and unit deviation; a model's config has its own."""
+    mean, std = _mean_and_std(images.device, tuple(mean), tuple(std))
     return (images.float() / 255 - mean) / std
 
 
-def denormalize(images: Tensor) -> Tensor:
+def denormalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """The inverse of :func:`normalize`, rounded to uint8."""
-    mean, std = _mean_and_std(images.device)
+    mean, std = _mean_and_std(images.device, tuple(mean), tuple(std))
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -78,13 +111,17 @@ def load_images(
     Other columns stay as they are, but that a stream leaves all of them undecoded.
 
     ``name_or_path``: ``shapes`` (the demo data), a folder of images (with or without class folders; ``split`` may be
-    a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by ``save_to_disk``, or a
-    Hugging Face hub name, ``name`` or ``name:configuration``. The columns are found by their type unless named.
+    a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by ``save_to_disk``, one of
+    :data:`DATASETS`, or a Hugging Face hub name, ``name`` or ``name:configuration``. The columns are found by their
+    type unless named.
 
     Raises FileNotFoundError if there is no such data, ValueError if it has no such split, no image column, or no
     image.
     """
-    dataset = _open(name_or_path, split, streaming)
+    known = None if Path(name_or_path).exists() else DATASETS.get(name_or_path)
+    if known:
+        image_column, label_column = image_column or known.image, label_column or known.label
+    dataset = _open(name_or_path, split, streaming, known)
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image_column = image_column or next((name for name in ("image", "img", "jpg", "png") if name in images), None)
@@ -120,7 +157,34 @@ def load_images(
     return dataset
 
 
-def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def load_tests(name_or_path: str, split: str | None, *options) -> datasets.Dataset | datasets.IterableDataset:
+    """:func:`load_images` of the pictures to test on: ``split``, or the first there is of validation, val and test.
+
+    Raises ValueError if there is no such split.
+    """
+    known = None if Path(name_or_path).exists() else DATASETS.get(name_or_path)
+    splits = [split] if split else [known.test] if known else ["validation", "val", "test"]
+    for attempt in splits:
+        try:
+            return load_images(name_or_path, attempt, *options)
+        except ValueError as error:
+            if attempt == splits[-1] == split:
+                raise
+            first = error
+    raise ValueError(f"{name_or_path} has no split {', '.join(splits)} to test on (--test-split names one): {first}")
+
+
+def length_of(dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None = None) -> int | None:
+    """How many pictures there are; of a stream: ``limit``, or what the description of its split promises, if it does."""
+    if isinstance(dataset, datasets.Dataset):
+        return len(dataset)
+    splits = dataset.info.splits or {}
+    return limit or (splits[str(dataset.split)].num_examples if str(dataset.split) in splits else None)
+
+
+def _open(
+    name: str, split: str, streaming: bool, known: Source | None = None
+) -> datasets.Dataset | datasets.IterableDataset:
     if name == "shapes":
         dataset = load_shapes(split)
         return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
@@ -151,10 +215,14 @@ def _open(name: str, split: str, streaming: bool) -> datasets.Dataset | datasets
             return datasets.load_dataset(str(path), split=split, streaming=streaming)
         if name[0] in ".~/" or name.count("/") > 1:
             raise FileNotFoundError("it looks like a path, but there is no such file or folder")
-        name, _, configuration = name.partition(":")
-        return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
+        if known and not known.hub:
+            raise FileNotFoundError(known.hint)
+        hub, _, configuration = (known.hub if known else name).partition(":")
+        return datasets.load_dataset(hub, configuration or None, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         reason = one_line(error)
+        if known and known.hub:
+            reason = f"{known.hub} cannot be had: {known.hint} ({reason})"
         raise FileNotFoundError(f"no data set {name!r}, neither here nor on the Hugging Face hub: {reason}") from None
     except (ValueError, LookupError, ArithmeticError, OSError, RuntimeError, DatasetsError) as error:
         if "corresponds to no data" in str(error):
@@ -198,20 +266,20 @@ class TooManyBadImages(ValueError):
     """More pictures than allowed could not be decoded."""
 
 
-def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[Image.Image, list[BadImage]]:
-    """Picture ``index``, or the next one that can be decoded, and the bad ones passed over.
+def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[Image.Image, int, list[BadImage]]:
+    """Picture ``index``, or the next one that can be decoded; its label (0 if none); the bad ones passed over.
 
     After ``tries`` bad ones in a row it is a blank picture: then the caller has reason enough to stop.
     """
     bad = []
     for i in range(index, index + tries):
         i %= len(dataset)
-        record = dataset[i]["image"]
+        record = dataset[i]
         try:
-            return decode(record), bad
+            return decode(record["image"]), record.get("label", 0), bad
         except Exception as error:  # a decoder raises anything on a broken file; whatever it is, it is reported
-            bad.append(describe_bad(i, record, error))
-    return Image.new("RGB", (1, 1)), bad
+            bad.append(describe_bad(i, record["image"], error))
+    return Image.new("RGB", (1, 1)), 0, bad
 
 
 def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
@@ -341,23 +409,42 @@ class Share(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Crops (b, 3, H, W) uint8, the indices (b,) int64 (NumPy) their randomness hangs on, bad pictures met."""
+    """Crops (b, 3, H, W) uint8, the indices (b,) their randomness hangs on, bad pictures met, labels (b,).
+
+    Indices and labels are int64, of NumPy. What comes in the place of a bad picture brings its own label.
+    """
 
     images: Tensor
     indices: np.ndarray
     bad: list[BadImage]
+    labels: np.ndarray
 
 
 class CropOptions(NamedTuple):
-    """How to crop: side in pixels, range of the share of the area, seed, bad pictures in a row to put up with."""
+    """How to crop: side in pixels, range of the share of the area, seed, bad pictures in a row to put up with.
+
+    ``augment`` takes a crop (3, size, size) uint8 and gives another, drawing from torch's default generator.
+    """
 
     size: int
     scale: tuple[float, float]
     seed: int
     tries: int
+    augment: Callable[[Tensor], Tensor] | None = None
 
     def draw(self, sizes: np.ndarray, epoch: int, indices: np.ndarray) -> Crops:
         return random_crops(sizes, uniform((self.seed, epoch, CROPS), indices, 23), self.scale)
+
+    def finish(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
+        """Augment each crop by its own random numbers."""
+        if self.augment is None:
+            return images
+        augmented = []
+        with torch.random.fork_rng(devices=[]):
+            for image, noise in zip(images, uniform((self.seed, epoch, AUGMENT), indices, 1)):
+                torch.default_generator.manual_seed(int(noise[0] * 2**24))
+                augmented.append(self.augment(image))
+        return torch.stack(augmented)
 
 
 class MapCrops(torch.utils.data.Dataset):
@@ -368,10 +455,12 @@ class MapCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch:
         epoch, indices = request
-        pictures, bad = zip(*(decode_or_next(self.dataset, int(i), self.options.tries) for i in indices))
+        tries = self.options.tries
+        pictures, labels, bad = zip(*(decode_or_next(self.dataset, int(i), tries) for i in indices))
         crops = self.options.draw(np.array([(p.height, p.width) for p in pictures]), epoch, indices)
         images = torch.stack([crop(picture, *how, self.options.size) for picture, *how in zip(pictures, *crops)])
-        return Batch(images, indices, list(itertools.chain(*bad)))
+        images = self.options.finish(images, epoch, indices)
+        return Batch(images, indices, list(itertools.chain(*bad)), np.array(labels))
 
 
 class PreloadedCrops:
@@ -386,10 +475,10 @@ class PreloadedCrops:
         first = [decode_or_next(dataset, i, options.tries)[0] for i in range(min(100, len(dataset)))]
         side = min(max(min(picture.size) for picture in first), 2 * options.size)
         self.images = torch.empty(len(dataset), 3, side, side, dtype=torch.uint8)
-        self.sizes = np.empty((len(dataset), 2), np.int64)
+        self.sizes, self.labels = np.empty((len(dataset), 2), np.int64), np.empty(len(dataset), np.int64)
 
         def keep(i: int) -> list[BadImage]:
-            picture, bad = decode_or_next(dataset, i, options.tries)
+            picture, self.labels[i], bad = decode_or_next(dataset, i, options.tries)
             self.sizes[i] = picture.height, picture.width
             self.images[i] = TF.pil_to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))
             return bad
@@ -407,7 +496,8 @@ class PreloadedCrops:
         boxes, flips = to_device(boxes, self.device), to_device(flips, self.device)
         images = self.images[to_device(indices, self.images.device)]
         images = to_device(images, self.device) if images.device.type == "cpu" else images
-        return Batch(crop_batch(images, boxes, flips, self.options.size), indices, self.bad)
+        crops = self.options.finish(crop_batch(images, boxes, flips, self.options.size), epoch, indices)
+        return Batch(crops, indices, self.bad, self.labels[indices])
 
 
 class StreamCrops(torch.utils.data.IterableDataset):
@@ -422,26 +512,26 @@ class StreamCrops(torch.utils.data.IterableDataset):
         self.options, self.batch, self.share = options, batch, share
 
     def __iter__(self) -> Iterator[Batch]:
-        worker = torch.utils.data.get_worker_info()
-        stride = self.share.world * (worker.num_workers if worker else 1)
-        place = self.share.rank + self.share.world * (worker.id if worker else 0)
-        tensors, indices, bad = [], [], []
+        place, stride = _seat(self.share)
+        tensors, indices, labels, bad = [], [], [], []
         for index, record in enumerate(self._records()):
             index = index * stride + place
             try:
-                picture = decode(record)
+                picture = decode(record["image"])
             except Exception as error:
-                bad.append(describe_bad(index, record, error))
+                bad.append(describe_bad(index, record["image"], error))
                 if len(bad) == self.options.tries:  # no need to fill a batch: these are reason enough to stop
-                    yield Batch(torch.empty(0, 3, 0, 0), np.array(indices), bad)
+                    yield Batch(torch.empty(0, 3, 0, 0), np.array(indices), bad, np.array(labels))
                     return
                 continue
             boxes, flips = self.options.draw(np.array([(picture.height, picture.width)]), 0, np.array([index]))
             tensors.append(crop(picture, boxes[0], flips[0], self.options.size))
             indices.append(index)
+            labels.append(record.get("label", 0))
             if len(tensors) == self.batch:
-                yield Batch(torch.stack(tensors), np.array(indices), bad)
-                tensors, indices, bad = [], [], []
+                images = self.options.finish(torch.stack(tensors), 0, np.array(indices))
+                yield Batch(images, np.array(indices), bad, np.array(labels))
+                tensors, indices, labels, bad = [], [], [], []
 
     def _records(self) -> Iterator[dict]:
         for number in itertools.count():
@@ -449,19 +539,19 @@ class StreamCrops(torch.utils.data.IterableDataset):
             empty = True
             for example in self.dataset:
                 empty = False
-                yield example["image"]
+                yield example
             if empty:  # fewer shards than workers: this one has nothing to read
                 return
 
 
 class TrainBatches:
-    """Shuffled, cropped batches of a data set: ``for images, indices in batches.epoch(e)``, epochs counted from 1.
+    """Shuffled, cropped batches of a data set: ``for batch in batches.epoch(e)``, epochs counted from 1.
 
     Every step takes ``batch_size`` pictures, divided over the processes and then into ``accumulate`` micro-batches;
-    one item is this process's part of one micro-batch: uint8 crops (b, 3, size, size) on the device, and the indices
-    (b,) of the pictures. The last pictures of an epoch's permutation that do not fill a step are left out.
+    one item is this process's part of one micro-batch, a :class:`Batch` with the crops on the device. The last
+    pictures of an epoch's permutation that do not fill a step are left out. ``labels`` reads the labels too.
     ``preload`` ("host", "device" or None) names where decoded pictures are kept. For a stream, ``length`` is the
-    number of pictures that make an epoch (default: what its description says).
+    number of pictures that make an epoch (default: what its description says). ``augment``: see CropOptions.
 
     ``bad`` names the pictures met so far that cannot be decoded, by index; more than the share ``max_bad`` raise
     TooManyBadImages, at once or, with several processes, when they are added up by :meth:`check_bad`. Raises ValueError
@@ -483,9 +573,11 @@ class TrainBatches:
         share: Share = Share(),  # noqa: B008
         length: int | None = None,
         max_bad: float = 0.01,
+        labels: bool = False,
+        augment: Callable[[Tensor], Tensor] | None = None,
     ):
         streaming = isinstance(dataset, datasets.IterableDataset)
-        self.length = length or _known_length(dataset) if streaming else len(dataset)
+        self.length = length_of(dataset, length)
         self.batch_size, self.accumulate, self.seed, self.share = batch_size, accumulate, seed, share
         self.device, self.max_bad, self.bad = torch.device(device), max_bad, {}
         if batch_size % (share.world * accumulate):
@@ -500,8 +592,8 @@ class TrainBatches:
         if streaming and preload:
             raise ValueError("streamed data cannot be preloaded: drop --streaming or --preload")
 
-        dataset = dataset.select_columns(["image"])
-        options = CropOptions(size, scale, seed, tries=int(max_bad * self.length) + 1)
+        dataset = dataset.select_columns(["image", "label"] if labels else ["image"])
+        options = CropOptions(size, scale, seed, int(max_bad * self.length) + 1, augment)
         pin = self.device.type == "cuda"
         loader = dict(batch_size=None, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0)
         if streaming:
@@ -519,7 +611,7 @@ class TrainBatches:
     def steps_per_epoch(self) -> int:
         return self.length // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+    def epoch(self, epoch: int) -> Iterator[Batch]:
         """This process's micro-batches of an epoch: steps_per_epoch * accumulate of them."""
         requests = self.requests(epoch)
         if isinstance(self.crops, StreamCrops):
@@ -534,7 +626,7 @@ class TrainBatches:
             self.bad.update(batch.bad)
             if self.share.world == 1 or not len(batch.images):  # several processes stop together: see check_bad
                 self.check_bad()
-            yield batch.images.to(self.device, non_blocking=True), batch.indices
+            yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 
     def requests(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """What this process reads in an epoch: (epoch, indices (b,)) for every micro-batch."""
@@ -556,6 +648,98 @@ class TrainBatches:
             raise TooManyBadImages(
                 f"{len(self.bad)} of {self.length} images are broken, more than --max-bad-images {self.max_bad}:{names}"
             )
+
+
+class EvalBatch(NamedTuple):
+    """Centre crops (b, 3, H, W) uint8, indices and labels (b,) int64 (label -1: none), file names, and bad pictures.
+
+    ``bad`` holds, for each picture, what is wrong with it, or None; a picture that cannot be decoded is blank.
+    """
+
+    images: Tensor
+    indices: Tensor
+    labels: Tensor
+    names: list[str]
+    bad: list[BadImage | None]
+
+
+class EvalBatches:
+    """Every picture of a data set once, centre-cropped, in order: an iterable of :class:`EvalBatch`.
+
+    The pictures are shared out among the processes. ``crop_ratio`` is the side of the crop as a share of the short
+    side of the picture. ``keep`` keeps the crops in memory. ``length``: the pictures of all processes, if known.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        size: int,
+        batch_size: int,
+        *,
+        crop_ratio: float = 0.875,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        share: Share = Share(),  # noqa: B008
+        keep: bool = False,
+    ):
+        self.device, self.kept, self.length = torch.device(device), [] if keep else None, None
+        loader = dict(batch_size=batch_size, num_workers=workers, pin_memory=self.device.type == "cuda")
+        crops = EvalCrops(dataset, size, round(size / crop_ratio))
+        if isinstance(dataset, datasets.IterableDataset):
+            crops = EvalStream(crops, share)
+        else:
+            self.length, loader["sampler"] = len(dataset), range(share.rank, len(dataset), share.world)
+        self.loader = torch.utils.data.DataLoader(crops, collate_fn=_collate, **loader)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        if self.kept is not None and not self.kept:
+            self.kept = list(self.loader)
+        for batch in self.kept or self.loader:
+            yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
+
+
+class EvalCrops(torch.utils.data.Dataset):
+    """Centre crops of the pictures of a data set, in worker processes: what an EvalBatch holds, one by one."""
+
+    def __init__(self, dataset: datasets.Dataset | datasets.IterableDataset, size: int, short_side: int):
+        self.dataset, self.size, self.short_side = dataset, size, short_side
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.prepare(index, self.dataset[index])
+
+    def prepare(self, index: int, record: dict) -> tuple:
+        image, bad = torch.zeros(3, self.size, self.size, dtype=torch.uint8), None
+        try:
+            image = center_crop(decode(record["image"]), self.size, self.short_side)
+        except Exception as error:
+            bad = describe_bad(index, record["image"], error)
+        label, path = record.get("label"), (record["image"] or {}).get("path")
+        return image, index, -1 if label is None else label, path or f"image {index}", bad
+
+
+class EvalStream(torch.utils.data.IterableDataset):
+    """The same for a stream. Its shards are divided, so that indices tell pictures apart, but not their place."""
+
+    def __init__(self, crops: EvalCrops, share: Share):
+        crops.dataset = split_dataset_by_node(crops.dataset, share.rank, share.world)
+        self.crops, self.share = crops, share
+
+    def __iter__(self) -> Iterator[tuple]:
+        place, stride = _seat(self.share)
+        for number, record in enumerate(self.crops.dataset):
+            yield self.crops.prepare(number * stride + place, record)
+
+
+def _collate(pictures: list[tuple]) -> EvalBatch:
+    images, indices, labels, names, bad = zip(*pictures)
+    return EvalBatch(torch.stack(images), torch.tensor(indices), torch.tensor(labels), list(names), list(bad))
+
+
+def _seat(share: Share) -> tuple[int, int]:
+    """Which of all worker processes of all processes this is, and how many there are."""
+    worker = torch.utils.data.get_worker_info()
+    workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+    return share.rank + share.world * number, share.world * workers
 
 
 def cores() -> int:
@@ -592,12 +776,6 @@ def add_data_options(parser: argparse.ArgumentParser):
     )
     group.add_argument("--workers", type=int, default=min(8, cores()), help="decoders of each process")
     group.add_argument("--max-bad-images", type=float, default=0.01, help="share of broken images that stops the run")
-
-
-def _known_length(stream: datasets.IterableDataset) -> int | None:
-    """How many pictures the description of a streamed split promises, if it does."""
-    splits = stream.info.splits or {}
-    return splits[str(stream.split)].num_examples if str(stream.split) in splits else None
 
 
 # ------------------------------------------------------------------------------------------------- demo data

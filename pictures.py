@@ -34,17 +34,18 @@ def mask_sheet(
     Columns: input, random mask, bi-partition, informed mask, informed mask with hints, reconstruction.
     """
     device = model.positions.device
-    x = data.normalize(images.to(device))
+    pixels = model.config["mean"], model.config["std"]
+    x = data.normalize(images.to(device), *pixels)
     h, w = grid = model.grid(x)
     noise = data.to_device(data.uniform((0, data.MASKS), np.arange(len(x)), h * w), device)
 
-    affinity = masks.similarity(model.encode(x, layer=guide_layer)[:, 1:])
+    affinity = masks.similarity(model.encode(x, layer=guide_layer)[:, model.prefix :])
     side = masks.foreground_side(masks.normalized_cut(affinity), grid, foreground)
     relevance = masks.relevance(affinity, side)
     random = masks.random_mask(len(x), h * w, ratio, noise=noise)
     informed = masks.informed_mask(relevance, ratio, "none", noise=noise)
     hinted = masks.informed_mask(relevance, ratio, hint, hint_ratio, noise=noise)
-    rebuilt = data.denormalize(model.reconstruct(x, hinted))
+    rebuilt = data.denormalize(model.reconstruct(x, hinted), *pixels)
 
     def shown(mask: masks.Mask) -> Tensor:  # (b, h, w) bool
         return torch.zeros(len(x), h * w, device=device).scatter(1, mask.visible, 1).bool().view(-1, h, w)

@@ -1,4 +1,4 @@
-"""Self-guided masked autoencoder: a ViT masked autoencoder (MAE) written with einops.
+"""Self-guided masked autoencoder: a ViT masked autoencoder (MAE) written with einops, and its checkpoints.
 
 Works alone: needs torch, einops and safetensors. What to mask is decided elsewhere (``masks.py``); any object with
 ascending integer index tensors ``visible`` (b, v) and ``masked`` (b, m) will do.
@@ -9,8 +9,13 @@ Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v
 Sources: MAE (He et al., CVPR 2022, arXiv 2111.06377); ViT (Dosovitskiy et al., ICLR 2021).
 """
 
+import argparse
 import json
+import math
 import os
+import pickle
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -46,6 +51,11 @@ def sincos_positions(h: int, w: int, width: int) -> Tensor:
     return torch.cat([repeat(columns, "w d -> (h w) d", h=h), repeat(rows, "h d -> (h w) d", w=w)], dim=1).float()
 
 
+def position_table(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
+    """Position embeddings (prefix + n, width): zero for the CLS token, sin-cos for the patches, as in MAE."""
+    return F.pad(sincos_positions(*grid, width), (0, 0, prefix, 0))
+
+
 def patchify(images: Tensor, p: int) -> Tensor:
     """Images (b, c, H, W) to flattened patches (b, n, p * p * c), row by row."""
     return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
@@ -77,19 +87,30 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block over tokens (b, n, d)."""
+    """Pre-norm transformer block over tokens (b, n, d).
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    While training, either branch is left out of an image with probability ``drop_path``, an attribute
+    (stochastic depth, Huang et al., ECCV 2016).
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float = 1e-6):
         super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        hidden = round(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.drop_path = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self._drop(self.attention(self.norm1(x)))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
 class SMAE(nn.Module):
@@ -97,7 +118,12 @@ class SMAE(nn.Module):
 
     ``image_size`` (a side or an (H, W) pair, in pixels) names the grid whose positions are precomputed; any other
     image whose sides are divisible by ``patch_size`` works too. ``normalize_pixels`` makes the target of the loss the
-    pixels of a patch with their own mean and deviation removed. ``config`` holds the arguments of the constructor.
+    pixels of a patch with their own mean and deviation removed. ``decoder_depth=0`` makes an encoder alone, which can
+    neither decode nor compute a loss. ``config`` holds the arguments of the constructor.
+
+    For encoders from elsewhere: ``class_token=False`` does without the CLS token; ``learned_positions`` makes the
+    position embeddings parameters, interpolated for other grids; ``mean`` and ``std`` say how the images (RGB in
+    0 ... 1) are to be normalised by whoever feeds them. ``prefix`` is the number of tokens before the patches, 1 or 0.
 
     Raises ValueError where widths, heads, image and patch size do not divide.
     """
@@ -115,7 +141,12 @@ class SMAE(nn.Module):
         patch_size: int = 16,
         channels: int = 3,
         mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
         normalize_pixels: bool = True,
+        class_token: bool = True,
+        learned_positions: bool = False,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
     ):
         super().__init__()
         height, width_px = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -130,39 +161,56 @@ class SMAE(nn.Module):
             patch_size=patch_size,
             channels=channels,
             mlp_ratio=mlp_ratio,
+            norm_eps=norm_eps,
             normalize_pixels=normalize_pixels,
+            class_token=class_token,
+            learned_positions=learned_positions,
+            mean=list(mean),
+            std=list(std),
         )
-        for name, value in self.config.items():
-            if name != "image_size" and value <= 0 and name != "normalize_pixels":
-                raise ValueError(f"{name} must be positive, got {value}")
+        for name in "width depth heads decoder_width decoder_heads patch_size channels mlp_ratio norm_eps".split():
+            if self.config[name] <= 0:
+                raise ValueError(f"{name} must be positive, got {self.config[name]}")
+        if decoder_depth < 0:
+            raise ValueError(f"decoder_depth must not be negative, got {decoder_depth}")
         for name, d, count in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
             if d % count:
                 raise ValueError(f"{name} ({count}) must divide the width ({d})")
-        self.patch_size, self.normalize_pixels = patch_size, normalize_pixels
+        self.patch_size, self.normalize_pixels, self.prefix = patch_size, normalize_pixels, int(class_token)
         grid = self.grid(torch.empty(0, channels, height, width_px, device="meta"))
+        self.patch_count = grid[0] * grid[1]
         patch_dim = patch_size * patch_size * channels
 
         self.embed = nn.Linear(patch_dim, width)
-        self.cls_token = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self._add_positions("positions", grid, width)
 
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(decoder_width))
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_heads, mlp_ratio) for _ in range(decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
-        self.head = nn.Linear(decoder_width, patch_dim)
-
-        self.register_buffer("positions", sincos_positions(*grid, width), persistent=False)
-        self.register_buffer("decoder_positions", sincos_positions(*grid, decoder_width), persistent=False)
+        if decoder_depth:
+            self.decoder_embed = nn.Linear(width, decoder_width)
+            self.mask_token = nn.Parameter(torch.zeros(decoder_width))
+            self.decoder_blocks = nn.ModuleList(
+                Block(decoder_width, decoder_heads, mlp_ratio, norm_eps) for _ in range(decoder_depth)
+            )
+            self.decoder_norm = nn.LayerNorm(decoder_width, eps=norm_eps)
+            self.head = nn.Linear(decoder_width, patch_dim)
+            self._add_positions("decoder_positions", grid, decoder_width)
         self._initialise()
+
+    def _add_positions(self, name: str, grid: tuple[int, int], width: int):
+        table = position_table(grid, width, self.prefix)
+        if self.config["learned_positions"]:
+            self.register_parameter(name, nn.Parameter(table))
+        else:
+            self.register_buffer(name, table, persistent=False)
 
     def _initialise(self):
         """Xavier-uniform weights, zero biases, tokens from N(0, 0.02) (MAE, appendix A.1)."""
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name in ("cls_token", "mask_token"):
+                nn.init.normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -178,10 +226,15 @@ class SMAE(nn.Module):
         return height // p, width // p
 
     def _positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (1, n, d) for ``grid``: the precomputed table where it fits, else computed anew."""
-        if tuple(side // self.patch_size for side in self.config["image_size"]) == grid:
+        """Position embeddings (1, prefix + n, d) for ``grid``: the table where it fits, else interpolated or anew."""
+        own = tuple(side // self.patch_size for side in self.config["image_size"])
+        if own == grid:
             return table[None]
-        return sincos_positions(*grid, table.shape[1]).to(table)[None]
+        if not self.config["learned_positions"]:
+            return position_table(grid, table.shape[1], self.prefix).to(table)[None]
+        image = rearrange(table[self.prefix :].float(), "(h w) d -> 1 d h w", h=own[0])
+        image = F.interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)  # as timm does
+        return torch.cat([table[: self.prefix], rearrange(image, "1 d h w -> (h w) d").to(table)])[None]
 
     def forward(self, images: Tensor, mask) -> Tensor:
         """Mean squared error on the masked patches: normalised images (b, c, H, W) and a Mask to a float32 scalar."""
@@ -191,30 +244,37 @@ class SMAE(nn.Module):
         return F.mse_loss(prediction.float(), target)
 
     def encode(self, images: Tensor, visible: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Encode the ``visible`` patches (b, v), all of them by default: (b, 1 + v, d), CLS token first.
+        """Encode the ``visible`` patches (b, v), all of them by default: (b, 1 + v, d), CLS token first (if any).
 
         ``layer`` (1 ... depth) returns the tokens after that block, without the final norm. Raises ValueError if it
         is out of range.
         """
         if layer is not None and not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must lie between 1 and {len(self.blocks)}, got {layer}")
-        positions = self._positions(self.positions, self.grid(images))
-        patches = patchify(images, self.patch_size)
+        table = self._positions(self.positions, self.grid(images))
+        patches, positions = patchify(images, self.patch_size), table[:, self.prefix :]
         if visible is not None:
             patches, positions = take(patches, visible), take(positions, visible)
-        cls = repeat(self.cls_token, "d -> b 1 d", b=len(images))
-        x = torch.cat([cls, self.embed(patches) + positions], dim=1)  # (b, 1 + v, d)
+        x = self.embed(patches) + positions
+        if self.prefix:
+            cls = repeat(self.cls_token + table[0, 0], "d -> b 1 d", b=len(images))
+            x = torch.cat([cls, x], dim=1)  # (b, 1 + v, d)
         for block in self.blocks[:layer]:
             x = block(x)
         return x if layer else self.norm(x)
 
     def decode(self, latent: Tensor, mask, grid: tuple[int, int]) -> Tensor:
-        """Predict the masked patches of an (h, w) grid from the encoder's tokens (b, 1 + v, d): (b, m, p * p * c)."""
+        """Predict the masked patches of an (h, w) grid from the encoder's tokens (b, 1 + v, d): (b, m, p * p * c).
+
+        Raises ValueError if the model is an encoder alone.
+        """
+        if not self.config["decoder_depth"]:
+            raise ValueError("this model is an encoder alone: it has no decoder")
         x = self.decoder_embed(latent)
-        positions = self._positions(self.decoder_positions, grid)
-        shown = x[:, 1:] + take(positions, mask.visible)
+        cls, positions = self._positions(self.decoder_positions, grid).split([self.prefix, grid[0] * grid[1]], dim=1)
+        shown = x[:, self.prefix :] + take(positions, mask.visible)
         hidden = self.mask_token + take(positions, mask.masked)
-        x = torch.cat([x[:, :1], shown, hidden], dim=1)  # (b, 1 + v + m, decoder d): the order does not matter
+        x = torch.cat([x[:, : self.prefix] + cls, shown, hidden], dim=1)  # (b, 1 + v + m, decoder d), in any order
         for block in self.decoder_blocks:
             x = block(x)
         return self.head(self.decoder_norm(x[:, -mask.masked.shape[1] :]))
@@ -248,33 +308,394 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
-def save(model: SMAE, folder: str | os.PathLike, config: dict | None = None):
-    """Write ``model.safetensors`` and ``config.json`` into ``folder``, each whole or not at all.
+def pool(tokens: Tensor, how: str, prefix: int = 1) -> Tensor:
+    """One vector (b, d) for the tokens (b, prefix + n, d) of each image: the CLS token ("cls") or the patches' "mean".
 
-    ``config.json`` holds the constructor's arguments under "model", and whatever else ``config`` holds.
+    Raises ValueError for the CLS token of a model that has none (``prefix`` 0), and for anything else.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if how not in ("cls", "mean") or (how == "cls" and not prefix):
+        raise ValueError(f"cannot pool by {how!r}, but by {'cls or ' * prefix}mean")
+    return tokens[:, 0] if how == "cls" else tokens[:, prefix:].mean(dim=1)
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head: normalised images (b, c, H, W) to logits (b, classes).
+
+    Tokens are pooled before the last norm, which then starts anew if they are averaged (MAE, fine-tuning).
+    ``drop_path`` grows linearly over the blocks, from 0 to the value given. ``encoder`` loses its decoder.
+    """
+
+    def __init__(self, encoder: SMAE, classes: Sequence[str], pool: str = "mean", drop_path: float = 0.0):
+        super().__init__()
+        self.encoder = SMAE(**encoder.config | dict(decoder_depth=0))
+        self.encoder.load_state_dict({name: encoder.state_dict()[name] for name in self.encoder.state_dict()})
+        self.classes, self.pool, self.config = list(classes), pool, self.encoder.config
+        self.head = nn.Linear(self.config["width"], len(self.classes))
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+        if pool == "mean":
+            self.encoder.norm.reset_parameters()
+        depth = len(self.encoder.blocks)
+        for i, block in enumerate(self.encoder.blocks):
+            block.drop_path = drop_path * i / max(1, depth - 1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees of the images: (b, d)."""
+        tokens = self.encoder.encode(images, layer=len(self.encoder.blocks))
+        return self.encoder.norm(pool(tokens, self.pool, self.encoder.prefix))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+MAE_NAMES = {  # ours: those of facebookresearch/mae, and of timm
+    "embed": "patch_embed.proj",
+    "positions": "pos_embed",
+    "attention.qkv": "attn.qkv",
+    "attention.out": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "decoder_positions": "decoder_pos_embed",
+    "head": "decoder_pred",
+}
+TRANSFORMERS_NAMES = {  # ours: those of transformers' ViTMAE
+    "embed": "vit.embeddings.patch_embeddings.projection",
+    "cls_token": "vit.embeddings.cls_token",
+    "positions": "vit.embeddings.position_embeddings",
+    "blocks": "vit.encoder.layer",
+    "norm1": "layernorm_before",
+    "attention.query": "attention.attention.query",  # these three make up our attention.qkv
+    "attention.key": "attention.attention.key",
+    "attention.value": "attention.attention.value",
+    "attention.out": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.0": "intermediate.dense",
+    "mlp.2": "output.dense",
+    "norm": "vit.layernorm",
+    "decoder_embed": "decoder.decoder_embed",
+    "mask_token": "decoder.mask_token",
+    "decoder_positions": "decoder.decoder_pos_embed",
+    "decoder_blocks": "decoder.decoder_layers",
+    "decoder_norm": "decoder.decoder_norm",
+    "head": "decoder.decoder_pred",
+}
+NOT_THE_ENCODER = ("head.", "head_dist.", "pre_logits.", "classifier.", "vit.pooler.", "pooler.")  # classifiers' heads
+
+
+def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None = None, format: str = "smae"):
+    """Write a checkpoint that :func:`load` reads back to the bit; every file appears whole or not at all.
+
+    ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the constructor's arguments under
+    "model", and whatever else ``config`` holds); "timm", a folder for ``timm.create_model("local-dir:" + folder)``,
+    encoder and classifier; "transformers", a folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a ``.pth``
+    file as facebookresearch/mae writes them. Raises ValueError for what a format has no place for.
+    """
+    path, encoder = Path(path), model.encoder if isinstance(model, Classifier) else model
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors.part")
-    text = json.dumps({"model": model.config, **(config or {})}, indent=2)
-    (folder / "config.json.part").write_text(text + "\n")
-    for name in ("model.safetensors", "config.json"):
+    if format == "smae":
+        config = {"model": model.config, **(config or {})}
+        if isinstance(model, Classifier):
+            config["classifier"] = dict(classes=model.classes, pool=model.pool)
+        return _write_folder(path, weights, {"config.json": config})
+    if format not in ("timm", "transformers", "mae"):
+        raise ValueError(f"unknown format {format!r}: smae, timm, transformers or mae")
+    square = len(set(encoder.config["image_size"])) == 1
+    if format == "transformers" and (isinstance(model, Classifier) or not encoder.prefix or not square):
+        raise ValueError("ViTMAE of transformers has a CLS token, a square grid and no classifier: write timm instead")
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    for name in ("positions", "decoder_positions"):
+        if hasattr(encoder, name):
+            weights[name] = getattr(encoder, name).detach().cpu()[None]
+    for name in ("cls_token", "mask_token"):
+        if name in weights:
+            weights[name] = weights[name][None, None]
+    p = encoder.patch_size
+    weights["embed.weight"] = rearrange(weights["embed.weight"], "d (p1 p2 c) -> d c p1 p2", p1=p, p2=p).contiguous()
+
+    if format == "transformers":
+        for name in [name for name in weights if ".qkv." in name]:
+            for part, tensor in zip(("query", "key", "value"), weights.pop(name).chunk(3)):
+                weights[name.replace("qkv", part)] = tensor.contiguous()
+        return _write_folder(path, _rename(weights, TRANSFORMERS_NAMES), _transformers_config(encoder))
+    weights = _rename(weights, MAE_NAMES)
+    if format == "mae":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": weights}, f"{path}.part")
+        return os.replace(f"{path}.part", path)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("decoder_", "mask_token"))}
+    if isinstance(model, Classifier):
+        if model.pool == "mean":
+            weights = _rename(weights, {"norm": "fc_norm"})
+        weights |= {f"head.{name}": tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
+    return _write_folder(path, weights, _timm_config(model))
+
+
+def _write_folder(folder: Path, weights: dict[str, Tensor], texts: dict[str, dict]):
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
+    for name, content in texts.items():
+        (folder / f"{name}.part").write_text(json.dumps(content, indent=2) + "\n")
+    for name in ("model.safetensors", *texts):
         os.replace(folder / f"{name}.part", folder / name)
 
 
-def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> SMAE:
-    """The model saved in ``folder`` by :func:`save` or ``train.py``, in evaluation mode on ``device``.
+def _rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Replace whole dotted parts of the tensors' names."""
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile(r"(?<![^.])(" + "|".join(map(re.escape, longest_first)) + r")(?![^.])")
+    return {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in weights.items()}
 
-    Raises FileNotFoundError if there is none, ValueError if its weights do not fit its configuration.
+
+def _transformers_config(model: SMAE) -> dict[str, dict]:
+    c, (height, width) = model.config, model.config["image_size"]
+    config = dict(
+        model_type="vit_mae",
+        architectures=["ViTMAEForPreTraining" if c["decoder_depth"] else "ViTMAEModel"],
+        image_size=height,
+        patch_size=c["patch_size"],
+        num_channels=c["channels"],
+        hidden_size=c["width"],
+        num_hidden_layers=c["depth"],
+        num_attention_heads=c["heads"],
+        intermediate_size=round(c["width"] * c["mlp_ratio"]),
+        hidden_act="gelu",
+        layer_norm_eps=c["norm_eps"],
+        qkv_bias=True,
+        norm_pix_loss=c["normalize_pixels"],
+    )
+    if c["decoder_depth"]:
+        config |= dict(
+            decoder_hidden_size=c["decoder_width"],
+            decoder_num_hidden_layers=c["decoder_depth"],
+            decoder_num_attention_heads=c["decoder_heads"],
+            decoder_intermediate_size=round(c["decoder_width"] * c["mlp_ratio"]),
+        )
+    processor = dict(
+        image_processor_type="ViTImageProcessor",
+        size=dict(height=height, width=width),
+        image_mean=c["mean"],
+        image_std=c["std"],
+    )
+    return {"config.json": config, "preprocessor_config.json": processor}
+
+
+def _timm_config(model: SMAE | Classifier) -> dict[str, dict]:
+    c = model.config
+    classifier = isinstance(model, Classifier)
+    mean = model.pool == "mean" if classifier else not c["class_token"]
+    arguments = dict(
+        img_size=c["image_size"],
+        patch_size=c["patch_size"],
+        in_chans=c["channels"],
+        embed_dim=c["width"],
+        depth=c["depth"],
+        num_heads=c["heads"],
+        mlp_ratio=c["mlp_ratio"],
+        class_token=c["class_token"],
+        global_pool="avg" if mean else "token",
+        fc_norm=classifier and mean,
+        num_classes=len(model.classes) if classifier else 0,
+    )
+    config = dict(
+        architecture="vit_base_patch16_224",  # any: all that makes the difference is in model_args
+        num_classes=arguments["num_classes"],
+        num_features=c["width"],
+        global_pool=arguments["global_pool"],
+        model_args=arguments,
+        pretrained_cfg=dict(
+            input_size=[c["channels"], *c["image_size"]],
+            mean=c["mean"],
+            std=c["std"],
+            interpolation="bicubic",
+            num_classes=arguments["num_classes"],
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
+    )
+    if classifier:
+        config["label_names"] = model.classes
+    return {"config.json": config}
+
+
+def load(
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    *,
+    heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> SMAE | Classifier:
+    """The model of a checkpoint, in evaluation mode on ``device``.
+
+    Reads what :func:`save` and ``train.py`` write (``eval.py finetune``: a :class:`Classifier`), and the encoder, with
+    its decoder if it has one, of: facebookresearch/mae ``.pth`` files; folders of transformers' ViTMAE; ViTs in the
+    naming of timm (plain ViT, DeiT, MoCo v3, DINO), as ``.safetensors``, ``.pth`` or a folder. Classification heads of
+    others are left out, and a norm that followed their mean (``fc_norm``) is taken for the last norm.
+
+    Files without a configuration do not tell everything: then an encoder has ``heads`` of 64 channels (huge: 80), a
+    decoder of 32, the grid is square unless ``image_size`` (H, W) is given, and images are normalised as ImageNet's.
+
+    Nothing but tensors and plain values is ever unpickled. Raises FileNotFoundError if there is nothing to read,
+    ValueError if it is not such a model, with the names of tensors that are missing, unexpected or of another shape.
     """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
-    model = SMAE(**json.loads((folder / "config.json").read_text())["model"])
-    try:
-        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from None
+    path = Path(path)
+    config, weights = _read(path)
+    if "model" in config:
+        model = SMAE(**config["model"])
+        if "classifier" in config:
+            model = Classifier(model, **config["classifier"])
+    else:
+        arguments, weights = _adopt(path, config, weights, heads, image_size)
+        model = SMAE(**arguments)
+    _fill(model, weights, path)
     return model.eval().to(device)
+
+
+def initialise(model: SMAE, source: SMAE, decoder: bool = True):
+    """Copy the encoder of ``source`` into ``model``, and its decoder if wanted; learned positions are interpolated.
+
+    Raises ValueError, with names, where tensors are missing, unexpected or of another shape.
+    """
+    weights = source.state_dict()
+    for name in {"positions", "decoder_positions"} & weights.keys():
+        side = model.patch_size
+        grid = model.config["image_size"][0] // side, model.config["image_size"][1] // side
+        weights[name] = source._positions(weights[name], grid)[0]
+    if not decoder:
+        weights = {n: t for n, t in weights.items() if not n.startswith(("decoder_", "mask_token", "head."))}
+        own = model.state_dict()
+        weights |= {n: own[n] for n in own if n.startswith(("decoder_", "mask_token", "head."))}
+    _fill(model, weights, "the model to start from")
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], source):
+    """load_state_dict with an error that names what does not fit."""
+    own = model.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ],
+    }
+    texts = [
+        f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if texts:
+        raise ValueError(f"{source} does not fit; " + "; ".join(texts))
+    model.load_state_dict(weights)
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The configuration (as far as there is one) and the tensors of a checkpoint."""
+    config, file = {}, path
+    if path.is_dir():
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None or not (path / "config.json").is_file():
+            missing = "config.json" if file else "model.safetensors"
+            raise FileNotFoundError(f"{path} is not a run folder or checkpoint: it has no {missing}")
+        for name in ("preprocessor_config.json", "config.json"):
+            if (path / name).is_file():
+                config |= json.loads((path / name).read_text())
+    elif not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if file.suffix == ".safetensors":
+        return config, safetensors.torch.load_file(file)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of MAE hold their options
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        if isinstance(content.get("args"), argparse.Namespace):
+            config["norm_pix_loss"] = getattr(content["args"], "norm_pix_loss", True)
+        content = next((content[key] for key in ("model", "state_dict", "teacher") if key in content), None)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no model: neither tensors nor a 'model' or 'state_dict' of them")
+    return config, {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) -> tuple[dict, dict[str, Tensor]]:
+    """Constructor's arguments and state dict of ours for the tensors of another implementation."""
+    weights = {re.sub(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)", "vit.", n): t for n, t in weights.items()}
+    weights = {n.replace("decoder_encoder.layer.", "decoder_layers."): t for n, t in weights.items()}  # transformers 5
+    names, entry = MAE_NAMES, "patch_embed.proj.weight"
+    if TRANSFORMERS_NAMES["embed"] + ".weight" in weights:
+        names, entry = TRANSFORMERS_NAMES, TRANSFORMERS_NAMES["embed"] + ".weight"
+    prefix = min((name.removesuffix(entry) for name in weights if name.endswith(entry)), default=None)
+    if prefix is None:
+        raise ValueError(f"{path} is not a ViT known here: it has no {entry}, but {', '.join(list(weights)[:4])}, ...")
+    weights = {n.removeprefix(prefix): t.float() for n, t in weights.items() if n.startswith(prefix)}
+    weights = {n: t for n, t in weights.items() if not n.startswith(NOT_THE_ENCODER)}
+    if "norm.weight" not in weights:
+        weights = _rename(weights, {"fc_norm": "norm"})
+    weights = {n: t for n, t in weights.items() if not n.startswith("fc_norm.")}
+
+    weights = _rename(weights, {theirs: ours for ours, theirs in names.items()})
+    for name in [name for name in weights if ".attention.query." in name]:
+        parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        weights[name.replace("query", "qkv")] = torch.cat(parts)
+    for name in {"cls_token", "mask_token", "positions", "decoder_positions"} & weights.keys():
+        weights[name] = weights[name].flatten(0, -3 if "positions" in name else -2).squeeze(0)
+    if weights["embed.weight"].ndim != 4 or "positions" not in weights:
+        raise ValueError(f"{path} is not a ViT known here: it has no absolute positions, or no convolution of patches")
+    width, channels, p, _ = weights["embed.weight"].shape
+    weights["embed.weight"] = rearrange(weights["embed.weight"], "d c p1 p2 -> d (p1 p2 c)")
+
+    cls, rows = "cls_token" in weights, len(weights["positions"])
+    model_args, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    image_size = image_size or config.get("image_size") or model_args.get("img_size")
+    if image_size is None:
+        side = math.isqrt(rows)  # rows of the table: the patches of a square grid, and perhaps the CLS token
+        if rows not in (side * side, side * side + cls):
+            raise ValueError(f"{path} has {rows} positions, no square grid: image_size=(H, W) is needed")
+        image_size = side * p
+    height, width_px = (image_size, image_size) if isinstance(image_size, int) else image_size
+    grid = height // p, width_px // p
+    if cls and rows == grid[0] * grid[1]:  # the CLS token has no position of its own
+        weights["positions"] = F.pad(weights["positions"], (0, 0, 1, 0))
+
+    def count_blocks(kind: str) -> int:
+        return len({name.split(".")[1] for name in weights if name.startswith(f"{kind}.")})
+
+    hidden = weights.get("blocks.0.mlp.0.weight", torch.empty(4 * width))
+    arguments = dict(
+        width=width,
+        depth=count_blocks("blocks"),
+        heads=heads or config.get("num_attention_heads") or model_args.get("num_heads") or _usual_heads(width),
+        decoder_depth=count_blocks("decoder_blocks"),
+        image_size=image_size,
+        patch_size=p,
+        channels=channels,
+        mlp_ratio=len(hidden) / width,
+        norm_eps=config.get("layer_norm_eps", 1e-6),
+        normalize_pixels=config.get("norm_pix_loss", True),
+        class_token=cls,
+    )
+    if arguments["decoder_depth"] and "decoder_embed.bias" in weights:
+        arguments["decoder_width"] = len(weights["decoder_embed.bias"])
+        usual = max(1, arguments["decoder_width"] // 32)
+        arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or usual
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        arguments[ours] = config.get(theirs) or pretrained.get(ours) or arguments.get(ours)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+
+    tables = [name for name in ("positions", "decoder_positions") if name in weights]
+    fixed = [position_table(grid, weights[name].shape[1], cls) for name in tables]
+    if all(torch.equal(table, weights[name]) for name, table in zip(tables, fixed)):
+        weights = {name: tensor for name, tensor in weights.items() if name not in tables}
+    else:
+        arguments["learned_positions"] = True
+    return arguments, weights
+
+
+def _usual_heads(width: int) -> int:
+    """Heads of 64 channels, but for the presets that have others."""
+    return next((size["heads"] for size in PRESETS.values() if size["width"] == width), max(1, width // 64))

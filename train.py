@@ -29,7 +29,7 @@ import pictures
 import smae
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
-    dataset="ILSVRC/imagenet-1k",
+    dataset="imagenet-1k",
     model="base",
     image_size=224,
     patch_size=16,
@@ -49,13 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
     data.add_data_options(parser)
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=list(smae.PRESETS), default="tiny", help="size of the encoder")
-    group.add_argument("--image-size", type=int, default=64, help="side of the training crops, in pixels")
-    group.add_argument("--patch-size", type=int, help="side of a patch, in pixels (default: the model's own, else 8)")
-    for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads"):
-        group.add_argument(f"--{name}", type=int, help="overrides that of --model")
+    group = add_model_options(parser)
     group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
+    group.add_argument("--init-from", help="start from this run folder or checkpoint, which decides the sizes")
+    group.add_argument("--fresh-decoder", action="store_true", help="take the encoder only of --init-from")
 
     group = parser.add_argument_group("masks")
     group.add_argument(
@@ -91,6 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_model_options(parser: argparse.ArgumentParser):
+    """The options that name an architecture, the same in every script; returns their group."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=list(smae.PRESETS), default="tiny", help="size of the encoder")
+    group.add_argument("--image-size", type=int, default=64, help="side of the training crops, in pixels")
+    group.add_argument("--patch-size", type=int, help="side of a patch, in pixels (default: the model's own, else 8)")
+    for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads"):
+        group.add_argument(f"--{name}", type=int, help="overrides that of --model")
+    return group
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     if parser.parse_known_args(arguments)[0].preset == "paper":
@@ -109,6 +117,18 @@ def best_precision() -> str:
     return "bf16" if cpuinfo.exists() and "bf16" in cpuinfo.read_text() else "no"
 
 
+def make_accelerator(**options) -> Accelerator:
+    """An Accelerator that knows the peculiarities of CPUs."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
+        **options,
+    )
+    if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
+        torch.set_num_threads(max(torch.get_num_threads(), data.cores() // accelerator.num_processes))
+    return accelerator
+
+
 def complete(args: argparse.Namespace):
     """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
     for name in ("epochs", "batch_size", "accumulate"):
@@ -118,8 +138,6 @@ def complete(args: argparse.Namespace):
         raise ValueError(f"--crop-scale takes two shares of the area, 0 < low <= high <= 1, got {args.crop_scale}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {args.warmup_epochs}")
-    if args.patch_size is None:
-        args.patch_size = smae.PRESETS[args.model].get("patch_size", 8)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // 8)
     if args.guide_start < 0:
@@ -134,41 +152,65 @@ def complete(args: argparse.Namespace):
         args.precision = best_precision()
 
 
+def sizes(args: argparse.Namespace) -> dict:
+    """The constructor's arguments that the model options give by themselves, those not given left out."""
+    given = {name: getattr(args, name) for name in (*smae.PRESETS["base"], "patch_size")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def build_model(args: argparse.Namespace) -> smae.SMAE:
     """The model that the arguments describe; raises ValueError where it cannot be guided or masked as asked."""
-    sizes = {name: getattr(args, name) for name in smae.PRESETS["base"]}
-    sizes = smae.PRESETS[args.model] | {name: size for name, size in sizes.items() if size is not None}
-    model = smae.SMAE(
-        **sizes | dict(image_size=args.image_size, patch_size=args.patch_size, normalize_pixels=not args.raw_pixels)
-    )
+    options = dict(image_size=args.image_size, normalize_pixels=not args.raw_pixels)
+    if args.init_from:
+        source = smae.load(args.init_from, heads=args.heads)
+        source = source.encoder if isinstance(source, smae.Classifier) else source
+        fresh = args.fresh_decoder or not source.config["decoder_depth"]
+        model = smae.SMAE(**source.config | (decoder_sizes(source) if fresh else {}) | sizes(args) | options)
+        smae.initialise(model, source, decoder=not fresh)
+        args.patch_size = model.patch_size
+    else:
+        args.patch_size = args.patch_size or smae.PRESETS[args.model].get("patch_size", 8)
+        model = smae.SMAE(**smae.PRESETS[args.model] | sizes(args) | options)
     depth = len(model.blocks)
     if args.guide_layer is None:
         args.guide_layer = max(1, depth - 1)
     if not 1 <= args.guide_layer <= depth:
         raise ValueError(f"--guide-layer must lie between 1 and {depth}, the depth of the encoder")
-    masks.hint_count(len(model.positions), args.mask_ratio, args.hint, args.hint_ratio)
+    masks.hint_count(model.patch_count, args.mask_ratio, args.hint, args.hint_ratio)
     return model
 
 
+def decoder_sizes(encoder: smae.SMAE) -> dict:
+    """A new decoder for an encoder that has none: that of the preset of the same width, else that of the paper."""
+    width = encoder.config["width"]
+    preset = next((sizes for sizes in smae.PRESETS.values() if sizes["width"] == width), smae.PRESETS["base"])
+    return {name: preset[name] for name in preset if name.startswith("decoder_")}
+
+
 def build_optimizer(model: smae.SMAE, device: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW as in MAE; biases, norms and, unlike there, CLS and mask token are not decayed."""
+    """AdamW as in MAE; biases, norms, positions and, unlike there, CLS and mask token are not decayed."""
     groups = [
-        dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=weight_decay),
-        dict(params=[p for p in model.parameters() if p.ndim <= 1], weight_decay=0.0),
+        dict(params=[p for name, p in model.named_parameters() if decays(name, p)], weight_decay=weight_decay),
+        dict(params=[p for name, p in model.named_parameters() if not decays(name, p)], weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu"))
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up over ``warmup`` steps, then half a cosine to 0 at ``steps``; steps count from 0."""
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to weight matrices."""
+    return parameter.ndim > 1 and not name.endswith("positions")
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
+    """Linear warm-up over ``warmup`` steps, then half a cosine to ``least`` at ``steps``; steps count from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def check_folder(out: Path, overwrite: bool):
-    """Raise ValueError if ``out`` holds a run already that is not to be overwritten, or is no folder."""
-    found = [name for name in RUN_FILES if (out / name).exists()]
+def check_folder(out: Path, overwrite: bool, files: tuple[str, ...] = RUN_FILES):
+    """Raise ValueError if ``out`` holds a result already that is not to be overwritten, or is no folder."""
+    found = [name for name in files if (out / name).exists()]
     if found and not overwrite:
         raise ValueError(f"{out} holds another run ({', '.join(found)}); choose another --out or add --overwrite")
     if out.exists() and not out.is_dir():
@@ -182,7 +224,7 @@ def one_line_errors(*kinds: type[Exception], ranks: str = "first"):
         yield
     except kinds as error:
         if ranks == "any" or os.environ.get("RANK", "0") == "0":
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -198,7 +240,7 @@ def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, no
     if phase == "random":
         return masks.random_mask(*noise.shape, args.mask_ratio, noise=noise)
     with torch.no_grad():
-        features = encode(images, layer=args.guide_layer)[:, 1:]
+        features = encode(images, layer=args.guide_layer)[:, -noise.shape[1] :]  # without the CLS token
     side = args.image_size // args.patch_size
     return masks.self_guided_mask(
         features, (side, side), args.mask_ratio, args.hint, args.hint_ratio, args.foreground, noise=noise
@@ -216,8 +258,8 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMA
     """Say what is about to be trained, on what, and how."""
     world, parameters = accelerator.num_processes, sum(p.numel() for p in model.parameters())
     accelerator.print(
-        f"{args.dataset}: {batches.length} images; {args.model}: {parameters / 1e6:.1f} M parameters, "
-        f"{len(model.positions)} patches\n"
+        f"{args.dataset}: {batches.length} images; {args.init_from or args.model}: {parameters / 1e6:.1f} M "
+        f"parameters, {model.patch_count} patches\n"
         f"{world} process(es) on {accelerator.device.type}, precision {args.precision}; "
         f"effective batch {args.batch_size} = {world} processes x {args.accumulate} micro-batches "
         f"x {args.batch_size // world // args.accumulate}; learning rate {args.lr:g}\n"
@@ -250,18 +292,14 @@ def main():
     with one_line_errors(ValueError, OSError):
         complete(args)
         check_folder(args.out, args.overwrite)
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
+        accelerator = make_accelerator(
             mixed_precision=args.precision,
             gradient_accumulation_steps=args.accumulate,
             log_with=args.log_with,
             project_dir=args.out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
         )
         if args.log_with and not accelerator.log_with:
             raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")
-        if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
-            torch.set_num_threads(max(torch.get_num_threads(), data.cores() // accelerator.num_processes))
         set_seed(args.seed)
         model = build_model(args)
         if not accelerator.is_main_process:
@@ -306,9 +344,9 @@ def main():
         phase = "random" if epoch <= args.guide_start else args.mask
         total, start = torch.zeros((), device=accelerator.device), time.perf_counter()
         with one_line_errors(data.TooManyBadImages, Diverged, ranks="any"):
-            for uint8_images, indices in batches.epoch(epoch):
-                images = data.normalize(uint8_images)
-                noise = data.uniform((args.seed, epoch, data.MASKS), indices, len(model.positions))
+            for batch in batches.epoch(epoch):
+                images = data.normalize(batch.images, model.config["mean"], model.config["std"])
+                noise = data.uniform((args.seed, epoch, data.MASKS), batch.indices, model.patch_count)
                 with accelerator.autocast():
                     mask = choose_mask(args, phase, images, encode, data.to_device(noise, images.device))
                 lr = learning_rate(step, steps, warmup, args.lr)

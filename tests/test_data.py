@@ -297,7 +297,7 @@ def test_eval_transform_resizes_the_short_side_and_cuts_out_the_centre():
 
 def epoch_of(dataset, epoch=1, **options):
     batches = data.TrainBatches(dataset, 16, 8, **options)
-    images, indices = zip(*batches.epoch(epoch))
+    images, indices, *_ = zip(*batches.epoch(epoch))
     return torch.cat(images), np.concatenate(indices), batches
 
 
@@ -323,7 +323,7 @@ def test_epochs_and_seeds_differ_and_repeat(pictures):
     images, indices, batches = epoch_of(pictures)
     assert not np.array_equal(epoch_of(pictures, epoch=2)[1], indices)
     assert not np.array_equal(epoch_of(pictures, seed=1)[1], indices)
-    assert torch.equal(torch.cat([x for x, _ in batches.epoch(1)]), images)
+    assert torch.equal(torch.cat([batch.images for batch in batches.epoch(1)]), images)
     second = epoch_of(pictures, epoch=2)
     common = set(second[1]) & set(indices)
     i = next(iter(common))

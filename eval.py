@@ -1,0 +1,809 @@
+"""Judge what an encoder has learned, by kNN, linear probe or fine-tuning; use it for predictions and features.
+
+    accelerate launch eval.py knn --checkpoint runs/pretrain                       # seconds to minutes, no training
+    accelerate launch eval.py linear --checkpoint runs/pretrain                    # probes on features extracted once
+    accelerate launch eval.py linear --recipe mae --checkpoint runs/pretrain       # as in the paper
+    accelerate launch eval.py finetune --checkpoint runs/pretrain --out runs/finetune
+    accelerate launch eval.py predict --checkpoint runs/finetune --dataset FOLDER  # file, class, probability
+    accelerate launch eval.py embed --checkpoint runs/pretrain --dataset FOLDER    # features to a parquet file
+
+--checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm, ``random`` (an untrained
+encoder, which every result should be compared with) or ``pixels`` (no encoder at all).
+"""
+
+import argparse
+import csv
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor, nn
+from torchvision.transforms import RandomErasing, v2
+from tqdm import tqdm
+
+import data
+import smae
+import train
+
+RESULT_FILES = ("result.json", "metrics.jsonl", "state.pt", "model.safetensors", "config.json")
+RESULT_FILES += ("predictions.csv", "features.parquet")
+RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
+    "mae": dict(epochs=90, warmup_epochs=10, batch_size=16384, blr=0.1, weight_decay=0.0),
+    "fast": dict(epochs=50, batch_size=1024),
+    "finetune": dict(epochs=100, warmup_epochs=5, batch_size=1024, blr=5e-4, weight_decay=0.05),
+}
+FAST_LRS, FAST_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (0.0, 1e-4, 1e-3, 1e-2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Judge and use an encoder.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str, tests: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=data.HelpFormatter)
+        sub.add_argument(
+            "--checkpoint",
+            default="runs/pretrain",
+            help="run folder, facebookresearch/mae .pth, transformers folder, timm .safetensors; random; pixels",
+        )
+        sub.add_argument(
+            "--pool", choices=["cls", "mean"], help="what stands for an image (default: cls, or mean to finetune)"
+        )
+        sub.add_argument(
+            "--crop-ratio", type=float, default=0.875, help="centre crop's share of the short side, in tests"
+        )
+        sub.add_argument(
+            "--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 if fast"
+        )
+        sub.add_argument("--seed", type=int, default=0, help="of all that is random")
+        sub.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of the result")
+        sub.add_argument("--overwrite", action="store_true", help="replace the result that is there")
+        data.add_data_options(sub)
+        if tests:
+            sub.add_argument("--test-split", help="split to test on (default: validation, val or test)")
+        train.add_model_options(sub)  # of a random encoder; --image-size and --heads of any
+        sub.set_defaults(image_size=None)
+        return sub
+
+    sub = command("knn", "accuracy of weighted k-nearest neighbours")
+    sub.add_argument("--k", type=int, nargs="+", default=[20, 10, 100, 200], help="neighbours; the first is reported")
+    sub.add_argument("--temperature", type=float, default=0.07, help="weights are exp(cosine / temperature)")
+    add_batch_size(sub)
+
+    sub = command("linear", "accuracy of a linear probe")
+    sub.add_argument("--recipe", choices=["fast", "mae"], default="fast", help="features extracted once, or as in MAE")
+    add_training_options(sub)
+
+    sub = command("finetune", "accuracy after fine-tuning; saves the classifier")
+    add_training_options(sub)
+    sub.add_argument("--layer-decay", type=float, default=0.65, help="learning rate of a block over that of the next")
+    sub.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
+    sub.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    sub.add_argument("--mixup", type=float, default=0.8, help="alpha of mixup (0: none)")
+    sub.add_argument("--cutmix", type=float, default=1.0, help="alpha of cutmix (0: none)")
+    sub.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
+    sub.add_argument("--randaugment", type=int, default=9, help="magnitude of RandAugment, 0 (none) ... 10")
+    sub.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end")
+
+    add_batch_size(
+        command("predict", "classes of pictures, by a fine-tuned checkpoint, to predictions.csv", tests=False)
+    )
+    add_batch_size(command("embed", "features of pictures, to features.parquet", tests=False))
+    return parser
+
+
+def add_batch_size(parser: argparse.ArgumentParser):
+    parser.add_argument("--batch-size", type=int, default=256, help="images at a time, over all processes together")
+
+
+def add_training_options(parser: argparse.ArgumentParser):
+    """The options of a training with labels; their defaults are in RECIPES."""
+    group = parser.add_argument_group("optimisation (defaults: those of the recipe)")
+    group.add_argument("--epochs", type=int, help="passes over the training data")
+    group.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up, part of --epochs")
+    group.add_argument("--batch-size", type=int, help="images per step, over all processes (a small set: fewer)")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches that a process makes of its share")
+    group.add_argument("--blr", type=float, help="base learning rate, per 256 images of a batch")
+    group.add_argument("--lr", type=float, help="learning rate (default: blr * batch size / 256)")
+    group.add_argument("--weight-decay", type=float, help="on weight matrices only")
+    group.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), help="range of a crop's share of area")
+    group.add_argument("--resume", action="store_true", help="go on with the training in --out, if there is one")
+
+
+# ------------------------------------------------------------------------------------------------- set-up
+
+
+class Pixels(nn.Module):
+    """No encoder: the pixels themselves are the features."""
+
+    def __init__(self, image_size: int):
+        super().__init__()
+        self.config = smae.SMAE(**smae.PRESETS["tiny"], image_size=image_size, patch_size=image_size).config
+
+
+def load_encoder(args: argparse.Namespace) -> nn.Module:
+    """The model that --checkpoint names; fills in --image-size and --pool. Raises ValueError or FileNotFoundError."""
+    if args.checkpoint == "pixels":
+        model = Pixels(args.image_size or 64)
+    elif args.checkpoint == "random":
+        preset = smae.PRESETS[args.model]
+        sizes = dict(image_size=args.image_size or 64, patch_size=preset.get("patch_size", 8)) | preset
+        model = smae.SMAE(**sizes | train.sizes(args)).eval()
+    else:
+        model = smae.load(args.checkpoint, heads=args.heads)
+    args.image_size = args.image_size or model.config["image_size"][0]
+    if args.pool is None:
+        args.pool = "mean" if args.command == "finetune" or not model.config["class_token"] else "cls"
+    features(model, torch.zeros(1, model.config["channels"], args.image_size, args.image_size), args.pool)
+    return model
+
+
+def features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
+    """What stands for normalised images (b, 3, H, W): (b, d) float32."""
+    if isinstance(model, Pixels):
+        return images.flatten(1)
+    if isinstance(model, smae.Classifier):
+        return model.features(images).float()
+    return smae.pool(model.encode(images), pool, model.prefix).float()
+
+
+def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
+    """Training and test pictures with labels of the same classes, and the names of these.
+
+    Raises ValueError if there are no labels, or labels of the test that the training does not have.
+    """
+    options = args.image_column, args.label_column, args.streaming
+    training = data.load_images(args.dataset, args.split, *options, args.max_images)
+    tests = data.load_tests(args.dataset, args.test_split, *options)
+    for dataset in (training, tests):
+        if "label" not in (dataset.features or {}):
+            raise ValueError(f"{args.dataset} has no labels; name a column with --label-column")
+    if args.streaming:
+        names = [getattr(dataset.features["label"], "names", None) for dataset in (training, tests)]
+        if names[0] is None or names[0] != names[1]:
+            raise ValueError("the labels of a stream must be of a ClassLabel type: drop --streaming")
+        return training, tests, names[0]
+
+    def named(dataset: datasets.Dataset) -> list:
+        names = getattr(dataset.features["label"], "names", None)
+        return [names[i] if names and i is not None and i >= 0 else i for i in dataset["label"]]
+
+    label, test_label = named(training), named(tests)
+    classes = getattr(training.features["label"], "names", None) or sorted(set(label) - {None, -1})
+    number = {name: i for i, name in enumerate(classes)}
+    for dataset, labels in ((training, label), (tests, test_label)):
+        unknown = {name for name in labels if name not in number}
+        if unknown:
+            which = "hidden" if unknown <= {None, -1} else f"not of the training data: {sorted(map(str, unknown))[:5]}"
+            raise ValueError(f"labels of split {dataset.split!s} of {args.dataset} are {which}")
+    training = training.remove_columns("label").add_column("label", [number[name] for name in label])
+    tests = tests.remove_columns("label").add_column("label", [number[name] for name in test_label])
+    return training, tests, [str(name) for name in classes]
+
+
+def complete(args: argparse.Namespace, length: int | None, world: int):
+    """Fill in the recipe; raise ValueError where the arguments make no sense."""
+    for name, value in RECIPES[getattr(args, "recipe", "finetune")].items():
+        if getattr(args, name) is None:
+            if name == "batch_size" and length:  # at least 16 steps an epoch
+                share = world * args.accumulate
+                value = max(share, min(value, length // 16 // share * share))
+            setattr(args, name, value)
+    if args.epochs < 1 or args.batch_size < 1 or args.accumulate < 1:
+        raise ValueError("--epochs, --batch-size and --accumulate must be at least 1")
+    if args.lr is None and args.blr is not None:
+        args.lr = args.blr * args.batch_size / 256
+
+
+# ------------------------------------------------------------------------------------------------- every image once
+
+
+class Rows(NamedTuple):
+    """What was computed of pictures: values (k, ...), labels and indices (k,), file names."""
+
+    values: Tensor
+    labels: Tensor
+    indices: Tensor
+    names: list[str]
+
+
+def compute_rows(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    batches: data.EvalBatches,
+    model: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+) -> Iterator[Rows]:
+    """``compute`` for normalised images, batch by batch, gathered in every process, in the order of the data.
+
+    Processes with fewer pictures go on with empty hands until all are done, so that each picture comes exactly once.
+    Pictures that cannot be read are left out and named; if they are too many, TooManyBadImages is raised in the end.
+    """
+    iterator, bad, good = iter(batches), [], 0
+    bar = tqdm(total=batches.length, unit="image", disable=not accelerator.is_main_process, leave=False, mininterval=1)
+    while True:
+        batch, mine = next(iterator, None), None
+        if batch is not None:
+            with torch.no_grad(), accelerator.autocast():
+                values = compute(data.normalize(batch.images, model.config["mean"], model.config["std"])).cpu()
+            mine = (Rows(values, batch.labels, batch.indices, batch.names), batch.bad)
+        everyone = [pair for pair in gather_object([mine]) if pair is not None]
+        if not everyone:
+            break
+        rows = Rows(*(torch.cat([rows[i] for rows, _ in everyone]) for i in range(3)), [])
+        names, reasons = (sum(parts, []) for parts in ([rows.names for rows, _ in everyone], [b for _, b in everyone]))
+        bad += [reason for reason in reasons if reason is not None]
+        order = [i for i in rows.indices.argsort().tolist() if reasons[i] is None]
+        good += len(order)
+        bar.update(len(reasons))
+        if order:
+            yield Rows(*(rows[i][order] for i in range(3)), [names[i] for i in order])
+    bar.close()
+    for picture in bad[:20]:
+        accelerator.print(f"left out a broken image: {picture.description}")
+    if len(bad) > args.max_bad_images * (len(bad) + good):
+        raise data.TooManyBadImages(
+            f"{len(bad)} of {len(bad) + good} images are broken, more than --max-bad-images {args.max_bad_images}"
+        )
+
+
+def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, keep: bool = False) -> data.EvalBatches:
+    share = data.Share(accelerator.process_index, accelerator.num_processes)
+    return data.EvalBatches(
+        dataset,
+        args.image_size,
+        max(1, min(256, args.batch_size // share.world)),
+        crop_ratio=args.crop_ratio,
+        workers=args.workers,
+        device=accelerator.device,
+        share=share,
+        keep=keep,
+    )
+
+
+def extract(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, dataset) -> tuple[Tensor, Tensor]:
+    """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
+    values, labels = [torch.empty(0, 0)], [torch.empty(0)]
+    batches = eval_batches(args, accelerator, dataset)
+    for rows in compute_rows(args, accelerator, batches, model, lambda images: features(model, images, args.pool)):
+        if accelerator.is_main_process:
+            values.append(rows.values)
+            labels.append(rows.labels)
+    return (torch.cat(values[1:]), torch.cat(labels[1:])) if len(values) > 1 else (values[0], labels[0])
+
+
+def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: data.EvalBatches, model: nn.Module) -> dict:
+    """Top-1 and top-5 accuracy of a classifier in per cent, and the number of images it was tested on."""
+    hits = torch.zeros(2)
+    count = 0
+    model.eval()
+    for rows in compute_rows(args, accelerator, batches, model, lambda images: model(images).topk(model.top).indices):
+        right = rows.values == rows.labels[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+        count += len(right)
+    top1, top5 = (100 * hits / count).tolist()
+    return dict(top1=top1, top5=top5, images=count)
+
+
+# ------------------------------------------------------------------------------------------------- kNN
+
+
+@torch.no_grad()
+def knn_classify(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    ks: list[int],
+    classes: int,
+    temperature: float = 0.07,
+    device: torch.device | str = "cpu",
+    chunk: int = 65536,
+    queries: int = 1024,
+) -> dict[int, Tensor]:
+    """The class (m,) that the k nearest of training features (n, d) give to test features (m, d), for every k.
+
+    Neighbours by cosine, each voting with exp(cosine / temperature) (Wu et al., CVPR 2018; DINO). Training features
+    go to ``device`` once, ``chunk`` at a time, so that only they need memory in proportion to the training data.
+    """
+    k = min(max(ks), len(train_features))
+    test = F.normalize(test_features.float(), dim=1).to(device)
+    nearest, votes = test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.int64, device=device)
+    for features, labels in zip(train_features.split(chunk), train_labels.split(chunk)):
+        features, labels = F.normalize(features.to(device).float(), dim=1), labels.to(device)
+        found = [(query @ features.T).topk(min(k, len(features))) for query in test.split(queries)]
+        nearest = torch.cat([nearest, torch.cat([values for values, _ in found])], dim=1)  # (m, up to 2k)
+        votes = torch.cat([votes, torch.cat([labels[indices] for _, indices in found])], dim=1)
+        nearest, order = nearest.topk(min(k, nearest.shape[1]))
+        votes = votes.gather(1, order)
+    weights = ((nearest - nearest[:, :1]) / temperature).exp()  # the largest is 1: never too large a number
+    empty = weights.new_zeros(len(test), classes)
+    return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]).argmax(dim=1).cpu() for k in ks}
+
+
+def knn(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+    training, tests, classes = labelled_data(args)
+    train_features, train_labels = extract(args, accelerator, model, training)
+    test_features, test_labels = extract(args, accelerator, model, tests)
+    if not accelerator.is_main_process:
+        return {}
+    predictions = knn_classify(
+        train_features,
+        train_labels,
+        test_features,
+        ks=args.k,
+        classes=len(classes),
+        temperature=args.temperature,
+        device=accelerator.device,
+    )
+    top1 = {k: 100 * (predicted == test_labels).double().mean().item() for k, predicted in predictions.items()}
+    return dict(top1=top1[args.k[0]], top1_by_k=top1, images=len(test_labels), train_images=len(train_labels))
+
+
+# ------------------------------------------------------------------------------------------------- linear probe
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps are scaled, matrix by matrix, to the norm of the weights (You et al., 2017).
+
+    As in the linear probes of MoCo v3 and MAE: vectors (biases) are neither scaled nor decayed. arXiv 1708.03888.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    norms = p.norm() * update.norm()
+                    update = update * torch.where(norms > 0, group["trust"] * p.norm() / update.norm(), 1.0)
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * momentum)
+
+
+class Probe(nn.Module):
+    """A frozen encoder, BatchNorm without affine parameters and a linear head: images to logits (b, classes)."""
+
+    def __init__(self, model: nn.Module, pool: str, image_size: int, classes: list[str]):
+        super().__init__()
+        self.model, self.pool, self.config, self.top = model.requires_grad_(False), pool, model.config, top(classes)
+        width = features(model, torch.zeros(1, 3, image_size, image_size), pool).shape[1]
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.head = nn.Linear(width, len(classes))
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = features(self.model, images, self.pool)
+        return self.head(self.norm(x))
+
+
+def top(classes: list[str]) -> int:
+    """How many of the most likely classes count as a hit in "top-5"."""
+    return min(5, len(classes))
+
+
+def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+    training, tests, classes = labelled_data(args)
+    complete(args, data.length_of(training, args.max_images), accelerator.num_processes)
+    if args.recipe == "mae":
+        probe = Probe(model, args.pool, args.image_size, classes)
+        optimizer = LARS(probe.head.parameters(), args.lr, weight_decay=args.weight_decay)
+        return fit(args, accelerator, probe, optimizer, training, tests)
+
+    x, labels = extract(args, accelerator, model, training)
+    x_test, labels_test = extract(args, accelerator, model, tests)
+    if not accelerator.is_main_process:
+        return {}
+    lrs = [args.lr] if args.lr else FAST_LRS
+    decays = FAST_DECAYS if args.weight_decay is None else [args.weight_decay]
+    settings = [(lr, decay) for lr in lrs for decay in decays]
+    fit_here = functools.partial(
+        fit_heads, classes=len(classes), epochs=args.epochs, batch_size=args.batch_size, device=accelerator.device
+    )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
+    kept, held_out = order[len(x) // 10 :], order[: len(x) // 10]
+    heads = fit_here(x[kept], labels[kept], settings=settings, seed=args.seed)
+    scores = [100 * (logits.argmax(1) == labels[held_out]).double().mean().item() for logits in heads(x[held_out])]
+    best = max(range(len(settings)), key=scores.__getitem__)
+    logits = fit_here(x, labels, settings=[settings[best]], seed=args.seed)(x_test)[0]
+    hits = logits.topk(top(classes)).indices == labels_test[:, None]
+    return dict(
+        top1=100 * hits[:, 0].double().mean().item(),
+        top5=100 * hits.any(dim=1).double().mean().item(),
+        images=len(labels_test),
+        train_images=len(labels),
+        chosen=dict(lr=settings[best][0], weight_decay=settings[best][1], held_out_top1=scores[best]),
+        grid=[dict(lr=lr, weight_decay=decay, held_out_top1=score) for (lr, decay), score in zip(settings, scores)],
+    )
+
+
+def fit_heads(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    classes: int,
+    settings: list[tuple[float, float]],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Callable[[Tensor], Tensor]:
+    """Train a linear head on features (n, d) for every (learning rate, weight decay) of ``settings``, all at once.
+
+    Features are standardised; each head has SGD with Nesterov momentum of its own and sees the same batches, cosine
+    schedule, cross-entropy. Returns the function from features (m, d) to logits (heads, m, classes).
+    """
+    mean, std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)
+    heads = [nn.Linear(x.shape[1], classes, device=device) for _ in settings]
+    for head in heads:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    groups = [
+        dict(params=list(head.parameters()), lr=lr, peak=lr, weight_decay=decay)
+        for head, (lr, decay) in zip(heads, settings)
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+    def logits(x: Tensor) -> Tensor:  # (m, d) to (heads, m, classes): one product for all heads
+        weight, bias = (torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias"))
+        x = F.linear((x.to(device) - mean) / std, weight, bias)
+        return x.unflatten(1, (len(heads), classes)).transpose(0, 1)
+
+    generator = torch.Generator().manual_seed(seed)
+    steps_per_epoch = -(-len(x) // batch_size)
+    for epoch in range(epochs):
+        for step, rows in enumerate(torch.randperm(len(x), generator=generator).split(batch_size)):
+            for group in optimizer.param_groups:
+                here, steps = epoch * steps_per_epoch + step, epochs * steps_per_epoch
+                group["lr"] = train.learning_rate(here, steps, 0, group["peak"])
+            target = labels[rows].to(device).expand(len(heads), -1)
+            loss = F.cross_entropy(logits(x[rows]).flatten(0, 1), target.flatten(), reduction="sum") / len(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def predict(x: Tensor) -> Tensor:
+        return torch.cat([logits(part).cpu() for part in x.split(4096)], dim=1)
+
+    return predict
+
+
+# ------------------------------------------------------------------------------------------------- fine-tuning
+
+
+class Augment:
+    """RandAugment as in timm (two operations, each with probability 1/2), then random erasing, of a uint8 crop.
+
+    ``magnitude`` is on timm's scale of 0 to 10. What is erased becomes noise of the images' own mean and deviation.
+    """
+
+    def __init__(self, magnitude: int, erasing: float):
+        self.erasing = erasing
+        grey = [round(255 * value) for value in data.MEAN]
+        operation = v2.RandAugment(
+            1, 3 * magnitude, num_magnitude_bins=31, interpolation=v2.InterpolationMode.BILINEAR, fill=grey
+        )
+        self.operations = [v2.RandomApply([operation], p=0.5)] * 2 if magnitude else []
+
+    def __call__(self, image: Tensor) -> Tensor:
+        for operation in self.operations:
+            image = operation(image)
+        if torch.rand(()) < self.erasing:
+            top, left, height, width, noise = RandomErasing.get_params(image, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
+            if noise.is_floating_point():  # else no box was found
+                image = image.clone()
+                image[:, top : top + height, left : left + width] = data.denormalize(noise).to(image.device)
+        return image
+
+
+def finetune(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+    if isinstance(model, Pixels):
+        raise ValueError("there is nothing to fine-tune in --checkpoint pixels")
+    training, tests, classes = labelled_data(args)
+    complete(args, data.length_of(training, args.max_images), accelerator.num_processes)
+    encoder = model.encoder if isinstance(model, smae.Classifier) else model
+    classifier = smae.Classifier(encoder, classes, args.pool, args.drop_path)
+    classifier.top = top(classes)
+    optimizer = torch.optim.AdamW(layer_groups(classifier, args.layer_decay, args.weight_decay), lr=args.lr)
+    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
+    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
+    return fit(
+        args,
+        accelerator,
+        classifier,
+        optimizer,
+        training,
+        tests,
+        mix=v2.RandomChoice(mixes) if mixes else None,
+        augment=Augment(args.randaugment, args.erasing),
+        smoothing=args.smoothing,
+        least=args.min_lr,
+    )
+
+
+def layer_groups(classifier: smae.Classifier, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups whose ``scale`` of the learning rate falls by ``layer_decay`` a block, from the head down.
+
+    As in BEiT and MAE: the embedding is layer 0, block i layer i (from 1), final norm and head the last. Biases,
+    norms, positions and the CLS token are not decayed.
+    """
+    depth, groups = len(classifier.encoder.blocks), {}
+    for name, parameter in classifier.named_parameters():
+        parts = name.split(".")
+        layer = int(parts[2]) + 1 if parts[1] == "blocks" else 0
+        layer = depth + 1 if name.startswith(("encoder.norm.", "head.")) else layer
+        decay = weight_decay if train.decays(name, parameter) else 0.0
+        group = dict(params=[], weight_decay=decay, scale=layer_decay ** (depth + 1 - layer))
+        groups.setdefault((layer, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def fit(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: Probe | smae.Classifier,
+    optimizer: torch.optim.Optimizer,
+    training: datasets.Dataset,
+    tests: datasets.Dataset,
+    *,
+    mix: Callable | None = None,
+    augment: Augment | None = None,
+    smoothing: float = 0.0,
+    least: float = 0.0,
+) -> dict:
+    """Train a model with labels, test it after every epoch, keep all that is needed to go on: accuracies in per cent.
+
+    All randomness is a function of seed, epoch and step, so that a resumed training ends as an uninterrupted one.
+    """
+    share = data.Share(accelerator.process_index, accelerator.num_processes)
+    batches = data.TrainBatches(
+        training,
+        args.image_size,
+        args.batch_size,
+        scale=tuple(args.crop_scale),
+        accumulate=args.accumulate,
+        seed=args.seed,
+        workers=args.workers,
+        preload=args.preload,
+        device=accelerator.device,
+        share=share,
+        length=args.max_images,
+        max_bad=args.max_bad_images,
+        labels=True,
+        augment=augment,
+    )
+    test_batches = eval_batches(args, accelerator, tests, keep=bool(args.preload))
+    trained, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
+    steps, warmup = (epochs * batches.steps_per_epoch for epochs in (args.epochs, args.warmup_epochs))
+    state = load_state(args) if args.resume else None
+    first, best = 1, {}
+    if state:
+        first, best = state["epoch"] + 1, state["best"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        last = state["last"]
+    accelerator.print(
+        f"{batches.length} training images, {args.epochs} epochs of {batches.steps_per_epoch} steps, "
+        f"batch {args.batch_size}, learning rate {args.lr:g}" + (f"; going on after epoch {first - 1}" if state else "")
+    )
+
+    for epoch in range(first, args.epochs + 1):
+        step, total, start = (epoch - 1) * batches.steps_per_epoch, 0.0, time.perf_counter()
+        trained.train()
+        for micro, batch in enumerate(batches.epoch(epoch)):
+            lr = train.learning_rate(step, steps, warmup, args.lr, least)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("scale", 1.0)
+            torch.manual_seed(int(data.uniform((args.seed, epoch, micro), np.array([share.rank]), 1)[0, 0] * 2**24))
+            images = data.normalize(batch.images, model.config["mean"], model.config["std"])
+            labels = data.to_device(batch.labels, accelerator.device)
+            with accelerator.accumulate(trained):
+                images, labels = mix(images, labels) if mix else (images, labels)
+                loss = F.cross_entropy(trained(images), labels, label_smoothing=smoothing)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach()
+            step += accelerator.sync_gradients
+            if step % 10 == 0:
+                train.stop_if_too_many_are_bad(batches)
+        seconds = time.perf_counter() - start
+        mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
+        if not np.isfinite(mean):
+            raise train.Diverged(f"the loss is {mean} in epoch {epoch}: try a lower --blr")
+        last = accuracy(args, accelerator, test_batches, model)
+        best = dict(best_top1=last["top1"], best_epoch=epoch) if last["top1"] > best.get("best_top1", -1) else best
+        record = dict(epoch=epoch, loss=mean, lr=lr, **last, seconds=seconds)
+        if accelerator.is_main_process:
+            print(
+                f"epoch {epoch}/{args.epochs}  loss {mean:.4f}  top-1 {last['top1']:.2f} %  top-5 {last['top5']:.2f} %"
+            )
+            write_epoch(args, accelerator, model, optimizer, record, best)
+    return last | best
+
+
+def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, record: dict, best: dict):
+    """Metrics, the classifier, the best classifier so far, and all that is needed to go on."""
+    epoch, config = record["epoch"], dict(finetune=plain(args))
+    last = {name: record[name] for name in ("top1", "top5", "images")}
+    with open(args.out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    if isinstance(model, smae.Classifier):
+        smae.save(model, args.out, config)
+        if best["best_epoch"] == epoch:
+            smae.save(model, args.out / "best", config)
+    state = dict(
+        epoch=epoch,
+        best=best,
+        last=last,
+        arguments=json.dumps(what_matters(args)),
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+    )
+    torch.save(state, args.out / "state.pt.part")
+    os.replace(args.out / "state.pt.part", args.out / "state.pt")
+
+
+def load_state(args: argparse.Namespace) -> dict | None:
+    """The state that a training in --out left. Raises ValueError if that training was another one."""
+    if not (args.out / "state.pt").is_file():
+        return None
+    state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
+    then, now = json.loads(state["arguments"]), json.loads(json.dumps(what_matters(args)))
+    other = [f"--{name.replace('_', '-')} was {then.get(name)}" for name in now if then.get(name) != now[name]]
+    if other:
+        raise ValueError(f"cannot go on with {args.out}, which was another training: {', '.join(other)}")
+    return state
+
+
+def what_matters(args: argparse.Namespace) -> dict:
+    """The arguments that must not change when a training is resumed."""
+    free = ("out", "overwrite", "resume", "workers", "preload", "max_bad_images")
+    return {name: value for name, value in plain(args).items() if name not in free}
+
+
+# ------------------------------------------------------------------------------------------------- use
+
+
+def predict(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+    if not isinstance(model, smae.Classifier):
+        raise ValueError(f"{args.checkpoint} is no classifier: make one with eval.py finetune")
+
+    def most_likely(images: Tensor) -> Tensor:  # (b, 2): probability and class
+        return torch.stack(model(images).float().softmax(dim=1).max(dim=1), dim=1)
+
+    def write(path: str, rows: Iterator[Rows]) -> int:
+        count = 0
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "class", "probability"])
+            for part in rows:
+                found = [(model.classes[int(i)], f"{p:.6f}") for p, i in part.values.tolist()]
+                writer.writerows([name, *which] for name, which in zip(part.names, found))
+                count += len(found)
+        return count
+
+    return write_rows(args, accelerator, model, most_likely, "predictions.csv", write)
+
+
+def embed(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+    def write(path: str, rows: Iterator[Rows]) -> int:
+        count, writer = 0, None
+        for part in rows:
+            names, vectors = pyarrow.array(part.names), pyarrow.array(part.values.flatten().numpy())
+            columns = dict(
+                file=names,
+                label=pyarrow.array(part.labels.numpy()),
+                features=pyarrow.FixedSizeListArray.from_arrays(vectors, part.values.shape[1]),
+            )
+            table = pyarrow.table(columns)
+            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+            count += len(names)
+        if writer:
+            writer.close()
+        return count
+
+    return write_rows(
+        args, accelerator, model, lambda images: features(model, images, args.pool), "features.parquet", write
+    )
+
+
+def write_rows(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+    name: str,
+    write: Callable[[str, Iterator[Rows]], int],
+) -> dict:
+    """Compute something for every picture and ``write`` it, batch by batch, to the file ``name`` of --out."""
+    options = args.image_column, args.label_column, args.streaming, args.max_images
+    dataset = data.load_images(args.dataset, args.split, *options)
+    label = (dataset.features or {}).get("label")
+    if label is None or "int" not in label.dtype:  # file names tell as much, and more
+        dataset = dataset.select_columns(["image"])
+    rows = compute_rows(args, accelerator, eval_batches(args, accelerator, dataset), model, compute)
+    if not accelerator.is_main_process:
+        return dict(images=sum(len(part.names) for part in rows))
+    count = write(f"{args.out / name}.part", rows)
+    os.replace(f"{args.out / name}.part", args.out / name)
+    return dict(images=count, file=name)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def plain(args: argparse.Namespace) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def report(args: argparse.Namespace, result: dict):
+    """Write result.json and say in a line what came out."""
+    content = dict(command=args.command, checkpoint=args.checkpoint, dataset=args.dataset, **result, config=plain(args))
+    (args.out / "result.json.part").write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(args.out / "result.json.part", args.out / "result.json")
+    figures = [
+        f"{title} {result[name]:.2f} %"
+        for name, title in (("top1", "top-1"), ("top5", "top-5"), ("best_top1", "best top-1"))
+        if name in result
+    ]
+    if "top1_by_k" in result:
+        figures += ["k " + ", ".join(f"{k}: {top1:.2f}" for k, top1 in result["top1_by_k"].items())]
+    print(
+        f"{args.command} {args.checkpoint} ({args.pool}, {args.image_size} px) on {args.dataset}: "
+        f"{', '.join([*figures, str(result['images']) + ' images'])}, {result['seconds']:.0f} s; wrote "
+        f"{args.out / result.get('file', 'result.json')}"
+    )
+
+
+def main():
+    args = build_parser().parse_args()
+    with train.one_line_errors(ValueError, OSError, train.Diverged):
+        start = time.perf_counter()
+        if not (args.command in ("linear", "finetune") and args.resume):
+            train.check_folder(args.out, args.overwrite, RESULT_FILES)
+        if args.precision == "auto":
+            args.precision = train.best_precision()
+        accelerator = train.make_accelerator(
+            mixed_precision=args.precision, gradient_accumulation_steps=getattr(args, "accumulate", 1)
+        )
+        set_seed(args.seed)
+        model = load_encoder(args).to(accelerator.device)
+        if accelerator.is_main_process:
+            args.out.mkdir(parents=True, exist_ok=True)
+            if not getattr(args, "resume", False):
+                for name in RESULT_FILES:
+                    (args.out / name).unlink(missing_ok=True)
+        else:
+            datasets.disable_progress_bars()
+        result = globals()[args.command](args, accelerator, model)
+        if accelerator.is_main_process:
+            report(args, result | dict(seconds=time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    main()
