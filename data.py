@@ -175,7 +175,7 @@ def load_tests(name_or_path: str, split: str | None, *options) -> datasets.Datas
 
 
 def length_of(dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None = None) -> int | None:
-    """How many pictures there are; of a stream: ``limit``, or what the description of its split promises, if it does."""
+    """How many pictures there are; of a stream: ``limit``, or what its description promises, if it does."""
     if isinstance(dataset, datasets.Dataset):
         return len(dataset)
     splits = dataset.info.splits or {}

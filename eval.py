@@ -14,8 +14,10 @@ encoder, which every result should be compared with) or ``pixels`` (no encoder a
 import argparse
 import csv
 import functools
+import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +146,8 @@ def load_encoder(args: argparse.Namespace) -> nn.Module:
     else:
         model = smae.load(args.checkpoint, heads=args.heads)
     args.image_size = args.image_size or model.config["image_size"][0]
+    if isinstance(model, smae.Classifier) and args.command != "finetune":
+        args.pool = model.pool
     if args.pool is None:
         args.pool = "mean" if args.command == "finetune" or not model.config["class_token"] else "cls"
     features(model, torch.zeros(1, model.config["channels"], args.image_size, args.image_size), args.pool)
@@ -232,24 +236,27 @@ def compute_rows(
     Pictures that cannot be read are left out and named; if they are too many, TooManyBadImages is raised in the end.
     """
     iterator, bad, good = iter(batches), [], 0
-    bar = tqdm(total=batches.length, unit="image", disable=not accelerator.is_main_process, leave=False, mininterval=1)
+    patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+    shown = dict(disable=not accelerator.is_main_process, leave=False, mininterval=patience)
+    bar = tqdm(total=batches.length, unit="image", **shown)
     while True:
         batch, mine = next(iterator, None), None
         if batch is not None:
             with torch.no_grad(), accelerator.autocast():
                 values = compute(data.normalize(batch.images, model.config["mean"], model.config["std"])).cpu()
-            mine = (Rows(values, batch.labels, batch.indices, batch.names), batch.bad)
-        everyone = [pair for pair in gather_object([mine]) if pair is not None]
+            mine = (values, batch.labels, batch.indices, batch.names, batch.bad)
+        everyone = [parts for parts in gather_object([mine]) if parts is not None]
         if not everyone:
             break
-        rows = Rows(*(torch.cat([rows[i] for rows, _ in everyone]) for i in range(3)), [])
-        names, reasons = (sum(parts, []) for parts in ([rows.names for rows, _ in everyone], [b for _, b in everyone]))
+        values, labels, indices, names, reasons = zip(*everyone)
+        values, labels, indices = torch.cat(values), torch.cat(labels), torch.cat(indices)
+        names, reasons = list(itertools.chain(*names)), list(itertools.chain(*reasons))
         bad += [reason for reason in reasons if reason is not None]
-        order = [i for i in rows.indices.argsort().tolist() if reasons[i] is None]
+        order = [i for i in indices.argsort().tolist() if reasons[i] is None]
         good += len(order)
         bar.update(len(reasons))
         if order:
-            yield Rows(*(rows[i][order] for i in range(3)), [names[i] for i in order])
+            yield Rows(values[order], labels[order], indices[order], [names[i] for i in order])
     bar.close()
     for picture in bad[:20]:
         accelerator.print(f"left out a broken image: {picture.description}")
@@ -609,6 +616,9 @@ def fit(
         f"batch {args.batch_size}, learning rate {args.lr:g}" + (f"; going on after epoch {first - 1}" if state else "")
     )
 
+    main, patience = accelerator.is_main_process, 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
+    done = (first - 1) * batches.steps_per_epoch
+    bar = tqdm(total=steps, initial=done, unit="step", disable=not main, mininterval=patience)
     for epoch in range(first, args.epochs + 1):
         step, total, start = (epoch - 1) * batches.steps_per_epoch, 0.0, time.perf_counter()
         trained.train()
@@ -626,9 +636,11 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.detach()
-            step += accelerator.sync_gradients
-            if step % 10 == 0:
-                train.stop_if_too_many_are_bad(batches)
+            if accelerator.sync_gradients:
+                step += 1
+                bar.update()
+                if step % 10 == 0:
+                    train.stop_if_too_many_are_bad(batches)
         seconds = time.perf_counter() - start
         mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
         if not np.isfinite(mean):
@@ -636,11 +648,12 @@ def fit(
         last = accuracy(args, accelerator, test_batches, model)
         best = dict(best_top1=last["top1"], best_epoch=epoch) if last["top1"] > best.get("best_top1", -1) else best
         record = dict(epoch=epoch, loss=mean, lr=lr, **last, seconds=seconds)
-        if accelerator.is_main_process:
-            print(
-                f"epoch {epoch}/{args.epochs}  loss {mean:.4f}  top-1 {last['top1']:.2f} %  top-5 {last['top5']:.2f} %"
+        if main:
+            bar.write(
+                f"epoch {epoch}/{args.epochs}  loss {mean:.4f}  top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %"
             )
             write_epoch(args, accelerator, model, optimizer, record, best)
+    bar.close()
     return last | best
 
 

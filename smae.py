@@ -597,21 +597,21 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     config, file = {}, path
     if path.is_dir():
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None or not (path / "config.json").is_file():
-            missing = "config.json" if file else "model.safetensors"
-            raise FileNotFoundError(f"{path} is not a run folder or checkpoint: it has no {missing}")
+        file = next((file for file in files if file.is_file()), files[0])
+        for needed in (path / "config.json", file):
+            if not needed.is_file():
+                raise FileNotFoundError(f"{path} is not a run folder or checkpoint: it has no {needed.name}")
         for name in ("preprocessor_config.json", "config.json"):
             if (path / name).is_file():
                 config |= json.loads((path / name).read_text())
     elif not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if file.suffix == ".safetensors":
-        return config, safetensors.torch.load_file(file)
     try:
+        if file.suffix == ".safetensors":
+            return config, safetensors.torch.load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of MAE hold their options
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
     while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
         if isinstance(content.get("args"), argparse.Namespace):

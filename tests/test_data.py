@@ -401,7 +401,7 @@ def test_too_many_bad_pictures_stop_with_their_names(options):
 
 
 def test_a_replaced_picture_is_the_next_good_one():
-    image, bad = data.decode_or_next(with_bad(), 3, tries=10)
+    image, _, bad = data.decode_or_next(with_bad(), 3, tries=10)
     assert np.array_equal(np.asarray(image), np.asarray(picture(seed=5)))
     assert [b.index for b in bad] == [3, 4]
     last = with_bad(20, (19,))
@@ -420,13 +420,13 @@ def test_streams_are_shared_out_without_overlap_and_go_on(workers, shards):
     for rank in (0, 1):
         stream = dataset_of(blobs).to_iterable_dataset(num_shards=shards)
         batches = data.TrainBatches(stream, 16, 8, length=32, workers=workers, share=data.Share(rank, 2))
-        records = [data.decode(r) for r in itertools.islice(batches.crops._records(), 16)]
+        records = [data.decode(r["image"]) for r in itertools.islice(batches.crops._records(), 16)]
         seen.append({names[np.asarray(image).tobytes()] for image in records})
         assert batches.steps_per_epoch == 4
         for epoch in (1, 2, 3):  # three times as many as this process's share: the stream starts anew
             got = list(batches.epoch(epoch))
-            assert [images.shape for images, _ in got] == [(4, 3, 16, 16)] * 4
-            keys += [i for _, indices in got for i in indices]
+            assert [batch.images.shape for batch in got] == [(4, 3, 16, 16)] * 4
+            keys += [i for batch in got for i in batch.indices]
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 32
     assert len(set(keys)) == len(keys)
 

@@ -17,79 +17,29 @@ def visible_first(n: int, v: int, b: int = 2) -> masks.Mask:
 # ------------------------------------------------------------------------------------------- parity
 
 
-OLD_NAMES = [  # of transformers 4, and what transformers 5 calls them
-    ("vit.encoder.layer.", "vit.layers."),
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-]
-
-
-def peer_and_ours(normalize_pixels: bool = True, image_size: int = 48):
-    """A randomly initialised ``transformers`` ViTMAE and ours with the same weights."""
+def peer_and_ours(folder, normalize_pixels: bool = True):
+    """A randomly initialised ``transformers`` ViTMAE with MAE's positions, and what we read of it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTMAEConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, decoder_hidden_size=32,
         decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
-        image_size=image_size, patch_size=8, layer_norm_eps=1e-6, norm_pix_loss=normalize_pixels,
+        image_size=48, patch_size=8, layer_norm_eps=1e-6, norm_pix_loss=normalize_pixels,
     )  # fmt: skip
     peer = transformers.ViTMAEForPreTraining(config).eval()
     for parameter in peer.parameters():  # positions aside, nothing at its initial zero or one
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    ours = smae.SMAE(
-        width=48, depth=3, heads=4, decoder_width=32, decoder_depth=2, decoder_heads=2, image_size=image_size,
-        patch_size=8, normalize_pixels=normalize_pixels,
-    )  # fmt: skip
     # MAE puts the column first; transformers 5 starts from zeros, or from positions with the row first
-    for theirs, table in (
-        (peer.vit.embeddings.position_embeddings, ours.positions),
-        (peer.decoder.decoder_pos_embed, ours.decoder_positions),
-    ):
-        theirs.data.zero_()[0, 1:] = table
-    theirs = {}
-    for name, tensor in peer.state_dict().items():
-        for old, new in OLD_NAMES:
-            name = name.replace(old, new)
-        theirs[name] = tensor
-
-    def both(name: str) -> dict[str, torch.Tensor]:
-        return {kind: theirs[f"{name}.{kind}"] for kind in ("weight", "bias")}
-
-    weights = {
-        "cls_token": theirs["vit.embeddings.cls_token"].flatten(),
-        "mask_token": theirs["decoder.mask_token"].flatten(),
-    }
-
-    def put(name: str, tensors: dict[str, torch.Tensor]):
-        weights.update({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
-
-    projection = both("vit.embeddings.patch_embeddings.projection")
-    put("embed", projection | {"weight": rearrange(projection["weight"], "d c p1 p2 -> d (p1 p2 c)")})
-    for name, other in (("norm", "vit.layernorm"), ("decoder_embed", "decoder.decoder_embed")):
-        put(name, both(other))
-    put("decoder_norm", both("decoder.decoder_norm"))
-    put("head", both("decoder.decoder_pred"))
-    layers = [(f"blocks.{i}", f"vit.layers.{i}") for i in range(3)]
-    layers += [(f"decoder_blocks.{i}", f"decoder.decoder_layers.{i}") for i in range(2)]
-    for name, other in layers:
-        qkv = [both(f"{other}.attention.{x}_proj") for x in "qkv"]
-        put(f"{name}.attention.qkv", {kind: torch.cat([x[kind] for x in qkv]) for kind in ("weight", "bias")})
-        put(f"{name}.attention.out", both(f"{other}.attention.o_proj"))
-        put(f"{name}.mlp.0", both(f"{other}.mlp.fc1"))
-        put(f"{name}.mlp.2", both(f"{other}.mlp.fc2"))
-        put(f"{name}.norm1", both(f"{other}.layernorm_before"))
-        put(f"{name}.norm2", both(f"{other}.layernorm_after"))
-    ours.load_state_dict(weights)
-    return peer, ours.eval()
+    peer.vit.embeddings.position_embeddings.data[0] = smae.position_table((6, 6), 48, prefix=1)
+    peer.decoder.decoder_pos_embed.data[0] = smae.position_table((6, 6), 32, prefix=1)
+    peer.save_pretrained(folder)
+    return peer, smae.load(folder)
 
 
 @pytest.mark.parametrize("normalize_pixels", [True, False])
-def test_loss_encoder_and_reconstruction_agree_with_transformers(normalize_pixels):
-    peer, ours = peer_and_ours(normalize_pixels)
+def test_loss_encoder_and_reconstruction_agree_with_transformers(normalize_pixels, tmp_path):
+    peer, ours = peer_and_ours(tmp_path, normalize_pixels)
+    assert ours.config["normalize_pixels"] == normalize_pixels and not ours.config["learned_positions"]
     images, noise = torch.randn(3, 3, 48, 48), torch.rand(3, 36)
     mask = masks.Mask(*(x.sort(1).values for x in noise.argsort(1).split([9, 27], dim=1)))
     with torch.no_grad():
@@ -105,8 +55,8 @@ def test_loss_encoder_and_reconstruction_agree_with_transformers(normalize_pixel
     torch.testing.assert_close(prediction, smae.take(expected.logits, mask.masked), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_agree_with_transformers():
-    peer, ours = peer_and_ours()
+def test_gradients_agree_with_transformers(tmp_path):
+    peer, ours = peer_and_ours(tmp_path)
     images, noise = torch.randn(3, 3, 48, 48), torch.rand(3, 36)
     mask = masks.Mask(*(x.sort(1).values for x in noise.argsort(1).split([9, 27], dim=1)))
     peer(images, noise=noise).loss.backward()

@@ -1,0 +1,318 @@
+"""Checkpoints of other implementations, read and written, against those implementations themselves."""
+
+import argparse
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import masks
+import smae
+import train
+
+
+def scrambled(module: torch.nn.Module) -> torch.nn.Module:
+    """Nothing at its initial zero or one, so that nothing can be mistaken for something else."""
+    for tensor in module.state_dict().values():
+        torch.nn.init.normal_(tensor, std=0.1)
+    return module.eval()
+
+
+def timm_vit(name: str = "vit_base_patch16_224", **options) -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=48, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=7)
+    return scrambled(timm.create_model(name, **sizes | options))
+
+
+def vitmae(kind: str = "ViTMAEForPreTraining", **options) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192, decoder_hidden_size=32,
+        decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
+        image_size=48, patch_size=8, norm_pix_loss=True, **options,
+    )  # fmt: skip
+    return scrambled(getattr(transformers, kind)(config))
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 48, 48)
+
+
+# ------------------------------------------------------------------------------------------- timm
+
+VARIANTS = {
+    "plain ViT": ("vit_base_patch16_224", {}),
+    "DeiT": ("deit_base_patch16_224", {}),
+    "DINO": ("vit_base_patch16_224.dino", {}),
+    "no CLS token": ("vit_base_patch16_224", dict(class_token=False, global_pool="avg", fc_norm=False)),
+    "no CLS token, norm after the mean": ("vit_base_patch16_224", dict(class_token=False, global_pool="avg")),
+    "CLS token without position": ("vit_base_patch16_224", dict(no_embed_class=True)),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_vit_of_timm_gives_the_same_features(variant, images, tmp_path):
+    name, options = VARIANTS[variant]
+    peer = timm_vit(name, **options)
+    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
+    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    assert ours.config["decoder_depth"] == 0 and ours.config["learned_positions"]
+    with torch.no_grad():
+        expected = peer.fc_norm(peer.forward_features(images))  # where there is no such norm, the identity
+        torch.testing.assert_close(ours.encode(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS)[:4])
+def test_timm_weights_come_back_bit_by_bit(variant, images, tmp_path):
+    timm = pytest.importorskip("timm")
+    name, options = VARIANTS[variant]
+    peer = timm_vit(name, **options)
+    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
+    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    smae.save(ours, tmp_path / "timm", format="timm")
+    written = safetensors.torch.load_file(tmp_path / "timm" / "model.safetensors")
+    original = {n: t for n, t in peer.state_dict().items() if not n.startswith("head.")}
+    assert written.keys() == original.keys() and all(torch.equal(written[n], original[n]) for n in original)
+    again = smae.load(tmp_path / "timm")  # heads, size and normalisation are in its config.json
+    assert again.config == ours.config and same_weights(again, ours)
+
+    rebuilt = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=False).eval()
+    timm.models.load_checkpoint(rebuilt, str(tmp_path / "timm" / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt.forward_features(images), ours.encode(images), rtol=1e-5, atol=1e-5)
+
+
+def test_learned_positions_are_interpolated_as_in_timm(tmp_path):
+    peer = timm_vit(dynamic_img_size=True)
+    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
+    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    wide = torch.randn(2, 3, 32, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(wide), peer.forward_features(wide), rtol=1e-5, atol=1e-5)
+
+
+def test_mean_and_deviation_of_the_images_come_with_a_timm_folder(tmp_path):
+    timm = pytest.importorskip("timm")
+    peer = timm_vit()
+    cfg = dict(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    timm.models.save_for_hf(peer, tmp_path, model_config=cfg, safe_serialization=True, model_args=dict(num_heads=4))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"] = config.get("pretrained_cfg", {}) | {n: list(v) for n, v in cfg.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = smae.load(tmp_path)
+    assert (ours.config["mean"], ours.config["std"], ours.config["heads"]) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3], 4)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_classifier_works_in_timm(pool, small_model, tmp_path):
+    timm = pytest.importorskip("timm")
+    classifier = scrambled(smae.Classifier(small_model, ["cat", "dog", "fox"], pool))
+    smae.save(classifier, tmp_path, format="timm")
+    peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=False).eval()
+    timm.models.load_checkpoint(peer, str(tmp_path / "model.safetensors"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(images), classifier(images), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+def test_vitmae_of_transformers_comes_back_bit_by_bit(eps, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peer = vitmae(layer_norm_eps=eps)
+    peer.save_pretrained(tmp_path / "theirs")
+    ours = smae.load(tmp_path / "theirs")
+    assert ours.config["norm_eps"] == eps and ours.config["decoder_heads"] == 2
+    noise = torch.rand(2, 36)
+    mask = masks.Mask(*(x.sort(1).values for x in noise.argsort(1).split([9, 27], dim=1)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images, mask), peer(images, noise=noise).loss, rtol=1e-5, atol=1e-5)
+    smae.save(ours, tmp_path / "ours", format="transformers")
+    again, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    assert same_weights(again, peer)
+    for name in ("layer_norm_eps", "norm_pix_loss", "hidden_size", "decoder_num_attention_heads", "image_size"):
+        assert getattr(again.config, name) == getattr(peer.config, name)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert list(processor.image_mean) == ours.config["mean"]
+    assert same_weights(smae.load(tmp_path / "ours"), ours)
+
+
+def test_the_encoder_alone_of_a_vitmae(images, tmp_path):
+    peer = vitmae("ViTMAEModel", mask_ratio=0.0)
+    peer.save_pretrained(tmp_path)
+    ours = smae.load(tmp_path)
+    noise = torch.rand(2, 36)
+    with torch.no_grad():
+        hidden = peer(images, noise=noise).last_hidden_state
+        order = noise.argsort(1)  # in which the peer keeps the patches
+        tokens = ours.encode(images)
+        torch.testing.assert_close(tokens[:, 0], hidden[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(smae.take(tokens[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no decoder"):
+        ours(images, masks.random_mask(2, 36))
+
+
+def test_what_a_format_has_no_place_for_is_refused(small_model, tmp_path):
+    classifier = smae.Classifier(small_model, ["a", "b"])
+    wide = smae.SMAE(**small_model.config | dict(image_size=(32, 64)))
+    without_cls = smae.SMAE(**small_model.config | dict(class_token=False))
+    for model in (classifier, wide, without_cls):
+        with pytest.raises(ValueError, match="transformers"):
+            smae.save(model, tmp_path, format="transformers")
+    with pytest.raises(ValueError, match="unknown format"):
+        smae.save(small_model, tmp_path, format="onnx")
+
+
+# ------------------------------------------------------------------------------------------- facebookresearch/mae
+
+
+def mae_checkpoint(decoder: bool = True) -> dict[str, torch.Tensor]:
+    """What facebookresearch/mae saves, by the names and shapes of its model: a ViT of timm and a decoder like one."""
+    encoder = timm_vit()
+    tensors = {n: t for n, t in encoder.state_dict().items() if not n.startswith("head.")}
+    tensors["pos_embed"] = smae.position_table((6, 6), 64, prefix=1)[None]
+    if decoder:
+        blocks = timm_vit(embed_dim=32, num_heads=1).state_dict()
+        tensors |= {f"decoder_{n}": t for n, t in blocks.items() if n.startswith(("blocks.", "norm."))}
+        tensors["decoder_pos_embed"] = smae.position_table((6, 6), 32, prefix=1)[None]
+        shapes = {"mask_token": (1, 1, 32), "decoder_embed.weight": (32, 64), "decoder_embed.bias": (32,)}
+        shapes |= {"decoder_pred.weight": (192, 32), "decoder_pred.bias": (192,)}
+        tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_mae_checkpoint_comes_back_bit_by_bit(decoder, tmp_path):
+    tensors = mae_checkpoint(decoder)
+    options = argparse.Namespace(norm_pix_loss=False, lr=1e-3)
+    torch.save({"model": tensors, "args": options, "epoch": 3}, tmp_path / "mae.pth")
+    model = smae.load(tmp_path / "mae.pth", heads=4)
+    assert model.config["decoder_depth"] == (2 if decoder else 0)
+    assert not model.config["learned_positions"]  # these are MAE's own, so that any grid will do
+    assert not model.config["normalize_pixels"]
+    smae.save(model, tmp_path / "again" / "mae.pth", format="mae")
+    again = torch.load(tmp_path / "again" / "mae.pth", weights_only=True)["model"]
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_the_decoder_of_a_mae_checkpoint_is_that_of_transformers(images, tmp_path):
+    peer = vitmae(layer_norm_eps=1e-6)
+    peer.save_pretrained(tmp_path / "theirs")
+    smae.save(smae.load(tmp_path / "theirs"), tmp_path / "mae.pth", format="mae")
+    names = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]
+    assert {"decoder_blocks.1.attn.qkv.weight", "decoder_pred.bias", "blocks.0.mlp.fc2.weight"} <= names.keys()
+    ours, noise = smae.load(tmp_path / "mae.pth", heads=4), torch.rand(2, 36)
+    ours.decoder_blocks[0].attention.heads = ours.decoder_blocks[1].attention.heads = 2  # 32 channels: 1 is assumed
+    mask = masks.Mask(*(x.sort(1).values for x in noise.argsort(1).split([9, 27], dim=1)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images, mask), peer(images, noise=noise).loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: tensors,
+        lambda tensors: {"state_dict": {f"module.base_encoder.{n}": t for n, t in tensors.items()}},  # MoCo v3
+        lambda tensors: {"student": {}, "teacher": {f"backbone.{n}": t for n, t in tensors.items()}},  # DINO
+    ],
+)
+def test_weights_are_found_where_others_put_them(wrap, tmp_path):
+    tensors = mae_checkpoint(decoder=False)
+    wrapped = wrap(tensors)
+    if "state_dict" in wrapped:  # beside them, a momentum encoder and the heads of contrastive learning
+        wrapped["state_dict"] |= {f"module.momentum_encoder.{n}": t + 1 for n, t in tensors.items()}
+        wrapped["state_dict"]["module.predictor.0.weight"] = torch.zeros(3)
+    torch.save(wrapped, tmp_path / "x.pth")
+    assert torch.equal(smae.load(tmp_path / "x.pth", heads=4).cls_token, tensors["cls_token"][0, 0])
+
+
+# ------------------------------------------------------------------------------------------- what does not fit
+
+
+class Boom:
+    def __reduce__(self):
+        return (print, ("arbitrary code ran",))
+
+
+def test_a_pickle_is_never_run(tmp_path, capsys):
+    torch.save({"model": mae_checkpoint(False), "extra": Boom()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="not a file of tensors alone"):
+        smae.load(tmp_path / "evil.pth")
+    assert "arbitrary code" not in capsys.readouterr().out
+
+
+def change(tensors: dict, name: str, value: torch.Tensor | None = None) -> dict:
+    tensors = dict(tensors)
+    tensors.pop(name, None)
+    return tensors if value is None else tensors | {name: value}
+
+
+def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
+    tensors = mae_checkpoint()
+    cases = [
+        (change(tensors, "blocks.1.norm1.weight"), r"missing: blocks\.1\.norm1\.weight"),
+        (change(tensors, "blocks.1.ls1.gamma", torch.ones(64)), r"unexpected: blocks\.1\.ls1\.gamma"),
+        (change(tensors, "norm.bias", torch.ones(63)), r"another shape: norm\.bias \(63,\) instead of \(64,\)"),
+        (change(tensors, "reg_token", torch.ones(1, 4, 64)), r"unexpected: reg_token"),
+        (change(tensors, "decoder_embed.bias"), "missing: .*decoder_embed.bias"),
+        (change(tensors, "pos_embed"), "no absolute positions"),
+        (change(tensors, "pos_embed", torch.zeros(1, 30, 64)), "30 positions, no square"),
+        (change(tensors, "patch_embed.proj.weight"), r"not a ViT known here"),
+        ({"layer1.weight": torch.ones(2)}, r"not a ViT known here: .*layer1\.weight"),
+    ]
+    for i, (content, message) in enumerate(cases):
+        torch.save({"model": content}, tmp_path / f"{i}.pth")
+        with pytest.raises(ValueError, match=message):
+            smae.load(tmp_path / f"{i}.pth", heads=4)
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="holds no model"):
+        smae.load(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="text"):
+        smae.load(tmp_path / "text.pth")
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="text"):
+        smae.load(tmp_path / "text.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        smae.load(tmp_path / "nowhere.pth")
+
+
+# ------------------------------------------------------------------------------------------- a start from elsewhere
+
+
+def start_from(path, *options) -> tuple[smae.SMAE, smae.SMAE]:
+    args = train.parse_arguments(["--init-from", str(path), "--image-size", "64", *map(str, options)])
+    train.complete(args)
+    return train.build_model(args), smae.load(path, heads=args.heads)
+
+
+def test_training_starts_from_encoder_and_decoder_of_another(tmp_path):
+    torch.save({"model": mae_checkpoint()}, tmp_path / "mae.pth")
+    model, source = start_from(tmp_path / "mae.pth", "--heads", 4)
+    assert model.config == source.config | dict(image_size=[64, 64])
+    assert same_weights(model, source)
+    fresh, _ = start_from(tmp_path / "mae.pth", "--heads", 4, "--fresh-decoder", "--decoder-depth", 3)
+    assert len(fresh.decoder_blocks) == 3 and torch.equal(fresh.cls_token, source.cls_token)
+    assert not torch.equal(fresh.mask_token[:32], source.mask_token)
+
+
+def test_training_starts_from_an_encoder_alone_with_interpolated_positions(tmp_path):
+    safetensors.torch.save_file(timm_vit().state_dict(), tmp_path / "vit.safetensors")
+    model, source = start_from(tmp_path / "vit.safetensors", "--heads", 4)
+    assert model.config["decoder_width"] == 512 and len(model.decoder_blocks) == 8
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().encode(images), source.encode(images))
+    assert isinstance(model.positions, torch.nn.Parameter) and model.positions.shape == (65, 64)
+    with pytest.raises(ValueError, match=r"another shape: cls_token"):
+        start_from(tmp_path / "vit.safetensors", "--heads", 4, "--width", 32)

@@ -1,0 +1,596 @@
+import csv
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_train import SMALL, run
+
+import data
+import eval as judge
+import smae
+import train
+
+TINY = ["--precision", "no", "--workers", "0"]
+CLASSES = {"blue": (40, 60, 200), "green": (60, 180, 60), "red": (200, 50, 40)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """48 training and 15 validation pictures of noise around three colours, in class folders."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 5)):
+        for name, colour in CLASSES.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = (np.array(colour) + rng.normal(0, 40, (40, 36, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small encoder that has seen nothing."""
+    torch.manual_seed(1)
+    sizes = dict(width=32, depth=2, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    path = tmp_path_factory.mktemp("checkpoint")
+    smae.save(smae.SMAE(**sizes, image_size=32, patch_size=8), path)
+    return path
+
+
+def evaluate(monkeypatch, command: str, out, *arguments) -> dict:
+    """Run eval.main() in this process: result.json."""
+    arguments = [command, *arguments, "--out", out, *TINY]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    judge.main()
+    return json.loads((out / "result.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------- kNN
+
+
+@pytest.mark.parametrize("chunk, queries", [(1000, 1000), (7, 5), (64, 1)])
+def test_knn_is_that_of_scikit_learn(chunk, queries):
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    centres = torch.randn(7, 16)
+    labels, test_labels = torch.randint(7, (90,)), torch.randint(7, (40,))
+    x, test = (centres[wanted] + 3 * torch.randn(len(wanted), 16) for wanted in (labels, test_labels))
+    ours = judge.knn_classify(
+        x, labels, test, ks=[1, 5, 20, 90], classes=7, temperature=0.3, chunk=chunk, queries=queries
+    )
+    for k in ours:
+        peer = neighbors.KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.3))
+        assert (peer.fit(x.numpy(), labels.numpy()).predict(test.numpy()) == ours[k].numpy()).all()
+    assert len({tuple(predicted.tolist()) for predicted in ours.values()}) == 4  # k makes a difference
+
+
+def test_knn_bears_small_temperatures_and_more_neighbours_than_pictures():
+    x = torch.eye(3)
+    predicted = judge.knn_classify(x, torch.tensor([2, 0, 1]), x, ks=[50], classes=3, temperature=1e-3)
+    assert predicted[50].tolist() == [2, 0, 1]
+
+
+def test_knn_of_an_encoder(monkeypatch, folder, checkpoint, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--pool", "mean", "--k", 3, 7]
+    result = evaluate(monkeypatch, "knn", tmp_path, *arguments)
+    assert result["top1"] == result["top1_by_k"]["3"] > 90  # colours are easy
+    assert (result["images"], result["train_images"]) == (15, 48)
+    assert result["config"]["temperature"] == 0.07 and result["seconds"] > 0
+    assert "15 images" in capsys.readouterr().out.strip().splitlines()[-1]
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "knn", tmp_path, *arguments)
+    assert "add --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["random", "pixels"])
+def test_floors_need_no_checkpoint(name, monkeypatch, folder, tmp_path):
+    result = evaluate(monkeypatch, "knn", tmp_path, "--checkpoint", name, "--dataset", folder, *SMALL, "--k", 5)
+    assert result["images"] == 15 and result["config"]["image_size"] == 32
+    if name == "random":
+        other = evaluate(
+            monkeypatch, "embed", tmp_path / "0", "--checkpoint", name, "--dataset", folder, *SMALL, "--seed", 0
+        )
+        assert other["images"] == 48
+
+
+def test_a_stream_gives_the_same_accuracy(monkeypatch, checkpoint, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--max-images", 200, "--k", 5]
+    once = evaluate(monkeypatch, "knn", tmp_path / "map", *arguments)
+    stream = evaluate(monkeypatch, "knn", tmp_path / "stream", *arguments, "--streaming")
+    assert stream["top1"] == once["top1"] and stream["images"] == 1000
+
+
+# ------------------------------------------------------------------------------------------- linear probe
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_is_that_of_timm(weight_decay):
+    timm_optim = pytest.importorskip("timm.optim")
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 2, 12).view(3, 4)) for _ in range(2))
+    mine = judge.LARS([ours], lr=0.3, momentum=0.9)
+    peer = timm_optim.Lars([theirs], lr=0.3, momentum=0.9, always_adapt=True)
+    for _ in range(5):
+        gradient = torch.randn(3, 4)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        peer.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_lars_neither_scales_nor_decays_vectors_and_starts_from_zero():
+    vector, zero = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = judge.LARS([vector, zero], lr=0.1, momentum=0.0, weight_decay=0.5)
+    vector.grad, zero.grad = torch.ones(3), torch.ones(2, 2)
+    optimizer.step()
+    assert torch.allclose(vector, torch.full((3,), 0.9)) and torch.allclose(zero, torch.full((2, 2), -0.1))
+
+
+def test_heads_trained_together_are_those_trained_alone():
+    x, labels = torch.randn(60, 8), torch.randint(3, (60,))
+    how = dict(classes=3, epochs=3, batch_size=16, seed=0)
+    settings = [(0.01, 0.0), (0.1, 0.01), (10.0, 0.0)]
+    together = judge.fit_heads(x, labels, settings=settings, **how)(x)
+    for logits, setting in zip(together, settings):
+        torch.testing.assert_close(logits, judge.fit_heads(x, labels, settings=[setting], **how)(x)[0])
+
+
+def test_a_head_finds_what_logistic_regression_finds():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    centres = torch.randn(4, 6)
+    labels = torch.randint(4, (400,))
+    x = 5 + 3 * (centres[labels] + 0.7 * torch.randn(400, 6))
+    logits = judge.fit_heads(x, labels, classes=4, settings=[(0.1, 0.0)], epochs=100, batch_size=100, seed=0)(x)[0]
+    peer = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(x.numpy(), labels.numpy())
+    assert (logits.argmax(1).numpy() == peer.predict(x.numpy())).mean() > 0.97
+
+
+def test_the_fast_probe_never_chooses_by_the_test(monkeypatch, checkpoint, folder, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--pool", "mean", "--epochs", 30]
+    result = evaluate(monkeypatch, "linear", tmp_path / "a", *arguments)
+    assert result["top1"] > 90 and result["top5"] == 100 and len(result["grid"]) == 32
+    scores = [setting["held_out_top1"] for setting in result["grid"]]
+    assert result["chosen"]["held_out_top1"] == max(scores)
+    labels = data.load_tests(str(folder), None)["label"]
+    load = data.load_tests
+
+    def with_wrong_labels(*args):
+        tests = load(*args)
+        return tests.remove_columns("label").add_column(
+            "label", [(i + 1) % 3 for i in labels], feature=tests.features["label"]
+        )
+
+    monkeypatch.setattr(data, "load_tests", with_wrong_labels)
+    wrong = evaluate(monkeypatch, "linear", tmp_path / "b", *arguments)
+    assert wrong["top1"] < 10 and wrong["chosen"] == result["chosen"]
+
+
+def test_the_probe_of_mae_trains_the_head_alone(monkeypatch, checkpoint, folder, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--recipe", "mae", "--pool", "mean", "--epochs", 12]
+    result = evaluate(
+        monkeypatch, "linear", tmp_path, *arguments, "--warmup-epochs", 1, "--batch-size", 16, "--lr", 100, "--preload"
+    )
+    assert result["top1"] > 80 and result["config"]["weight_decay"] == 0.0
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    model = smae.load(checkpoint)
+    assert all(torch.equal(state[f"model.{name}"], tensor) for name, tensor in model.state_dict().items())
+    assert not any(name.startswith("norm.weight") for name in state) and state["norm.running_mean"].abs().max() > 0
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").open()] == list(range(1, 13))
+
+
+def test_recipes_are_those_of_mae():
+    parser = judge.build_parser()
+    args = parser.parse_args("linear --recipe mae".split())
+    judge.complete(args, 1281167, 8)
+    assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.weight_decay) == (90, 10, 16384, 6.4, 0.0)
+    args = parser.parse_args(["finetune"])
+    judge.complete(args, 1281167, 8)
+    assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.weight_decay) == (100, 5, 1024, 2e-3, 0.05)
+    assert (args.layer_decay, args.drop_path, args.smoothing, args.mixup, args.cutmix) == (0.65, 0.1, 0.1, 0.8, 1.0)
+    assert (args.erasing, args.randaugment, args.min_lr, tuple(args.crop_scale)) == (0.25, 9, 1e-6, (0.08, 1.0))
+    args = parser.parse_args("finetune --accumulate 2".split())
+    judge.complete(args, 500, 3)
+    assert args.batch_size == 30  # of a small set: 16 steps an epoch, divisible by processes and micro-batches
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_learning_rates_fall_by_layer_as_in_timm(small_model):
+    timm = pytest.importorskip("timm")
+    from timm.optim import param_groups_layer_decay
+
+    classifier = smae.Classifier(small_model, ["a", "b"], "mean")
+    ours = {
+        id(parameter): (group["scale"], group["weight_decay"])
+        for group in judge.layer_groups(classifier, 0.65, 0.05)
+        for parameter in group["params"]
+    }
+    names = smae._rename(dict(classifier.encoder.named_parameters()), smae.MAE_NAMES | {"norm": "fc_norm"})
+    named = names | {f"head.{name}": p for name, p in classifier.head.named_parameters()}
+    peer = timm.create_model(
+        "vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=2,
+        global_pool="avg",
+    )  # fmt: skip
+    theirs = {
+        id(parameter): (group["lr_scale"], group["weight_decay"])
+        for group in param_groups_layer_decay(peer, 0.05, layer_decay=0.65, no_weight_decay_list=["cls_token"])
+        for parameter in group["params"]
+    }
+    peer_names = {name: p for name, p in peer.named_parameters() if name not in ("cls_token", "pos_embed")}
+    assert peer_names.keys() <= named.keys() and len(ours) == len(list(classifier.parameters()))
+    for name, parameter in peer_names.items():
+        assert ours[id(named[name])] == pytest.approx(theirs[id(parameter)]), name
+    assert ours[id(classifier.encoder.cls_token)] == pytest.approx((0.65**4, 0.0))
+
+
+def test_smoothed_mixed_labels_give_the_loss_of_timm():
+    pytest.importorskip("timm")
+    from timm.data.mixup import mixup_target
+    from timm.loss import SoftTargetCrossEntropy
+
+    labels, logits, share = torch.tensor([0, 2, 1]), torch.randn(3, 4), 0.3
+    expected = SoftTargetCrossEntropy()(logits, mixup_target(labels, 4, share, smoothing=0.1))
+    soft = share * F.one_hot(labels, 4) + (1 - share) * F.one_hot(labels.flip(0), 4)
+    torch.testing.assert_close(F.cross_entropy(logits, soft, label_smoothing=0.1), expected)
+
+
+def test_drop_path_leaves_out_branches_of_whole_images_while_training(small_model):
+    block = smae.Block(32, 2, 4.0)
+    x = torch.randn(1, 5, 32).expand(4000, -1, -1)
+    with torch.no_grad():
+        whole, attention = block(x[:1]), x[:1] + block.attention(block.norm1(x[:1]))
+        block.drop_path = 0.3
+        torch.testing.assert_close(block.eval()(x[:2]), whole.expand(2, -1, -1))
+        out = block.train()(x)
+        unchanged = (out == x).all(-1).all(-1).float().mean()
+        mean = block._drop(x).mean(0)
+    assert abs(unchanged - 0.09) < 0.02  # both branches left out
+    torch.testing.assert_close(mean, x[0], rtol=0.1, atol=0.1)
+    assert not torch.allclose(whole, attention)
+    classifier = smae.Classifier(small_model, ["a"], drop_path=0.2)
+    assert [round(block.drop_path, 3) for block in classifier.encoder.blocks] == [0.0, 0.1, 0.2]
+
+
+def test_augmentation_erases_a_quarter_of_the_crops_and_does_nothing_when_told_so():
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(judge.Augment(0, 0.0)(image), image)
+    erase = judge.Augment(0, 0.25)
+    changed = torch.stack([(erase(image) != image).any(0).float().mean() for _ in range(1000)])
+    assert 0.2 < (changed > 0).float().mean() < 0.3
+    assert changed[changed > 0].min() > 0.01 and changed.max() < 0.36
+    randomly = judge.Augment(9, 0.0)
+    same = np.mean([torch.equal(randomly(image), image) for _ in range(300)])
+    assert 0.2 < same < 0.45  # neither operation: 1/4, and one of the 14 operations does nothing
+
+
+@pytest.mark.parametrize("preload", [None, "host"])
+def test_augmentation_depends_on_seed_epoch_and_picture_only(preload, folder):
+    dataset, seen = data.load_images(str(folder)), []
+    for workers, batch in ((0, 8), (2, 16)):
+        batches = data.TrainBatches(
+            dataset, 24, batch, seed=3, workers=workers, preload=preload, labels=True, augment=judge.Augment(9, 0.5)
+        )
+        torch.manual_seed(workers)
+        epochs = {}
+        for epoch in (1, 2):
+            for part in batches.epoch(epoch):
+                epochs |= {(epoch, int(i)): image for i, image in zip(part.indices, part.images)}
+                assert part.labels.tolist() == [dataset[int(i)]["label"] for i in part.indices]
+        seen.append(epochs)
+    assert seen[0].keys() == seen[1].keys() and len(seen[0]) == 96
+    assert all(torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
+    assert not torch.equal(seen[0][1, 0], seen[0][2, 0])
+
+
+def test_what_replaces_a_broken_picture_brings_its_own_label(folder):
+    records = data.load_images(str(folder))[:40]
+    records["image"][7] = {"bytes": b"broken", "path": None}
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
+    dataset = datasets.Dataset.from_dict({"image": records["image"], "label": list(range(40))}, features)
+    options = dict(seed=0, labels=True, max_bad=0.1)
+    stream = data.TrainBatches(dataset.to_iterable_dataset(), 16, 39, length=39, **options)
+    assert 7 not in np.concatenate([part.labels for part in stream.epoch(1)])
+    for preload in (None, "host"):
+        batches = data.TrainBatches(dataset, 16, 20, preload=preload, **options)
+        labels = {int(i): int(label) for part in batches.epoch(1) for i, label in zip(part.indices, part.labels)}
+        assert labels == {i: 8 if i == 7 else i for i in range(40)}
+
+
+FINETUNE = ["--epochs", 4, "--warmup-epochs", 1, "--batch-size", 16, "--lr", "3e-3", "--layer-decay", 0.9]
+
+
+@pytest.fixture
+def finetuned(monkeypatch, checkpoint, folder, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, *FINETUNE, "--randaugment", 0]
+    return tmp_path / "tuned", evaluate(monkeypatch, "finetune", tmp_path / "tuned", *arguments)
+
+
+def test_fine_tuning_learns_and_leaves_a_classifier(finetuned):
+    out, result = finetuned
+    assert result["top1"] > 60 and result["top5"] == 100 and result["images"] == 15
+    assert result["best_top1"] >= result["top1"] and 1 <= result["best_epoch"] <= 4
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [line["top1"] for line in lines][-1] == result["top1"] and lines[-1]["loss"] < lines[0]["loss"]
+    classifier, best = smae.load(out), smae.load(out / "best")
+    assert classifier.classes == sorted(CLASSES) and not classifier.training
+    assert classifier.encoder.config["decoder_depth"] == 0
+    if result["best_epoch"] < 4:
+        assert not torch.equal(best.head.weight, classifier.head.weight)
+
+
+def test_predictions_and_features_of_a_classifier(finetuned, monkeypatch, folder, tmp_path):
+    out, _ = finetuned
+    classifier = smae.load(out)
+    files = sorted((folder / "val").rglob("*.png"))
+    crops = torch.stack([data.center_crop(Image.open(file), 32, 37) for file in files])  # 32 / 0.875
+    with torch.no_grad():
+        probability = classifier(data.normalize(crops)).softmax(1)
+        features = classifier.features(data.normalize(crops))
+
+    arguments = ["--checkpoint", out, "--dataset", folder / "val", "--batch-size", 4]
+    evaluate(monkeypatch, "predict", tmp_path / "predict", *arguments)
+    rows = list(csv.DictReader((tmp_path / "predict" / "predictions.csv").open()))
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    assert [row["class"] for row in rows] == [classifier.classes[i] for i in probability.argmax(1)]
+    torch.testing.assert_close(
+        torch.tensor([float(row["probability"]) for row in rows]), probability.max(1).values, rtol=0, atol=1e-5
+    )
+
+    evaluate(monkeypatch, "embed", tmp_path / "embed", *arguments)
+    table = datasets.load_dataset("parquet", data_files=str(tmp_path / "embed" / "features.parquet"))["train"]
+    torch.testing.assert_close(torch.tensor(table["features"][:]), features, rtol=1e-4, atol=1e-5)
+    assert table["file"][:] == [str(file) for file in files] and set(table["label"]) == {0, 1, 2}
+
+
+def test_a_resumed_fine_tuning_ends_as_an_uninterrupted_one(monkeypatch, checkpoint, folder, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, *FINETUNE]
+    whole = evaluate(monkeypatch, "finetune", tmp_path / "whole", *arguments)
+    write = judge.write_epoch
+
+    def stop_after_two(args, accelerator, model, optimizer, record, best):
+        write(args, accelerator, model, optimizer, record, best)
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge, "write_epoch", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(monkeypatch, "finetune", tmp_path / "parts", *arguments)
+    monkeypatch.setattr(judge, "write_epoch", write)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "finetune", tmp_path / "parts", *arguments, "--resume", "--mixup", 0.5)
+    assert "--mixup was 0.8" in capsys.readouterr().err
+    parts = evaluate(monkeypatch, "finetune", tmp_path / "parts", *arguments, "--resume")
+    assert "going on after epoch 2" in capsys.readouterr().out
+    names = ("top1", "top5", "images", "best_top1", "best_epoch")
+    assert [parts[name] for name in names] == [whole[name] for name in names]
+    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+# ------------------------------------------------------------------------------------------- every image once
+
+
+@pytest.mark.parametrize("world, batch, workers", [(1, 4, 0), (2, 4, 2), (3, 7, 0), (5, 100, 0), (20, 3, 0)])
+def test_every_picture_comes_exactly_once(world, batch, workers, folder):
+    dataset, seen = data.load_images(str(folder), "val"), {}
+    for rank in range(world):
+        batches = data.EvalBatches(dataset, 32, batch, workers=workers, share=data.Share(rank, world))
+        assert batches.length == 15
+        for part in batches:
+            for i, image, label, name in zip(part.indices.tolist(), part.images, part.labels, part.names):
+                assert i not in seen
+                seen[i] = name
+                assert label == dataset[i]["label"] and name == dataset[i]["image"]["path"]
+                assert torch.equal(image, data.center_crop(data.decode(dataset[i]["image"]), 32, 37))
+    assert sorted(seen) == list(range(15))
+
+
+def test_two_processes_count_every_picture_once_and_agree_with_one(monkeypatch, finetuned, folder, tmp_path):
+    tuned, _ = finetuned
+    for command, extra in (("knn", ["--k", 5]), ("predict", []), ("embed", [])):
+        arguments = ["--checkpoint", tuned, "--dataset", folder, "--batch-size", 8, *extra]
+        arguments += ["--split", "val"] if command != "knn" else []
+        alone = evaluate(monkeypatch, command, tmp_path / f"{command}-1", *arguments)
+        result = run(command, *arguments, *TINY, "--out", tmp_path / f"{command}-2", script="eval.py", processes=2)
+        assert result.returncode == 0, result.stderr
+        both = json.loads((tmp_path / f"{command}-2" / "result.json").read_text())
+        assert both["images"] == alone["images"] == 15
+        assert both.get("top1") == alone.get("top1")
+    one, two = ((tmp_path / f"predict-{n}" / "predictions.csv").read_text() for n in (1, 2))
+    assert one == two
+    one, two = (
+        datasets.Dataset.from_parquet(str(tmp_path / f"embed-{n}" / "features.parquet")).with_format("torch")
+        for n in (1, 2)
+    )
+    torch.testing.assert_close(one["features"][:], two["features"][:])
+    assert one["file"][:] == two["file"][:]
+
+
+def test_two_processes_fine_tune_together(folder, checkpoint, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, *FINETUNE, "--epochs", 2, *TINY, "--out", tmp_path]
+    result = run("finetune", *arguments, script="eval.py", processes=2)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "result.json").read_text())
+    assert content["images"] == 15 and 0 <= content["top1"] <= 100
+    assert "48 training images, 2 epochs of 3 steps" in result.stdout
+
+
+def test_broken_pictures_are_left_out_and_named_or_stop_the_evaluation(
+    monkeypatch, folder, checkpoint, tmp_path, capsys
+):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "pictures")
+    (tmp_path / "pictures" / "val" / "green" / "3.png").write_bytes(b"not a picture")
+    arguments = ["--checkpoint", checkpoint, "--dataset", tmp_path / "pictures", "--k", 5]
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "knn", tmp_path / "a", *arguments)
+    assert "1 of 15 images are broken" in capsys.readouterr().err
+    result = evaluate(monkeypatch, "knn", tmp_path / "b", *arguments, "--max-bad-images", 0.1)
+    assert result["images"] == 14
+    assert "left out a broken image" in (out := capsys.readouterr().out) and "green/3.png" in out
+
+
+def test_images_are_normalised_as_the_encoder_wants(monkeypatch, checkpoint, folder, tmp_path):
+    model = smae.load(checkpoint)
+    for name, mean in (("plain", [0.485, 0.456, 0.406]), ("other", [0.5, 0.5, 0.5])):
+        other = smae.SMAE(**model.config | dict(mean=mean)).eval()
+        other.load_state_dict(model.state_dict())
+        smae.save(other, tmp_path / name)
+        arguments = ["--checkpoint", tmp_path / name, "--dataset", folder, "--split", "val", "--pool", "mean"]
+        evaluate(monkeypatch, "embed", tmp_path / f"{name}-out", *arguments)
+        table = datasets.Dataset.from_parquet(str(tmp_path / f"{name}-out" / "features.parquet"))
+        crop = data.center_crop(Image.open(table[4]["file"]), 32, 37)[None]
+        with torch.no_grad():
+            expected = other.encode(
+                (crop / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(data.STD).view(3, 1, 1)
+            )
+        torch.testing.assert_close(torch.tensor(table[4]["features"]), expected[0, 1:].mean(0), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- data and labels
+
+
+def pictures_with(labels, names=None) -> datasets.Dataset:
+    image = Image.new("RGB", (32, 32))
+    feature = (
+        datasets.ClassLabel(names=names)
+        if names
+        else datasets.Value("string" if labels and isinstance(labels[0], str) else "int64")
+    )
+    return datasets.Dataset.from_dict(
+        {"img": [image] * len(labels), "fine_label": labels},
+        datasets.Features(img=datasets.Image(), fine_label=feature),
+    )
+
+
+def labelled(monkeypatch, splits: dict[str, datasets.Dataset], *arguments):
+    """labelled_data() of a hub that has these splits, and what was asked of it."""
+    asked = []
+
+    def load_dataset(hub, configuration=None, *, split, streaming):
+        asked.append((hub, configuration, split))
+        if split not in splits:
+            raise ValueError(f"Unknown split {split!r}")
+        return splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return judge.labelled_data(judge.build_parser().parse_args(["knn", *arguments])), asked
+
+
+def test_a_data_set_of_the_paper_goes_by_its_name(monkeypatch):
+    splits = {"train": pictures_with([1, 0], ["a", "b"]), "test": pictures_with([0], ["a", "b"])}
+    (training, tests, classes), asked = labelled(monkeypatch, splits, "--dataset", "cifar100")
+    assert asked == [("uoft-cs/cifar100", None, "train"), ("uoft-cs/cifar100", None, "test")]
+    assert classes == ["a", "b"] and training["label"][:] == [1, 0] and tests["label"][:] == [0]
+    for name, source in data.DATASETS.items():
+        assert source.hub is None or source.hub.count("/") == 1
+        assert source.test in ("validation", "val", "test"), name
+    assert train.PAPER["dataset"] in data.DATASETS
+
+
+def test_a_folder_of_the_same_name_comes_first(monkeypatch, folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "cifar10")
+    monkeypatch.chdir(tmp_path)
+    assert len(data.load_images("cifar10")) == 48 and len(data.load_tests("cifar10", None)) == 15
+
+
+def test_data_that_cannot_be_had_comes_with_advice(monkeypatch):
+    def gated(*args, **options):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset is gated")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(FileNotFoundError, match=r"ILSVRC/imagenet-1k.*accept its terms.*hf auth login.*gated"):
+        data.load_images("imagenet-1k")
+    with pytest.raises(FileNotFoundError, match=r"not on the hub.*inat_comp.*--dataset"):
+        data.load_images("inat2019")
+    with pytest.raises(FileNotFoundError, match="neither here nor on the Hugging Face hub"):
+        data.load_images("someone/something")
+
+
+@pytest.mark.parametrize(
+    "train_labels, test_labels, classes, expected",
+    [
+        ((["cat", "dog", "cat"], None), (["dog"], None), ["cat", "dog"], [1]),  # words
+        (([0, 1, 2], ["a", "b", "c"]), ([0, 1], ["b", "c"]), ["a", "b", "c"], [1, 2]),  # a class less, numbered anew
+        (([5, 7, 5], None), ([7, 5], None), ["5", "7"], [1, 0]),  # numbers with gaps
+    ],
+)
+def test_labels_of_training_and_test_are_matched_by_name(monkeypatch, train_labels, test_labels, classes, expected):
+    splits = {"train": pictures_with(*train_labels), "val": pictures_with(*test_labels)}
+    arguments = ["--dataset", "someone/something", "--label-column", "fine_label"]
+    (_, tests, found), _ = labelled(monkeypatch, splits, *arguments)
+    assert found == classes and tests["label"][:] == expected
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ({"train": ([0, 1], ["a", "b"])}, r"no split validation, val, test.*--test-split"),
+        ({"train": ([0, 1], ["a", "b"]), "test": ([-1, -1], ["a", "b"])}, "labels of split .* are hidden"),
+        ({"train": (["a"], None), "test": (["b"], None)}, r"not of the training data: \['b'\]"),
+    ],
+)
+def test_unusable_labels_are_refused_in_a_line(monkeypatch, splits, message):
+    splits = {name: pictures_with(*labels) for name, labels in splits.items()}
+    with pytest.raises(ValueError, match=message):
+        labelled(monkeypatch, splits, "--dataset", "someone/something", "--label-column", "fine_label")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["knn", "--checkpoint", "nowhere"], "there is no checkpoint nowhere"),
+        (["knn", "--checkpoint", "random", "--image-size", "30"], "not a positive multiple"),
+        (["knn", "--checkpoint", "random", "--test-split", "elsewhere"], "elsewhere"),
+        (["predict", "--checkpoint", "random"], "is no classifier"),
+        (["finetune", "--checkpoint", "pixels"], "nothing to fine-tune"),
+        (["finetune", "--checkpoint", "random", "--epochs", "0"], "at least 1"),
+        (["linear", "--checkpoint", "random", "--dataset", "nowhere/at/all"], "no data set"),
+    ],
+)
+def test_wrong_calls_end_in_one_line(arguments, message, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(monkeypatch, arguments[0], tmp_path, *arguments[1:])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("eval.py: error: ") and message in error
+
+
+def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folder, tmp_path, capsys):
+    import shutil
+
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        shutil.copy(folder / split / "red" / "0.png", tmp_path / "flat" / split)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "knn", tmp_path / "out", "--checkpoint", "pixels", "--dataset", tmp_path / "flat")
+    assert "has no labels; name a column with --label-column" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- from encoder to encoder
+
+
+def test_training_goes_on_from_a_checkpoint_with_masks_of_its_own_from_the_start(monkeypatch, checkpoint, tmp_path):
+    from test_train import QUICK, records, train_here
+
+    smae.save(smae.load(checkpoint), tmp_path / "vit", format="timm")
+    quick = QUICK[len(SMALL) :]
+    arguments = [*quick, "--init-from", tmp_path / "vit", "--image-size", 48, "--guide-start", 0, "--lr", 0]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
+    assert [record["phase"] for record in records(tmp_path / "run")] == ["selfguided"] * 2
+    before, after = smae.load(checkpoint), smae.load(tmp_path / "run")
+    assert torch.equal(after.embed.weight, before.embed.weight)  # the learning rate was 0
+    assert after.config["image_size"] == [48, 48] and after.config["decoder_width"] == 512
