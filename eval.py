@@ -132,7 +132,7 @@ class Pixels(nn.Module):
 
     def __init__(self, image_size: int):
         super().__init__()
-        self.config = smae.SMAE(**smae.PRESETS["tiny"], image_size=image_size, patch_size=image_size).config
+        self.config = dict(image_size=[image_size] * 2, class_token=True, mean=data.MEAN, std=data.STD)
 
 
 def load_encoder(args: argparse.Namespace) -> nn.Module:
@@ -150,7 +150,7 @@ def load_encoder(args: argparse.Namespace) -> nn.Module:
         args.pool = model.pool
     if args.pool is None:
         args.pool = "mean" if args.command == "finetune" or not model.config["class_token"] else "cls"
-    features(model, torch.zeros(1, model.config["channels"], args.image_size, args.image_size), args.pool)
+    features(model, torch.zeros(1, 3, args.image_size, args.image_size), args.pool)  # or raise
     return model
 
 

@@ -20,9 +20,9 @@ read, choose, build = data.TrainBatches.epoch, train.choose_mask, train.build_mo
 
 
 def noted_epoch(self, epoch):
-    for images, indices in read(self, epoch):
-        record["indices"].append((epoch, indices.tolist()))
-        yield images, indices
+    for batch in read(self, epoch):
+        record["indices"].append((epoch, batch.indices.tolist()))
+        yield batch
 
 
 def noted_choice(*arguments):
