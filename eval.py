@@ -645,6 +645,9 @@ def fit(
         mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
         if not np.isfinite(mean):
             raise train.Diverged(f"the loss is {mean} in epoch {epoch}: try a lower --blr")
+        if isinstance(model, Probe):  # every process has met other pictures
+            for buffer in (model.norm.running_mean, model.norm.running_var):
+                buffer.copy_(accelerator.reduce(buffer, "mean"))
         last = accuracy(args, accelerator, test_batches, model)
         best = dict(best_top1=last["top1"], best_epoch=epoch) if last["top1"] > best.get("best_top1", -1) else best
         record = dict(epoch=epoch, loss=mean, lr=lr, **last, seconds=seconds)

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import data
+import eval as judge
 import smae
 import train
 
@@ -134,6 +135,10 @@ def test_readme_example_runs_as_it_stands(monkeypatch, tmp_path):
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
     assert blocks
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "runs" / "pretrain")
+    command = [*"eval.py finetune --max-images 40 --epochs 1 --warmup-epochs 0 --workers 0 --precision no".split()]
+    command += ["--checkpoint", str(tmp_path / "runs" / "pretrain"), "--out", str(tmp_path / "runs" / "finetune")]
+    monkeypatch.setattr(sys, "argv", command)
+    judge.main()
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
