@@ -15,6 +15,7 @@ import inspect
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in M
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
 TEST_SPLITS = {"val", "valid", "validation", "dev", "test", "testing"}  # beside these, "train" is a split, not a class
-CROPS, MASKS, AUGMENT = 0, 1, 2  # what random numbers are for: streams of their own, see uniform()
+CROPS, MASKS, AUGMENT, MIX = 0, 1, 2, 3  # what random numbers are for: streams of their own, see uniform()
 
 
 class Source(NamedTuple):
@@ -163,15 +164,15 @@ def load_tests(name_or_path: str, split: str | None, *options) -> datasets.Datas
     Raises ValueError if there is no such split.
     """
     known = None if Path(name_or_path).exists() else DATASETS.get(name_or_path)
-    splits = [split] if split else [known.test] if known else ["validation", "val", "test"]
-    for attempt in splits:
+    if split or known:
+        return load_images(name_or_path, split or known.test, *options)
+    for split in ("validation", "val", "test"):
         try:
-            return load_images(name_or_path, attempt, *options)
+            return load_images(name_or_path, split, *options)
         except ValueError as error:
-            if attempt == splits[-1] == split:
+            if not re.search("(?i)unknown split|is empty", str(error)):
                 raise
-            first = error
-    raise ValueError(f"{name_or_path} has no split {', '.join(splits)} to test on (--test-split names one): {first}")
+    raise ValueError(f"{name_or_path} has no split validation, val or test to test on: name one with --test-split")
 
 
 def length_of(dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None = None) -> int | None:
@@ -191,6 +192,8 @@ def _open(
     path = Path(name).expanduser()
     try:
         if path.is_file():
+            if split != "train":
+                raise ValueError(f"Unknown split {split!r}: a single file has only 'train'")
             kind = "webdataset" if path.suffix == ".tar" else path.suffix.lstrip(".")
             return datasets.load_dataset(kind, data_files={split: str(path)}, split=split, streaming=streaming)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -199,6 +202,8 @@ def _open(
                 if split not in dataset:
                     raise ValueError(f"Unknown split {split!r}; there are {list(dataset)}")
                 dataset = dataset[split]
+            elif split != "train":
+                raise ValueError(f"Unknown split {split!r}: a single data set has only 'train'")
             return dataset.to_iterable_dataset() if streaming else dataset
         if path.is_dir():
             suffixes = {file.suffix.lower() for file in path.rglob("*")}
@@ -411,7 +416,7 @@ class Share(NamedTuple):
 class Batch(NamedTuple):
     """Crops (b, 3, H, W) uint8, the indices (b,) their randomness hangs on, bad pictures met, labels (b,).
 
-    Indices and labels are int64, of NumPy. What comes in the place of a bad picture brings its own label.
+    Indices and labels are int64 arrays. What comes in the place of a bad picture brings its own label.
     """
 
     images: Tensor
@@ -683,6 +688,9 @@ class EvalBatches:
         keep: bool = False,
     ):
         self.device, self.kept, self.length = torch.device(device), [] if keep else None, None
+        dataset = dataset.select_columns(
+            [name for name in ("image", "label") if name in (dataset.features or ["image"])]
+        )
         loader = dict(batch_size=batch_size, num_workers=workers, pin_memory=self.device.type == "cuda")
         crops = EvalCrops(dataset, size, round(size / crop_ratio))
         if isinstance(dataset, datasets.IterableDataset):
@@ -693,7 +701,7 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[EvalBatch]:
         if self.kept is not None and not self.kept:
-            self.kept = list(self.loader)
+            self.kept = [batch._replace(images=batch.images.clone()) for batch in self.loader]  # not in shared memory
         for batch in self.kept or self.loader:
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 

@@ -13,10 +13,10 @@ encoder, which every result should be compared with) or ``pixels`` (no encoder a
 
 import argparse
 import csv
-import functools
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,8 +39,13 @@ import data
 import smae
 import train
 
-RESULT_FILES = ("result.json", "metrics.jsonl", "state.pt", "model.safetensors", "config.json")
-RESULT_FILES += ("predictions.csv", "features.parquet")
+RESULT_FILES = {  # what each command leaves in --out
+    "knn": ("result.json",),
+    "linear": ("result.json", "metrics.jsonl", "state.pt"),
+    "finetune": ("result.json", "metrics.jsonl", "state.pt", "model.safetensors", "config.json"),
+    "predict": ("result.json", "predictions.csv"),
+    "embed": ("result.json", "features.parquet"),
+}
 RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
     "mae": dict(epochs=90, warmup_epochs=10, batch_size=16384, blr=0.1, weight_decay=0.0),
     "fast": dict(epochs=50, batch_size=1024),
@@ -75,8 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         data.add_data_options(sub)
         if tests:
             sub.add_argument("--test-split", help="split to test on (default: validation, val or test)")
-        train.add_model_options(sub)  # of a random encoder; --image-size and --heads of any
-        sub.set_defaults(image_size=None)
+        train.add_model_options(sub).description = "of --checkpoint random; --image-size and --heads of any"
         return sub
 
     sub = command("knn", "accuracy of weighted k-nearest neighbours")
@@ -147,6 +151,8 @@ def load_encoder(args: argparse.Namespace) -> nn.Module:
         model = smae.load(args.checkpoint, heads=args.heads)
     args.image_size = args.image_size or model.config["image_size"][0]
     if isinstance(model, smae.Classifier) and args.command != "finetune":
+        if args.pool not in (None, model.pool):
+            raise ValueError(f"{args.checkpoint} was fine-tuned with --pool {model.pool}")
         args.pool = model.pool
     if args.pool is None:
         args.pool = "mean" if args.command == "finetune" or not model.config["class_token"] else "cls"
@@ -172,8 +178,11 @@ def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.
     training = data.load_images(args.dataset, args.split, *options, args.max_images)
     tests = data.load_tests(args.dataset, args.test_split, *options)
     for dataset in (training, tests):
-        if "label" not in (dataset.features or {}):
+        label = (dataset.features or {}).get("label")
+        if label is None:
             raise ValueError(f"{args.dataset} has no labels; name a column with --label-column")
+        if not re.match("u?int|bool|string|large_string", getattr(label, "dtype", "")):
+            raise ValueError(f"labels of {args.dataset} must be classes, numbered or named, not {label}")
     if args.streaming:
         names = [getattr(dataset.features["label"], "names", None) for dataset in (training, tests)]
         if names[0] is None or names[0] != names[1]:
@@ -199,14 +208,19 @@ def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.
 
 def complete(args: argparse.Namespace, length: int | None, world: int):
     """Fill in the recipe; raise ValueError where the arguments make no sense."""
-    for name, value in RECIPES[getattr(args, "recipe", "finetune")].items():
+    recipe = RECIPES[getattr(args, "recipe", "finetune")]
+    args.epochs = recipe["epochs"] if args.epochs is None else args.epochs
+    if args.warmup_epochs is None:
+        args.warmup_epochs = recipe.get("warmup_epochs", 0) * args.epochs // recipe["epochs"]
+    if args.batch_size is None:
+        share = world * max(1, args.accumulate)
+        args.batch_size = max(share, min(recipe["batch_size"], (length or 2**62) // 16 // share * share))
+    for name in ("blr", "weight_decay"):
         if getattr(args, name) is None:
-            if name == "batch_size" and length:  # at least 16 steps an epoch
-                share = world * args.accumulate
-                value = max(share, min(value, length // 16 // share * share))
-            setattr(args, name, value)
-    if args.epochs < 1 or args.batch_size < 1 or args.accumulate < 1:
-        raise ValueError("--epochs, --batch-size and --accumulate must be at least 1")
+            setattr(args, name, recipe.get(name))
+    train.check_training(args)
+    if not 0 <= getattr(args, "randaugment", 0) <= 10:
+        raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
     if args.lr is None and args.blr is not None:
         args.lr = args.blr * args.batch_size / 256
 
@@ -230,7 +244,7 @@ def compute_rows(
     model: nn.Module,
     compute: Callable[[Tensor], Tensor],
 ) -> Iterator[Rows]:
-    """``compute`` for normalised images, batch by batch, gathered in every process, in the order of the data.
+    """``compute`` for normalised images, batch by batch, gathered in every process, in the order of their indices.
 
     Processes with fewer pictures go on with empty hands until all are done, so that each picture comes exactly once.
     Pictures that cannot be read are left out and named; if they are too many, TooManyBadImages is raised in the end.
@@ -282,21 +296,35 @@ def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, ke
 
 def extract(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, dataset) -> tuple[Tensor, Tensor]:
     """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
-    values, labels = [torch.empty(0, 0)], [torch.empty(0)]
+    parts, labels = [], []
     batches = eval_batches(args, accelerator, dataset)
     for rows in compute_rows(args, accelerator, batches, model, lambda images: features(model, images, args.pool)):
+        check_labels(rows.labels)
         if accelerator.is_main_process:
-            values.append(rows.values)
+            parts.append(rows.values)
             labels.append(rows.labels)
-    return (torch.cat(values[1:]), torch.cat(labels[1:])) if len(values) > 1 else (values[0], labels[0])
+    if not parts:
+        return torch.empty(0, 0), torch.empty(0)
+    values, end = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0
+    parts.reverse()
+    while parts:  # as torch.cat, but never holding everything twice
+        part = parts.pop()
+        values[end : end + len(part)] = part
+        end += len(part)
+    return values, torch.cat(labels)
+
+
+def check_labels(labels: Tensor):
+    if (labels < 0).any():
+        raise ValueError("some labels are hidden (-1 or none)")
 
 
 def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: data.EvalBatches, model: nn.Module) -> dict:
     """Top-1 and top-5 accuracy of a classifier in per cent, and the number of images it was tested on."""
-    hits = torch.zeros(2)
-    count = 0
+    hits, count = torch.zeros(2, dtype=torch.float64), 0
     model.eval()
     for rows in compute_rows(args, accelerator, batches, model, lambda images: model(images).topk(model.top).indices):
+        check_labels(rows.labels)
         right = rows.values == rows.labels[:, None]
         hits += torch.stack([right[:, 0].sum(), right.sum()])
         count += len(right)
@@ -341,6 +369,8 @@ def knn_classify(
 
 
 def knn(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+    if min(args.k) < 1 or args.temperature <= 0:
+        raise ValueError("--k must be at least 1, --temperature positive")
     training, tests, classes = labelled_data(args)
     train_features, train_labels = extract(args, accelerator, model, training)
     test_features, test_labels = extract(args, accelerator, model, tests)
@@ -356,7 +386,13 @@ def knn(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) ->
         device=accelerator.device,
     )
     top1 = {k: 100 * (predicted == test_labels).double().mean().item() for k, predicted in predictions.items()}
-    return dict(top1=top1[args.k[0]], top1_by_k=top1, images=len(test_labels), train_images=len(train_labels))
+    return dict(
+        test_split=str(tests.split),
+        top1=top1[args.k[0]],
+        top1_by_k=top1,
+        images=len(test_labels),
+        train_images=len(train_labels),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- linear probe
@@ -388,10 +424,9 @@ class LARS(torch.optim.Optimizer):
 class Probe(nn.Module):
     """A frozen encoder, BatchNorm without affine parameters and a linear head: images to logits (b, classes)."""
 
-    def __init__(self, model: nn.Module, pool: str, image_size: int, classes: list[str]):
+    def __init__(self, model: nn.Module, pool: str, width: int, classes: list[str]):
         super().__init__()
         self.model, self.pool, self.config, self.top = model.requires_grad_(False), pool, model.config, top(classes)
-        width = features(model, torch.zeros(1, 3, image_size, image_size), pool).shape[1]
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.head = nn.Linear(width, len(classes))
         nn.init.normal_(self.head.weight, std=0.01)
@@ -412,7 +447,8 @@ def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module)
     training, tests, classes = labelled_data(args)
     complete(args, data.length_of(training, args.max_images), accelerator.num_processes)
     if args.recipe == "mae":
-        probe = Probe(model, args.pool, args.image_size, classes)
+        image = torch.zeros(1, 3, args.image_size, args.image_size, device=accelerator.device)
+        probe = Probe(model, args.pool, features(model, image, args.pool).shape[1], classes)
         optimizer = LARS(probe.head.parameters(), args.lr, weight_decay=args.weight_decay)
         return fit(args, accelerator, probe, optimizer, training, tests)
 
@@ -423,17 +459,18 @@ def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module)
     lrs = [args.lr] if args.lr else FAST_LRS
     decays = FAST_DECAYS if args.weight_decay is None else [args.weight_decay]
     settings = [(lr, decay) for lr in lrs for decay in decays]
-    fit_here = functools.partial(
-        fit_heads, classes=len(classes), epochs=args.epochs, batch_size=args.batch_size, device=accelerator.device
+    how = dict(
+        classes=len(classes), epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, device=accelerator.device
     )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
-    kept, held_out = order[len(x) // 10 :], order[: len(x) // 10]
-    heads = fit_here(x[kept], labels[kept], settings=settings, seed=args.seed)
+    held_out, kept = order.split([-(-len(x) // 10), len(x) - -(-len(x) // 10)])
+    heads = fit_heads(x, labels, kept, settings=settings, **how)
     scores = [100 * (logits.argmax(1) == labels[held_out]).double().mean().item() for logits in heads(x[held_out])]
     best = max(range(len(settings)), key=scores.__getitem__)
-    logits = fit_here(x, labels, settings=[settings[best]], seed=args.seed)(x_test)[0]
+    logits = fit_heads(x, labels, order, settings=[settings[best]], **how)(x_test)[0]
     hits = logits.topk(top(classes)).indices == labels_test[:, None]
     return dict(
+        test_split=str(tests.split),
         top1=100 * hits[:, 0].double().mean().item(),
         top5=100 * hits.any(dim=1).double().mean().item(),
         images=len(labels_test),
@@ -446,6 +483,7 @@ def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module)
 def fit_heads(
     x: Tensor,
     labels: Tensor,
+    rows: Tensor,
     *,
     classes: int,
     settings: list[tuple[float, float]],
@@ -454,12 +492,12 @@ def fit_heads(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Callable[[Tensor], Tensor]:
-    """Train a linear head on features (n, d) for every (learning rate, weight decay) of ``settings``, all at once.
+    """Train a linear head on ``rows`` of the features (n, d) for every (learning rate, weight decay), all at once.
 
     Features are standardised; each head has SGD with Nesterov momentum of its own and sees the same batches, cosine
     schedule, cross-entropy. Returns the function from features (m, d) to logits (heads, m, classes).
     """
-    mean, std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)
+    mean, std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)  # of all that is known, without labels
     heads = [nn.Linear(x.shape[1], classes, device=device) for _ in settings]
     for head in heads:
         nn.init.zeros_(head.weight)
@@ -476,14 +514,15 @@ def fit_heads(
         return x.unflatten(1, (len(heads), classes)).transpose(0, 1)
 
     generator = torch.Generator().manual_seed(seed)
-    steps_per_epoch = -(-len(x) // batch_size)
+    steps_per_epoch = -(-len(rows) // batch_size)
     for epoch in range(epochs):
-        for step, rows in enumerate(torch.randperm(len(x), generator=generator).split(batch_size)):
+        shuffled = rows[torch.randperm(len(rows), generator=generator)]
+        for step, part in enumerate(shuffled.split(batch_size)):
             for group in optimizer.param_groups:
                 here, steps = epoch * steps_per_epoch + step, epochs * steps_per_epoch
                 group["lr"] = train.learning_rate(here, steps, 0, group["peak"])
-            target = labels[rows].to(device).expand(len(heads), -1)
-            loss = F.cross_entropy(logits(x[rows]).flatten(0, 1), target.flatten(), reduction="sum") / len(rows)
+            target = labels[part].to(device).expand(len(heads), -1)
+            loss = F.cross_entropy(logits(x[part]).flatten(0, 1), target.flatten(), reduction="sum") / len(part)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -499,9 +538,11 @@ def fit_heads(
 
 
 class Augment:
-    """RandAugment as in timm (two operations, each with probability 1/2), then random erasing, of a uint8 crop.
+    """RandAugment, then random erasing, of a uint8 crop (3, H, W).
 
-    ``magnitude`` is on timm's scale of 0 to 10. What is erased becomes noise of the images' own mean and deviation.
+    As in MAE, which has timm's: two operations, each with probability 1/2, ``magnitude`` on a scale of 0 to 10. But
+    the operations are torchvision's, and the magnitude does not vary. What is erased becomes noise of ImageNet's mean
+    and deviation.
     """
 
     def __init__(self, magnitude: int, erasing: float):
@@ -581,8 +622,10 @@ def fit(
     """Train a model with labels, test it after every epoch, keep all that is needed to go on: accuracies in per cent.
 
     All randomness is a function of seed, epoch and step, so that a resumed training ends as an uninterrupted one.
+    Mixup, cutmix, drop path and BatchNorm see one micro-batch of one process: they do depend on how many there are.
     """
     share = data.Share(accelerator.process_index, accelerator.num_processes)
+    rank = np.array([share.rank])
     batches = data.TrainBatches(
         training,
         args.image_size,
@@ -602,15 +645,18 @@ def fit(
     test_batches = eval_batches(args, accelerator, tests, keep=bool(args.preload))
     trained, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
     steps, warmup = (epochs * batches.steps_per_epoch for epochs in (args.epochs, args.warmup_epochs))
-    state = load_state(args) if args.resume else None
+    state = load_state(args) if args.resume and (args.out / "state.pt").is_file() else None
     first, best = 1, {}
     if state:
         first, best = state["epoch"] + 1, state["best"]
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=isinstance(model, smae.Classifier))
         optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler and state["scaler"]:
+        if accelerator.scaler:
             accelerator.scaler.load_state_dict(state["scaler"])
         last = state["last"]
+        if accelerator.is_main_process:  # a line more may have been written than the state knows
+            lines = (args.out / "metrics.jsonl").read_text().splitlines(keepends=True)
+            (args.out / "metrics.jsonl").write_text("".join(lines[: state["epoch"]]))
     accelerator.print(
         f"{batches.length} training images, {args.epochs} epochs of {batches.steps_per_epoch} steps, "
         f"batch {args.batch_size}, learning rate {args.lr:g}" + (f"; going on after epoch {first - 1}" if state else "")
@@ -622,25 +668,27 @@ def fit(
     for epoch in range(first, args.epochs + 1):
         step, total, start = (epoch - 1) * batches.steps_per_epoch, 0.0, time.perf_counter()
         trained.train()
-        for micro, batch in enumerate(batches.epoch(epoch)):
-            lr = train.learning_rate(step, steps, warmup, args.lr, least)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("scale", 1.0)
-            torch.manual_seed(int(data.uniform((args.seed, epoch, micro), np.array([share.rank]), 1)[0, 0] * 2**24))
-            images = data.normalize(batch.images, model.config["mean"], model.config["std"])
-            labels = data.to_device(batch.labels, accelerator.device)
-            with accelerator.accumulate(trained):
-                images, labels = mix(images, labels) if mix else (images, labels)
-                loss = F.cross_entropy(trained(images), labels, label_smoothing=smoothing)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            total += loss.detach()
-            if accelerator.sync_gradients:
-                step += 1
-                bar.update()
-                if step % 10 == 0:
-                    train.stop_if_too_many_are_bad(batches)
+        with train.one_line_errors(data.TooManyBadImages, ranks="any"):
+            for micro, batch in enumerate(batches.epoch(epoch)):
+                lr = train.learning_rate(step, steps, warmup, args.lr, least)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("scale", 1.0)
+                torch.manual_seed(int(data.uniform((args.seed, epoch, data.MIX, micro), rank, 1)[0, 0] * 2**24))
+                images = data.normalize(batch.images, model.config["mean"], model.config["std"])
+                labels = data.to_device(batch.labels, accelerator.device)
+                with accelerator.accumulate(trained):
+                    images, labels = mix(images, labels) if mix else (images, labels)
+                    loss = F.cross_entropy(trained(images), labels, label_smoothing=smoothing)
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                total += loss.detach()
+                if accelerator.sync_gradients:
+                    step += 1
+                    bar.update()
+                    if step % 10 == 0:
+                        train.stop_if_too_many_are_bad(batches)
+            train.stop_if_too_many_are_bad(batches)
         seconds = time.perf_counter() - start
         mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
         if not np.isfinite(mean):
@@ -657,7 +705,7 @@ def fit(
             )
             write_epoch(args, accelerator, model, optimizer, record, best)
     bar.close()
-    return last | best
+    return dict(test_split=str(tests.split), **last, **best)
 
 
 def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, record: dict, best: dict):
@@ -675,7 +723,7 @@ def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, rec
         best=best,
         last=last,
         arguments=json.dumps(what_matters(args)),
-        model=model.state_dict(),
+        model={name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.")},
         optimizer=optimizer.state_dict(),
         scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
     )
@@ -683,10 +731,8 @@ def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, rec
     os.replace(args.out / "state.pt.part", args.out / "state.pt")
 
 
-def load_state(args: argparse.Namespace) -> dict | None:
+def load_state(args: argparse.Namespace) -> dict:
     """The state that a training in --out left. Raises ValueError if that training was another one."""
-    if not (args.out / "state.pt").is_file():
-        return None
     state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
     then, now = json.loads(state["arguments"]), json.loads(json.dumps(what_matters(args)))
     other = [f"--{name.replace('_', '-')} was {then.get(name)}" for name in now if then.get(name) != now[name]]
@@ -760,7 +806,7 @@ def write_rows(
     options = args.image_column, args.label_column, args.streaming, args.max_images
     dataset = data.load_images(args.dataset, args.split, *options)
     label = (dataset.features or {}).get("label")
-    if label is None or "int" not in label.dtype:  # file names tell as much, and more
+    if "int" not in getattr(label, "dtype", ""):  # file names tell as much, and more
         dataset = dataset.select_columns(["image"])
     rows = compute_rows(args, accelerator, eval_batches(args, accelerator, dataset), model, compute)
     if not accelerator.is_main_process:
@@ -779,7 +825,9 @@ def plain(args: argparse.Namespace) -> dict:
 
 def report(args: argparse.Namespace, result: dict):
     """Write result.json and say in a line what came out."""
-    content = dict(command=args.command, checkpoint=args.checkpoint, dataset=args.dataset, **result, config=plain(args))
+    metric = dict(metric="top1") if "top1" in result else {}
+    content = dict(command=args.command, checkpoint=args.checkpoint, dataset=args.dataset, **metric, **result)
+    content["config"] = plain(args)
     (args.out / "result.json.part").write_text(json.dumps(content, indent=2) + "\n")
     os.replace(args.out / "result.json.part", args.out / "result.json")
     figures = [
@@ -799,9 +847,18 @@ def report(args: argparse.Namespace, result: dict):
 def main():
     args = build_parser().parse_args()
     with train.one_line_errors(ValueError, OSError, train.Diverged):
-        start = time.perf_counter()
-        if not (args.command in ("linear", "finetune") and args.resume):
-            train.check_folder(args.out, args.overwrite, RESULT_FILES)
+        start, resume, files = time.perf_counter(), getattr(args, "resume", False), RESULT_FILES[args.command]
+        if resume and (args.streaming or getattr(args, "recipe", None) == "fast"):
+            raise ValueError("--resume is for --recipe mae and finetune, and not for streams, which start anew")
+        resume = resume and (args.out / "state.pt").is_file()
+        if not resume:
+            train.check_folder(args.out, args.overwrite, files)
+        if args.command == "finetune" and args.out.resolve() == Path(args.checkpoint).resolve():
+            raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
+        if args.batch_size is not None and args.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+        if not 0 < args.crop_ratio <= 1:
+            raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
         if args.precision == "auto":
             args.precision = train.best_precision()
         accelerator = train.make_accelerator(
@@ -811,14 +868,14 @@ def main():
         model = load_encoder(args).to(accelerator.device)
         if accelerator.is_main_process:
             args.out.mkdir(parents=True, exist_ok=True)
-            if not getattr(args, "resume", False):
-                for name in RESULT_FILES:
-                    (args.out / name).unlink(missing_ok=True)
+            for name in () if resume else files:
+                (args.out / name).unlink(missing_ok=True)
         else:
             datasets.disable_progress_bars()
         result = globals()[args.command](args, accelerator, model)
         if accelerator.is_main_process:
-            report(args, result | dict(seconds=time.perf_counter() - start))
+            seconds, world = time.perf_counter() - start, accelerator.num_processes
+            report(args, result | dict(processes=world, seconds=seconds))
 
 
 if __name__ == "__main__":

@@ -328,7 +328,8 @@ class Classifier(nn.Module):
     def __init__(self, encoder: SMAE, classes: Sequence[str], pool: str = "mean", drop_path: float = 0.0):
         super().__init__()
         self.encoder = SMAE(**encoder.config | dict(decoder_depth=0))
-        self.encoder.load_state_dict({name: encoder.state_dict()[name] for name in self.encoder.state_dict()})
+        weights = encoder.state_dict()
+        self.encoder.load_state_dict({name: weights[name] for name in self.encoder.state_dict()})
         self.classes, self.pool, self.config = list(classes), pool, self.encoder.config
         self.head = nn.Linear(self.config["width"], len(self.classes))
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -381,56 +382,70 @@ TRANSFORMERS_NAMES = {  # ours: those of transformers' ViTMAE
     "decoder_norm": "decoder.decoder_norm",
     "head": "decoder.decoder_pred",
 }
+TOLD_BY_MAE = ("norm_pix_loss", "image_size", "image_mean", "image_std", "layer_norm_eps")  # and by _foreign_config
+TOLD_BY_MAE += ("num_attention_heads", "decoder_num_attention_heads")
 NOT_THE_ENCODER = ("head.", "head_dist.", "pre_logits.", "classifier.", "vit.pooler.", "pooler.")  # classifiers' heads
 
 
 def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None = None, format: str = "smae"):
-    """Write a checkpoint that :func:`load` reads back to the bit; every file appears whole or not at all.
+    """Write a checkpoint; :func:`load` reads encoder and decoder back to the bit. Files appear whole or not at all.
 
     ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the constructor's arguments under
-    "model", and whatever else ``config`` holds); "timm", a folder for ``timm.create_model("local-dir:" + folder)``,
+    "model", and whatever else ``config`` holds); "timm", a folder for ``timm.create_model("local-dir:" + folder)``:
     encoder and classifier; "transformers", a folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a ``.pth``
-    file as facebookresearch/mae writes them. Raises ValueError for what a format has no place for.
+    file as facebookresearch/mae writes them. (timm has an epsilon of 1e-6 in its norms, whatever that of the model.)
+    Raises ValueError for what a format has no place for.
     """
-    path, encoder = Path(path), model.encoder if isinstance(model, Classifier) else model
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path, classifier = Path(path), isinstance(model, Classifier)
     if format == "smae":
-        config = {"model": model.config, **(config or {})}
-        if isinstance(model, Classifier):
-            config["classifier"] = dict(classes=model.classes, pool=model.pool)
-        return _write_folder(path, weights, {"config.json": config})
-    if format not in ("timm", "transformers", "mae"):
-        raise ValueError(f"unknown format {format!r}: smae, timm, transformers or mae")
-    square = len(set(encoder.config["image_size"])) == 1
-    if format == "transformers" and (isinstance(model, Classifier) or not encoder.prefix or not square):
-        raise ValueError("ViTMAE of transformers has a CLS token, a square grid and no classifier: write timm instead")
+        content = {"model": model.config, **(config or {})}
+        if classifier:
+            content["classifier"] = dict(classes=model.classes, pool=model.pool)
+        return _write_folder(path, _tensors(model), {"config.json": content})
 
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    encoder = model.encoder if classifier else model
+    weights, p = _tensors(encoder), encoder.patch_size
     for name in ("positions", "decoder_positions"):
         if hasattr(encoder, name):
             weights[name] = getattr(encoder, name).detach().cpu()[None]
-    for name in ("cls_token", "mask_token"):
-        if name in weights:
-            weights[name] = weights[name][None, None]
-    p = encoder.patch_size
+    for name in {"cls_token", "mask_token"} & weights.keys():
+        weights[name] = weights[name][None, None]
     weights["embed.weight"] = rearrange(weights["embed.weight"], "d (p1 p2 c) -> d c p1 p2", p1=p, p2=p).contiguous()
 
     if format == "transformers":
+        if classifier or not encoder.prefix or len(set(encoder.config["image_size"])) > 1:
+            raise ValueError("ViTMAE of transformers has a CLS token, a square grid, no classifier: write timm instead")
         for name in [name for name in weights if ".qkv." in name]:
             for part, tensor in zip(("query", "key", "value"), weights.pop(name).chunk(3)):
                 weights[name.replace("qkv", part)] = tensor.contiguous()
-        return _write_folder(path, _rename(weights, TRANSFORMERS_NAMES), _transformers_config(encoder))
+        config = _foreign_config(encoder)
+        processor = dict(
+            image_processor_type="ViTImageProcessor",
+            size=dict(zip(("height", "width"), config["image_size"])),
+            image_mean=config.pop("image_mean"),
+            image_std=config.pop("image_std"),
+        )
+        config["image_size"] = config["image_size"][0]
+        texts = {"config.json": config, "preprocessor_config.json": processor}
+        return _write_folder(path, _rename(weights, TRANSFORMERS_NAMES), texts)
+
     weights = _rename(weights, MAE_NAMES)
+    if classifier:
+        weights = _rename(weights, {"norm": "fc_norm"}) if model.pool == "mean" else weights
+        weights |= {f"head.{name}": tensor for name, tensor in _tensors(model.head).items()}
     if format == "mae":
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": weights}, f"{path}.part")
+        args = {name: value for name, value in _foreign_config(encoder).items() if name in TOLD_BY_MAE}
+        torch.save({"model": weights, "args": args}, f"{path}.part")
         return os.replace(f"{path}.part", path)
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("decoder_", "mask_token"))}
-    if isinstance(model, Classifier):
-        if model.pool == "mean":
-            weights = _rename(weights, {"norm": "fc_norm"})
-        weights |= {f"head.{name}": tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
-    return _write_folder(path, weights, _timm_config(model))
+    if format == "timm":
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("decoder_", "mask_token"))}
+        return _write_folder(path, weights, {"config.json": _timm_config(model)})
+    raise ValueError(f"unknown format {format!r}: smae, timm, transformers or mae")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], texts: dict[str, dict]):
@@ -449,12 +464,15 @@ def _rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tens
     return {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in weights.items()}
 
 
-def _transformers_config(model: SMAE) -> dict[str, dict]:
-    c, (height, width) = model.config, model.config["image_size"]
+def _foreign_config(model: SMAE) -> dict:
+    """The configuration in the words of transformers."""
+    c = model.config
     config = dict(
         model_type="vit_mae",
         architectures=["ViTMAEForPreTraining" if c["decoder_depth"] else "ViTMAEModel"],
-        image_size=height,
+        image_size=c["image_size"],
+        image_mean=c["mean"],
+        image_std=c["std"],
         patch_size=c["patch_size"],
         num_channels=c["channels"],
         hidden_size=c["width"],
@@ -473,18 +491,11 @@ def _transformers_config(model: SMAE) -> dict[str, dict]:
             decoder_num_attention_heads=c["decoder_heads"],
             decoder_intermediate_size=round(c["decoder_width"] * c["mlp_ratio"]),
         )
-    processor = dict(
-        image_processor_type="ViTImageProcessor",
-        size=dict(height=height, width=width),
-        image_mean=c["mean"],
-        image_std=c["std"],
-    )
-    return {"config.json": config, "preprocessor_config.json": processor}
+    return config
 
 
-def _timm_config(model: SMAE | Classifier) -> dict[str, dict]:
-    c = model.config
-    classifier = isinstance(model, Classifier)
+def _timm_config(model: SMAE | Classifier) -> dict:
+    c, classifier = model.config, isinstance(model, Classifier)
     mean = model.pool == "mean" if classifier else not c["class_token"]
     arguments = dict(
         img_size=c["image_size"],
@@ -504,6 +515,7 @@ def _timm_config(model: SMAE | Classifier) -> dict[str, dict]:
         num_classes=arguments["num_classes"],
         num_features=c["width"],
         global_pool=arguments["global_pool"],
+        layer_norm_eps=c["norm_eps"],  # for our load(): timm has 1e-6
         model_args=arguments,
         pretrained_cfg=dict(
             input_size=[c["channels"], *c["image_size"]],
@@ -515,9 +527,7 @@ def _timm_config(model: SMAE | Classifier) -> dict[str, dict]:
             classifier="head",
         ),
     )
-    if classifier:
-        config["label_names"] = model.classes
-    return {"config.json": config}
+    return config | (dict(label_names=model.classes) if classifier else {})
 
 
 def load(
@@ -534,8 +544,9 @@ def load(
     naming of timm (plain ViT, DeiT, MoCo v3, DINO), as ``.safetensors``, ``.pth`` or a folder. Classification heads of
     others are left out, and a norm that followed their mean (``fc_norm``) is taken for the last norm.
 
-    Files without a configuration do not tell everything: then an encoder has ``heads`` of 64 channels (huge: 80), a
-    decoder of 32, the grid is square unless ``image_size`` (H, W) is given, and images are normalised as ImageNet's.
+    Files without a configuration do not tell everything: then an encoder has ``heads`` of 64 channels (huge: 80; the
+    small one of MoCo v3: 32), a decoder of 32, the grid is square unless ``image_size`` (H, W) is given, and images
+    are normalised as ImageNet's.
 
     Nothing but tensors and plain values is ever unpickled. Raises FileNotFoundError if there is nothing to read,
     ValueError if it is not such a model, with the names of tensors that are missing, unexpected or of another shape.
@@ -564,9 +575,9 @@ def initialise(model: SMAE, source: SMAE, decoder: bool = True):
         grid = model.config["image_size"][0] // side, model.config["image_size"][1] // side
         weights[name] = source._positions(weights[name], grid)[0]
     if not decoder:
-        weights = {n: t for n, t in weights.items() if not n.startswith(("decoder_", "mask_token", "head."))}
-        own = model.state_dict()
-        weights |= {n: own[n] for n in own if n.startswith(("decoder_", "mask_token", "head."))}
+        part = ("decoder_", "mask_token", "head.")
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(part)}
+        weights |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(part)}
     _fill(model, weights, "the model to start from")
 
 
@@ -595,6 +606,8 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], source):
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The configuration (as far as there is one) and the tensors of a checkpoint."""
     config, file = {}, path
+    if path.is_file() and path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+        path = path.parent
     if path.is_dir():
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
         file = next((file for file in files if file.is_file()), files[0])
@@ -613,13 +626,19 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        if isinstance(content.get("args"), argparse.Namespace):
-            config["norm_pix_loss"] = getattr(content["args"], "norm_pix_loss", True)
-        content = next((content[key] for key in ("model", "state_dict", "teacher") if key in content), None)
-    if not isinstance(content, dict):
+    while isinstance(content, dict):
+        args = content.get("args", {})
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        config |= {name: args[name] for name in TOLD_BY_MAE if name in args}
+        inner = [content[key] for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), dict)]
+        if not inner:
+            break
+        content = inner[0]
+    content = content if isinstance(content, dict) else {}
+    weights = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if not weights:
         raise ValueError(f"{file} holds no model: neither tensors nor a 'model' or 'state_dict' of them")
-    return config, {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return config, weights
 
 
 def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) -> tuple[dict, dict[str, Tensor]]:
@@ -640,12 +659,17 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
 
     weights = _rename(weights, {theirs: ours for ours, theirs in names.items()})
     for name in [name for name in weights if ".attention.query." in name]:
-        parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        weights[name.replace("query", "qkv")] = torch.cat(parts)
-    for name in {"cls_token", "mask_token", "positions", "decoder_positions"} & weights.keys():
-        weights[name] = weights[name].flatten(0, -3 if "positions" in name else -2).squeeze(0)
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in weights for part in parts):
+            weights[name.replace("query", "qkv")] = torch.cat([weights.pop(part) for part in parts])
     if weights["embed.weight"].ndim != 4 or "positions" not in weights:
         raise ValueError(f"{path} is not a ViT known here: it has no absolute positions, or no convolution of patches")
+    for name in {"cls_token", "mask_token"} & weights.keys():
+        weights[name] = weights[name].flatten()
+    for name in {"positions", "decoder_positions"} & weights.keys():
+        weights[name] = weights[name].flatten(0, -2)
+    if others := {"dist_token", "reg_token"} & weights.keys():
+        raise ValueError(f"{path} has tokens that are not known here: {', '.join(others)}")
     width, channels, p, _ = weights["embed.weight"].shape
     weights["embed.weight"] = rearrange(weights["embed.weight"], "d c p1 p2 -> d (p1 p2 c)")
 
@@ -669,7 +693,7 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
     arguments = dict(
         width=width,
         depth=count_blocks("blocks"),
-        heads=heads or config.get("num_attention_heads") or model_args.get("num_heads") or _usual_heads(width),
+        heads=heads or config.get("num_attention_heads") or model_args.get("num_heads") or _usual_heads(width, prefix),
         decoder_depth=count_blocks("decoder_blocks"),
         image_size=image_size,
         patch_size=p,
@@ -683,9 +707,9 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
         arguments["decoder_width"] = len(weights["decoder_embed.bias"])
         usual = max(1, arguments["decoder_width"] // 32)
         arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or usual
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        arguments[ours] = config.get(theirs) or pretrained.get(ours) or arguments.get(ours)
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name in ("mean", "std"):
+        if value := config.get(f"image_{name}") or pretrained.get(name):
+            arguments[name] = value
 
     tables = [name for name in ("positions", "decoder_positions") if name in weights]
     fixed = [position_table(grid, weights[name].shape[1], cls) for name in tables]
@@ -696,6 +720,8 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
     return arguments, weights
 
 
-def _usual_heads(width: int) -> int:
-    """Heads of 64 channels, but for the presets that have others."""
+def _usual_heads(width: int, prefix: str) -> int:
+    """Heads of 64 channels, but for the presets that have others, and the small ViT of MoCo v3."""
+    if width == 384 and prefix.endswith("base_encoder."):
+        return 12
     return next((size["heads"] for size in PRESETS.values() if size["width"] == width), max(1, width // 64))

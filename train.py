@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = add_model_options(parser)
     group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
-    group.add_argument("--init-from", help="start from this run folder or checkpoint, which decides the sizes")
+    group.add_argument("--init-from", help="start from this run folder or checkpoint, whose sizes it has")
     group.add_argument("--fresh-decoder", action="store_true", help="take the encoder only of --init-from")
 
     group = parser.add_argument_group("masks")
@@ -92,7 +92,7 @@ def add_model_options(parser: argparse.ArgumentParser):
     """The options that name an architecture, the same in every script; returns their group."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=list(smae.PRESETS), default="tiny", help="size of the encoder")
-    group.add_argument("--image-size", type=int, default=64, help="side of the training crops, in pixels")
+    group.add_argument("--image-size", type=int, help="side of the crops, in pixels (default: the checkpoint's, or 64)")
     group.add_argument("--patch-size", type=int, help="side of a patch, in pixels (default: the model's own, else 8)")
     for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads"):
         group.add_argument(f"--{name}", type=int, help="overrides that of --model")
@@ -129,8 +129,8 @@ def make_accelerator(**options) -> Accelerator:
     return accelerator
 
 
-def complete(args: argparse.Namespace):
-    """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
+def check_training(args: argparse.Namespace):
+    """Raise ValueError where arguments that every training has make no sense."""
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -138,6 +138,11 @@ def complete(args: argparse.Namespace):
         raise ValueError(f"--crop-scale takes two shares of the area, 0 < low <= high <= 1, got {args.crop_scale}")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {args.warmup_epochs}")
+
+
+def complete(args: argparse.Namespace):
+    """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
+    check_training(args)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // 8)
     if args.guide_start < 0:
@@ -160,17 +165,21 @@ def sizes(args: argparse.Namespace) -> dict:
 
 def build_model(args: argparse.Namespace) -> smae.SMAE:
     """The model that the arguments describe; raises ValueError where it cannot be guided or masked as asked."""
-    options = dict(image_size=args.image_size, normalize_pixels=not args.raw_pixels)
     if args.init_from:
         source = smae.load(args.init_from, heads=args.heads)
         source = source.encoder if isinstance(source, smae.Classifier) else source
         fresh = args.fresh_decoder or not source.config["decoder_depth"]
-        model = smae.SMAE(**source.config | (decoder_sizes(source) if fresh else {}) | sizes(args) | options)
-        smae.initialise(model, source, decoder=not fresh)
-        args.patch_size = model.patch_size
+        config = source.config | (decoder_sizes(source) | dict(normalize_pixels=True) if fresh else {})
+        args.image_size = args.image_size or config["image_size"][0]
     else:
-        args.patch_size = args.patch_size or smae.PRESETS[args.model].get("patch_size", 8)
-        model = smae.SMAE(**smae.PRESETS[args.model] | sizes(args) | options)
+        config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
+        config.setdefault("patch_size", 8)
+        args.image_size = args.image_size or 64
+    config |= sizes(args) | dict(image_size=args.image_size)
+    model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
+    if args.init_from:
+        smae.initialise(model, source, decoder=not fresh)
+    args.patch_size = model.patch_size
     depth = len(model.blocks)
     if args.guide_layer is None:
         args.guide_layer = max(1, depth - 1)

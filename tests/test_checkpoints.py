@@ -162,6 +162,16 @@ def test_the_encoder_alone_of_a_vitmae(images, tmp_path):
         ours(images, masks.random_mask(2, 36))
 
 
+def test_a_missing_key_of_a_vitmae_is_named(tmp_path):
+    vitmae().save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("0.attention.attention.key.weight") and "decoder" not in name)
+    del weights[name]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing: blocks\.0\.attention\.qkv\.weight; unexpected: blocks\.0"):
+        smae.load(tmp_path)
+
+
 def test_what_a_format_has_no_place_for_is_refused(small_model, tmp_path):
     classifier = smae.Classifier(small_model, ["a", "b"])
     wide = smae.SMAE(**small_model.config | dict(image_size=(32, 64)))
@@ -236,6 +246,30 @@ def test_weights_are_found_where_others_put_them(wrap, tmp_path):
     assert torch.equal(smae.load(tmp_path / "x.pth", heads=4).cls_token, tensors["cls_token"][0, 0])
 
 
+@pytest.mark.parametrize(
+    "width, wrap, heads",
+    [(192, "", 3), (384, "", 6), (768, "", 12), (1280, "", 16), (256, "", 4), (384, "module.base_encoder.", 12)],
+)
+def test_heads_of_a_file_without_configuration(width, wrap, heads, tmp_path):
+    tensors = timm_vit(embed_dim=width, depth=1, num_heads=1).state_dict()
+    torch.save({"state_dict": {wrap + name: tensor for name, tensor in tensors.items()}}, tmp_path / "vit.pth")
+    assert smae.load(tmp_path / "vit.pth").config["heads"] == heads
+
+
+def test_what_weights_do_not_tell_is_written_beside_them(small_model, tmp_path):
+    unusual = dict(
+        image_size=[16, 48], norm_eps=1e-4, normalize_pixels=False, mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.1]
+    )
+    model = scrambled(smae.SMAE(**small_model.config | unusual | dict(learned_positions=True)))
+    smae.save(model, tmp_path / "mae.pth", format="mae")
+    again = smae.load(tmp_path / "mae.pth")
+    assert again.config == model.config and same_weights(again, model)
+    smae.save(model, tmp_path / "timm", format="timm")
+    encoder = smae.load(tmp_path / "timm" / "model.safetensors")  # the config.json beside it is read
+    kept = [name for name in model.config if "decoder" not in name and name != "normalize_pixels"]
+    assert [encoder.config[name] for name in kept] == [model.config[name] for name in kept]
+
+
 # ------------------------------------------------------------------------------------------- what does not fit
 
 
@@ -263,7 +297,8 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
         (change(tensors, "blocks.1.norm1.weight"), r"missing: blocks\.1\.norm1\.weight"),
         (change(tensors, "blocks.1.ls1.gamma", torch.ones(64)), r"unexpected: blocks\.1\.ls1\.gamma"),
         (change(tensors, "norm.bias", torch.ones(63)), r"another shape: norm\.bias \(63,\) instead of \(64,\)"),
-        (change(tensors, "reg_token", torch.ones(1, 4, 64)), r"unexpected: reg_token"),
+        (change(tensors, "reg_token", torch.ones(1, 4, 64)), r"not known here: reg_token"),
+        (change(tensors, "dist_token", torch.ones(1, 1, 64)), r"not known here: dist_token"),
         (change(tensors, "decoder_embed.bias"), "missing: .*decoder_embed.bias"),
         (change(tensors, "pos_embed"), "no absolute positions"),
         (change(tensors, "pos_embed", torch.zeros(1, 30, 64)), "30 positions, no square"),
@@ -274,14 +309,16 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
         torch.save({"model": content}, tmp_path / f"{i}.pth")
         with pytest.raises(ValueError, match=message):
             smae.load(tmp_path / f"{i}.pth", heads=4)
+    torch.save({"model": tensors, "loss": torch.ones(())}, tmp_path / "loss.pth")  # this one does fit
+    assert smae.load(tmp_path / "loss.pth", heads=4).config["depth"] == 2
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="holds no model"):
         smae.load(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="text"):
+    with pytest.raises(ValueError, match="not a file of tensors alone"):
         smae.load(tmp_path / "text.pth")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="text"):
+    with pytest.raises(ValueError, match="not a file of tensors alone"):
         smae.load(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         smae.load(tmp_path / "nowhere.pth")
@@ -291,28 +328,39 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
 
 
 def start_from(path, *options) -> tuple[smae.SMAE, smae.SMAE]:
-    args = train.parse_arguments(["--init-from", str(path), "--image-size", "64", *map(str, options)])
+    args = train.parse_arguments(["--init-from", str(path), *map(str, options)])
     train.complete(args)
     return train.build_model(args), smae.load(path, heads=args.heads)
 
 
 def test_training_starts_from_encoder_and_decoder_of_another(tmp_path):
     torch.save({"model": mae_checkpoint()}, tmp_path / "mae.pth")
-    model, source = start_from(tmp_path / "mae.pth", "--heads", 4)
+    model, source = start_from(tmp_path / "mae.pth", "--image-size", 64, "--heads", 4)
     assert model.config == source.config | dict(image_size=[64, 64])
     assert same_weights(model, source)
-    fresh, _ = start_from(tmp_path / "mae.pth", "--heads", 4, "--fresh-decoder", "--decoder-depth", 3)
+    fresh, _ = start_from(
+        tmp_path / "mae.pth", "--image-size", 64, "--heads", 4, "--fresh-decoder", "--decoder-depth", 3
+    )
     assert len(fresh.decoder_blocks) == 3 and torch.equal(fresh.cls_token, source.cls_token)
     assert not torch.equal(fresh.mask_token[:32], source.mask_token)
 
 
 def test_training_starts_from_an_encoder_alone_with_interpolated_positions(tmp_path):
     safetensors.torch.save_file(timm_vit().state_dict(), tmp_path / "vit.safetensors")
-    model, source = start_from(tmp_path / "vit.safetensors", "--heads", 4)
+    model, source = start_from(tmp_path / "vit.safetensors", "--image-size", 64, "--heads", 4)
     assert model.config["decoder_width"] == 512 and len(model.decoder_blocks) == 8
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model.eval().encode(images), source.encode(images))
     assert isinstance(model.positions, torch.nn.Parameter) and model.positions.shape == (65, 64)
+    own_size, _ = start_from(tmp_path / "vit.safetensors", "--heads", 4)
+    assert own_size.config["image_size"] == [48, 48] and torch.equal(own_size.positions, source.positions)
     with pytest.raises(ValueError, match=r"another shape: cls_token"):
         start_from(tmp_path / "vit.safetensors", "--heads", 4, "--width", 32)
+
+
+def test_a_decoder_goes_on_with_its_own_target_and_a_new_one_with_normalised_pixels(tmp_path):
+    torch.save({"model": mae_checkpoint(), "args": {"norm_pix_loss": False}}, tmp_path / "mae.pth")
+    for options, normalized in (([], False), (["--fresh-decoder"], True), (["--fresh-decoder", "--raw-pixels"], False)):
+        model, _ = start_from(tmp_path / "mae.pth", "--heads", 4, *options)
+        assert model.normalize_pixels == normalized
