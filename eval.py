@@ -624,24 +624,8 @@ def fit(
     All randomness is a function of seed, epoch and step, so that a resumed training ends as an uninterrupted one.
     Mixup, cutmix, drop path and BatchNorm see one micro-batch of one process: they do depend on how many there are.
     """
-    share = data.Share(accelerator.process_index, accelerator.num_processes)
-    rank = np.array([share.rank])
-    batches = data.TrainBatches(
-        training,
-        args.image_size,
-        args.batch_size,
-        scale=tuple(args.crop_scale),
-        accumulate=args.accumulate,
-        seed=args.seed,
-        workers=args.workers,
-        preload=args.preload,
-        device=accelerator.device,
-        share=share,
-        length=args.max_images,
-        max_bad=args.max_bad_images,
-        labels=True,
-        augment=augment,
-    )
+    rank = np.array([accelerator.process_index])
+    batches = train.train_batches(args, accelerator, training, labels=True, augment=augment)
     test_batches = eval_batches(args, accelerator, tests, keep=bool(args.preload))
     trained, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
     steps, warmup = (epochs * batches.steps_per_epoch for epochs in (args.epochs, args.warmup_epochs))

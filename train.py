@@ -244,6 +244,25 @@ class Diverged(ArithmeticError):
     """The loss is no longer a finite number."""
 
 
+def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, **options) -> data.TrainBatches:
+    """This process's batches of the data set, as the arguments have them."""
+    return data.TrainBatches(
+        dataset,
+        args.image_size,
+        args.batch_size,
+        scale=tuple(args.crop_scale),
+        accumulate=args.accumulate,
+        seed=args.seed,
+        workers=args.workers,
+        preload=args.preload,
+        device=accelerator.device,
+        share=data.Share(accelerator.process_index, accelerator.num_processes),
+        length=args.max_images,
+        max_bad=args.max_bad_images,
+        **options,
+    )
+
+
 def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, noise: Tensor) -> masks.Mask:
     """The mask of a batch of images (b, 3, H, W): random, or guided by one look at the whole images."""
     if phase == "random":
@@ -316,20 +335,7 @@ def main():
         dataset = data.load_images(
             args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
         )
-        batches = data.TrainBatches(
-            dataset,
-            args.image_size,
-            args.batch_size,
-            scale=tuple(args.crop_scale),
-            accumulate=args.accumulate,
-            seed=args.seed,
-            workers=args.workers,
-            preload=args.preload,
-            device=accelerator.device,
-            share=data.Share(accelerator.process_index, accelerator.num_processes),
-            length=args.max_images,
-            max_bad=args.max_bad_images,
-        )
+        batches = train_batches(args, accelerator, dataset)
         samples = data.sample_pictures(dataset, 8, args.image_size)
         optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
 
