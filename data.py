@@ -768,7 +768,8 @@ def add_data_options(parser: argparse.ArgumentParser):
     group.add_argument(
         "--dataset",
         default="shapes",
-        help="shapes (the demo data), a folder of images, parquet file or folder, save_to_disk folder, or hub name",
+        help="shapes (the demo data), a folder of images, parquet file or folder, save_to_disk folder, hub name, or "
+        f"{', '.join(DATASETS)}",
     )
     group.add_argument("--split", default="train", help="split of the data")
     group.add_argument("--image-column", help="column of the images (default: found by its type)")

@@ -51,7 +51,7 @@ RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
     "fast": dict(epochs=50, batch_size=1024),
     "finetune": dict(epochs=100, warmup_epochs=5, batch_size=1024, blr=5e-4, weight_decay=0.05),
 }
-FAST_LRS, FAST_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (0.0, 1e-4, 1e-3, 1e-2)
+FAST_LRS, FAST_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), (0.0, 1e-4, 1e-3, 1e-2)
 
 
 def build_parser() -> argparse.ArgumentParser:
