@@ -155,10 +155,12 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert train.learning_rate(0, 5, 5, 1.0) == pytest.approx(0.2)
 
 
-def test_only_matrices_are_decayed(small_model):
-    optimizer = train.build_optimizer(small_model, "cpu", 1e-3, 0.05)
+@pytest.mark.parametrize("learned_positions", [False, True])
+def test_only_weight_matrices_are_decayed(learned_positions, small_model):
+    model = smae.SMAE(**small_model.config | dict(learned_positions=learned_positions))
+    optimizer = train.build_optimizer(model, "cpu", 1e-3, 0.05)
     decayed, spared = optimizer.param_groups
-    names = {id(p): name for name, p in small_model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.95)
     assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
     assert {"cls_token", "mask_token", "norm.weight", "embed.bias"} <= {names[id(p)] for p in spared["params"]}
