@@ -422,13 +422,14 @@ def test_two_processes_count_every_picture_once_and_agree_with_one(monkeypatch, 
         both = json.loads((tmp_path / f"{command}-2" / "result.json").read_text())
         assert both["images"] == alone["images"] == 15
         assert both.get("top1") == alone.get("top1")
-    one, two = ((tmp_path / f"predict-{n}" / "predictions.csv").read_text() for n in (1, 2))
-    assert one == two
+    one, two = (list(csv.DictReader((tmp_path / f"predict-{n}" / "predictions.csv").open())) for n in (1, 2))
+    assert [(row["file"], row["class"]) for row in one] == [(row["file"], row["class"]) for row in two]
+    assert [float(row["probability"]) for row in one] == pytest.approx([float(row["probability"]) for row in two], 1e-4)
     one, two = (
         datasets.Dataset.from_parquet(str(tmp_path / f"embed-{n}" / "features.parquet")).with_format("torch")
         for n in (1, 2)
     )
-    torch.testing.assert_close(one["features"][:], two["features"][:])
+    torch.testing.assert_close(one["features"][:], two["features"][:], rtol=1e-4, atol=1e-5)
     assert one["file"][:] == two["file"][:]
 
 
