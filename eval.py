@@ -860,6 +860,7 @@ def main():
         if accelerator.is_main_process:
             seconds, world = time.perf_counter() - start, accelerator.num_processes
             report(args, result | dict(processes=world, seconds=seconds))
+        accelerator.end_training()  # or the process group may abort on the way out
 
 
 if __name__ == "__main__":
