@@ -416,13 +416,15 @@ class Share(NamedTuple):
 class Batch(NamedTuple):
     """Crops (b, 3, H, W) uint8, the indices (b,) their randomness hangs on, bad pictures met, labels (b,).
 
-    Indices and labels are int64 arrays. What comes in the place of a bad picture brings its own label.
+    Indices and labels are int64 arrays. What comes in the place of a bad picture brings its own label. ``crops`` says
+    where in the pictures they lie, the boxes float32 in shares of a picture's height and width.
     """
 
     images: Tensor
     indices: np.ndarray
     bad: list[BadImage]
     labels: np.ndarray
+    crops: Crops
 
 
 class CropOptions(NamedTuple):
@@ -437,7 +439,10 @@ class CropOptions(NamedTuple):
     tries: int
     augment: Callable[[Tensor], Tensor] | None = None
 
-    def draw(self, sizes: np.ndarray, epoch: int, indices: np.ndarray) -> Crops:
+    def draw(self, sizes: np.ndarray, epoch: int | None, indices: np.ndarray) -> Crops:
+        """Crops of pictures of ``sizes`` (b, 2); without an epoch, the whole pictures."""
+        if epoch is None:
+            return Crops(np.hstack([np.zeros_like(sizes), sizes]), np.zeros(len(sizes), bool))
         return random_crops(sizes, uniform((self.seed, epoch, CROPS), indices, 23), self.scale)
 
     def finish(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
@@ -452,20 +457,26 @@ class CropOptions(NamedTuple):
         return torch.stack(augmented)
 
 
+def _shares(crops: Crops, sizes: np.ndarray) -> Crops:
+    """Boxes in pixels of pictures of ``sizes`` (b, 2), in shares of their height and width."""
+    return Crops((crops.boxes / np.tile(sizes, 2)).astype(np.float32), crops.flips)
+
+
 class MapCrops(torch.utils.data.Dataset):
     """Decodes and crops (epoch, indices), in worker processes, anew every epoch."""
 
     def __init__(self, dataset: datasets.Dataset, options: CropOptions):
         self.dataset, self.options = dataset, options
 
-    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch:
+    def __getitem__(self, request: tuple[int | None, np.ndarray]) -> Batch:
         epoch, indices = request
         tries = self.options.tries
         pictures, labels, bad = zip(*(decode_or_next(self.dataset, int(i), tries) for i in indices))
-        crops = self.options.draw(np.array([(p.height, p.width) for p in pictures]), epoch, indices)
+        sizes = np.array([(picture.height, picture.width) for picture in pictures])
+        crops = self.options.draw(sizes, epoch, indices)
         images = torch.stack([crop(picture, *how, self.options.size) for picture, *how in zip(pictures, *crops)])
         images = self.options.finish(images, epoch, indices)
-        return Batch(images, indices, list(itertools.chain(*bad)), np.array(labels))
+        return Batch(images, indices, list(itertools.chain(*bad)), np.array(labels), _shares(crops, sizes))
 
 
 class PreloadedCrops:
@@ -492,17 +503,15 @@ class PreloadedCrops:
             self.bad = list(itertools.chain(*pool.map(keep, range(len(dataset)))))
         self.images = self.images.to(store)
 
-    def __getitem__(self, request: tuple[int, np.ndarray]) -> Batch:
+    def __getitem__(self, request: tuple[int | None, np.ndarray]) -> Batch:
         epoch, indices = request
-        sizes = self.sizes[indices]
-        boxes, flips = self.options.draw(sizes, epoch, indices)
-        scale = self.images.shape[-1] / sizes  # pixels of the original to pixels of the store
-        boxes = (boxes * np.tile(scale, 2)).astype(np.float32)
-        boxes, flips = to_device(boxes, self.device), to_device(flips, self.device)
+        where = _shares(self.options.draw(self.sizes[indices], epoch, indices), self.sizes[indices])
+        boxes = to_device(where.boxes * np.float32(self.images.shape[-1]), self.device)
+        flips = to_device(where.flips, self.device)
         images = self.images[to_device(indices, self.images.device)]
         images = to_device(images, self.device) if images.device.type == "cpu" else images
         crops = self.options.finish(crop_batch(images, boxes, flips, self.options.size), epoch, indices)
-        return Batch(crops, indices, self.bad, self.labels[indices])
+        return Batch(crops, indices, self.bad, self.labels[indices], where)
 
 
 class StreamCrops(torch.utils.data.IterableDataset):
@@ -518,7 +527,7 @@ class StreamCrops(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         place, stride = _seat(self.share)
-        tensors, indices, labels, bad = [], [], [], []
+        tensors, indices, labels, where, bad = [], [], [], [], []
         for index, record in enumerate(self._records()):
             index = index * stride + place
             try:
@@ -526,17 +535,20 @@ class StreamCrops(torch.utils.data.IterableDataset):
             except Exception as error:
                 bad.append(describe_bad(index, record["image"], error))
                 if len(bad) == self.options.tries:  # no need to fill a batch: these are reason enough to stop
-                    yield Batch(torch.empty(0, 3, 0, 0), np.array(indices), bad, np.array(labels))
+                    yield Batch(torch.empty(0, 3, 0, 0), np.array(indices), bad, np.array(labels), Crops([], []))
                     return
                 continue
-            boxes, flips = self.options.draw(np.array([(picture.height, picture.width)]), 0, np.array([index]))
-            tensors.append(crop(picture, boxes[0], flips[0], self.options.size))
+            size = np.array([(picture.height, picture.width)])
+            crops = self.options.draw(size, 0, np.array([index]))
+            tensors.append(crop(picture, crops.boxes[0], crops.flips[0], self.options.size))
+            where.append(_shares(crops, size))
             indices.append(index)
             labels.append(record.get("label", 0))
             if len(tensors) == self.batch:
                 images = self.options.finish(torch.stack(tensors), 0, np.array(indices))
-                yield Batch(images, np.array(indices), bad, np.array(labels))
-                tensors, indices, labels, bad = [], [], [], []
+                crops = Crops(*map(np.concatenate, zip(*where)))
+                yield Batch(images, np.array(indices), bad, np.array(labels), crops)
+                tensors, indices, labels, where, bad = [], [], [], [], []
 
     def _records(self) -> Iterator[dict]:
         for number in itertools.count():
@@ -618,7 +630,22 @@ class TrainBatches:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """This process's micro-batches of an epoch: steps_per_epoch * accumulate of them."""
-        requests = self.requests(epoch)
+        return self._read(self.requests(epoch))
+
+    def whole(self, count: int | None = None) -> Iterator[Batch]:
+        """This process's share of all pictures (or the first ``count``), each whole and squeezed to a square.
+
+        Process r of w gets pictures r, r + w, r + 2w, ..., from the beginning again where some processes would get one
+        more than others. Raises ValueError for a stream, whose pictures have no index to tell them apart.
+        """
+        if isinstance(self.crops, StreamCrops):
+            raise ValueError("a stream has no index to keep something for each picture by")
+        count = min(count or self.length, self.length)
+        mine = np.arange(self.share.rank, math.ceil(count / self.share.world) * self.share.world, self.share.world)
+        size = self.batch_size // self.share.world // self.accumulate
+        return self._read([(None, mine[i : i + size] % count) for i in range(0, len(mine), size)])
+
+    def _read(self, requests: list[tuple[int | None, np.ndarray]]) -> Iterator[Batch]:
         if isinstance(self.crops, StreamCrops):
             self.bad.clear()  # the next pass meets the same ones under other indices
             batches = itertools.islice(self.loader, len(requests))

@@ -1,20 +1,26 @@
-"""What to mask: random masks, and masks guided by the model's own clusters of patches.
+"""What to mask: random masks, masks guided by the model's own clusters of patches, and by its attention.
 
 Works alone: needs torch. Pure functions, batched, on any device: tensors in, tensors out, no state. The chain of
 the self-guided mask (Shin et al., Self-Guided Masked Autoencoder, NeurIPS 2024, arXiv 2507.19773, section 4):
 
-    features -> similarity -> normalized_cut -> foreground -> relevance -> informed_mask
+    features -> similarity -> normalized_cut -> foreground_side -> relevance -> informed_mask
+
+(all but the last are in :func:`find_object`, everything in :func:`self_guided_mask`).
+The chain of its rival AMT (Liu et al., arXiv 2211.15362): attention -> attention_weights -> amt_mask.
 
 Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m`` masked, ``d`` width.
 Randomness comes in as ``noise`` (b, n), uniform in [0, 1), so that the caller decides what it depends on; by default
 it is drawn from torch's global generator.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+DENSE = 1024  # patches; of more than that, similarities are made row block by row block, again and again, never kept
 
 
 class Mask(NamedTuple):
@@ -68,20 +74,40 @@ def self_guided_mask(
     hint: str = "random",
     hint_ratio: float = 0.05,
     foreground: str = "border",
+    scoring: str = "foreground",
     *,
     noise: Tensor | None = None,
 ) -> Mask:
     """Mask the main object of each image, as the patch features (b, n, d) of an (h, w) grid show it.
 
-    No CLS token among the features. Arguments as in :func:`informed_mask` and :func:`foreground_side`. Every image
-    gets exactly ``masked_count(n, ratio)`` masked patches; where the features say nothing (a constant image, not a
+    No CLS token among the features. Arguments as in :func:`informed_mask` and :func:`find_object`. Every image gets
+    exactly ``masked_count(n, ratio)`` masked patches; where the features say nothing (a constant image, not a
     number), the mask is random. Raises ValueError if features and grid disagree.
+    """
+    scores, _ = find_object(features, grid, foreground, scoring)
+    return informed_mask(scores, ratio, hint, hint_ratio, noise=noise)
+
+
+@torch.no_grad()
+def find_object(
+    features: Tensor, grid: tuple[int, int], foreground: str = "border", scoring: str = "foreground"
+) -> tuple[Tensor, Tensor]:
+    """Relevance (b, n) of the patches to the main object, and whether they are on its side of the cut (b, n).
+
+    From patch features (b, n, d) of an (h, w) grid, without a CLS token. ``foreground``: :func:`foreground_side`;
+    ``scoring``: :func:`relevance`. With more than DENSE patches nothing of the size n * n is built. Raises ValueError
+    if features and grid disagree.
     """
     if features.ndim != 3 or features.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"expected features (b, {grid[0]} * {grid[1]}, d), got {tuple(features.shape)}")
-    affinity = similarity(features)
-    side = foreground_side(normalized_cut(affinity), grid, foreground)
-    return informed_mask(relevance(affinity, side), ratio, hint, hint_ratio, noise=noise)
+    n = features.shape[1]
+    if n <= DENSE:
+        affinity = similarity(features)
+        side = foreground_side(normalized_cut(affinity), grid, foreground)
+        return relevance(affinity, side, scoring), side
+    x, blocks = _unit(features), [slice(start, start + DENSE) for start in range(0, n, DENSE)]
+    side = foreground_side(_blockwise_cut(x, blocks), grid, foreground)
+    return torch.cat([relevance(_cosines(x, rows), side, scoring) for rows in blocks], dim=1), side
 
 
 @torch.no_grad()
@@ -93,37 +119,93 @@ def similarity(features: Tensor) -> Tensor:
     bfloat16 result: cosines of an early model all lie close to 1. Values that are not finite count as zero; a zero
     vector is similar to nothing.
     """
+    return _cosines(_unit(features))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features (b, n, d) of length one, or zero, in the type that their products take."""
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     x = torch.nan_to_num(features.float(), nan=0.0, posinf=0.0, neginf=0.0)
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # squares of huge or tiny values stay in range
-    x = F.normalize(x, dim=-1).to(dtype)
-    with torch.autocast(device, enabled=False):
-        if x.is_cuda and dtype in (torch.bfloat16, torch.float16):
-            product = torch.bmm(x, x.mT, out_dtype=torch.float32)
+    return F.normalize(x, dim=-1).to(dtype)
+
+
+def _cosines(x: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Products in float32 of the unit vectors x (b, n, d): some ``rows`` of a matrix (b, n, n)."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            product = torch.bmm(x[:, rows], x.mT, out_dtype=torch.float32)
         else:
-            product = x.float() @ x.float().mT
+            product = x[:, rows].float() @ x.float().mT
     length = x.float().norm(dim=-1).clamp(min=0.5)  # rounding to 16 bits has changed it a little; zeros stay zeros
-    return product / (length[:, :, None] * length[:, None, :])
+    return product / (length[:, rows, None] * length[:, None, :])
 
 
 @torch.no_grad()
-def normalized_cut(affinity: Tensor, eps: float = 1e-5) -> Tensor:
+def normalized_cut(affinity: Tensor, eps: float = 1e-5, steps: int = 24) -> Tensor:
     """The relaxed normalized cut (b, n), float32, of patches with similarities (b, n, n); its sign is arbitrary.
 
     The second smallest solution y of (D - W) y = lambda D y with W = max(similarity, eps) and D its row sums
-    (Shi & Malik 2000, equation 6), from the second largest eigenvector of D^-1/2 W D^-1/2. Exact; on a GPU the solver
-    waits for the device.
+    (Shi & Malik 2000, equation 6), from the second largest eigenvector of D^-1/2 W D^-1/2 by ``steps`` of Lanczos.
+    Never waits for the device.
     """
-    with torch.autocast(affinity.device.type, enabled=False):
-        w = affinity.float().clamp(min=eps)
-        scale = w.sum(dim=-1).rsqrt()  # (b, n)
-        matrix = scale[:, :, None] * w * scale[:, None, :]
-        try:
-            vectors = torch.linalg.eigh(matrix).eigenvectors
-        except torch.linalg.LinAlgError:  # GPU solvers may give up on many equal eigenvalues, as of a constant image
-            vectors = torch.linalg.eigh(matrix.double().cpu()).eigenvectors.to(matrix)
-        return vectors[..., -2] * scale
+    w = affinity.float().clamp(min=eps)
+    return _cut(lambda v: torch.bmm(v, w), w.sum(dim=-1), steps)
+
+
+def _blockwise_cut(x: Tensor, blocks: list[slice], eps: float = 1e-5, steps: int = 24) -> Tensor:
+    """The same from unit vectors (b, n, d), holding but one of the ``blocks`` of rows of the similarities at a time."""
+
+    def multiply(v: Tensor) -> Tensor:
+        return torch.cat([torch.bmm(v, _cosines(x, rows).clamp(min=eps).mT) for rows in blocks], dim=2)
+
+    return _cut(multiply, multiply(x.new_ones(len(x), 1, x.shape[1], dtype=torch.float32))[:, 0], steps)
+
+
+@torch.no_grad()
+def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Tensor:
+    """The relaxed normalized cut (b, n) of graphs, given by v (b, 1, n) -> v W and the degrees (b, n) of their nodes.
+
+    Lanczos iteration with full reorthogonalisation (Golub & Van Loan, Matrix Computations, section 10.3) on
+    D^-1/2 W D^-1/2. Its first eigenvector is known, D^1/2 1, and every iterate is kept orthogonal to it. Nodes of
+    degree zero stay at zero.
+    """
+    (b, n), device = degree.shape, degree.device
+    steps = max(1, min(steps, n - 1))
+    scale = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)[:, None]
+    basis = torch.zeros(b, steps + 1, n, device=device)  # orthonormal rows
+    basis[:, 0] = F.normalize(degree.sqrt(), dim=1)
+    tridiagonal = torch.zeros(b, steps, steps, device=device)
+    k = torch.arange(1, n + 1, dtype=torch.float64, device=device)
+    x = ((k * k * 0.6180339887498949) % 1 - 0.5).float() * (scale > 0)  # (b, 1, n): some vector without a pattern
+    with torch.autocast(device.type, enabled=False):
+        for j in range(steps):
+            known = basis[:, : j + 1]
+            x = x - torch.bmm(torch.bmm(x, known.mT), known)
+            length = x.norm(dim=2, keepdim=True)
+            if j:
+                tridiagonal[:, j, j - 1] = tridiagonal[:, j - 1, j] = length[:, 0, 0]
+            x = torch.where(length > 1e-6, x / length.clamp(min=1e-30), 0)  # 0: there is nothing left to find
+            basis[:, j + 1] = x[:, 0]
+            previous, x = x, scale * multiply(scale * x)
+            tridiagonal[:, j, j] = (previous * x).sum(dim=(1, 2))
+        top = _top_eigenvector(tridiagonal)[:, None]
+        return (scale * torch.bmm(top, basis[:, 1:]))[:, 0]
+
+
+def _top_eigenvector(matrices: Tensor, squarings: int = 14) -> Tensor:
+    """An eigenvector (b, s) of the largest eigenvalue of small symmetric matrices (b, s, s), by repeated squaring.
+
+    ``torch.linalg.eigh`` would wait for the device.
+    """
+    bound = matrices.abs().sum(-1).amax(-1)  # of all eigenvalues; added, the largest is the largest in absolute value
+    power = matrices + torch.diag_embed(bound[:, None].expand(-1, matrices.shape[-1]))
+    for _ in range(squarings):
+        power = power / power.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-30)[:, None, None]
+        power = torch.bmm(power, power)
+    column = power.diagonal(dim1=1, dim2=2).argmax(dim=1)  # each column is a multiple of it; the longest
+    return power.gather(1, column[:, None, None].expand(-1, 1, matrices.shape[-1]))[:, 0]
 
 
 def bipartition(y: Tensor) -> Tensor:
@@ -153,10 +235,59 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
     raise ValueError(f"the foreground rule must be border or peak, got {rule!r}")
 
 
-def relevance(affinity: Tensor, foreground: Tensor) -> Tensor:
-    """Mean similarity (b, n) of each patch to the foreground patches: similarities (b, n, n), sides (b, n) bool."""
-    total = (affinity * foreground[:, None, :]).sum(dim=-1)  # no matrix product: autocast would round it to 16 bits
-    return total / foreground.sum(dim=-1, keepdim=True).clamp(min=1)
+def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "foreground") -> Tensor:
+    """How much each patch belongs to the object (b, n): similarities (b, n, n), sides (b, n) bool.
+
+    ``scoring``: "foreground", the mean similarity to the foreground patches; "contrast", that minus the mean
+    similarity to the others. Raises ValueError for another one.
+    """
+    if scoring not in ("foreground", "contrast"):
+        raise ValueError(f"scoring must be foreground or contrast, got {scoring!r}")
+
+    def mean_similarity(side: Tensor) -> Tensor:
+        total = (affinity * side[:, None, :]).sum(dim=-1)  # no matrix product: autocast would round it to 16 bits
+        return total / side.sum(dim=-1, keepdim=True).clamp(min=1)
+
+    return mean_similarity(foreground) - (mean_similarity(~foreground) if scoring == "contrast" else 0)
+
+
+@torch.no_grad()
+def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
+    """Up to ``k`` clusters of patches by recursive normalized cut: features (b, n, d) to labels (b, n) int64 below k.
+
+    Starting from one cluster, the one whose two halves have the least normalized cut is split (Shi & Malik 2000,
+    section 3). An image whose clusters cannot be split any more (one patch each, or equal features) gets fewer. Raises
+    ValueError unless 1 <= k <= n.
+    """
+    b, n = features.shape[:2]
+    if not 1 <= k <= n:
+        raise ValueError(f"{n} patches can make 1 to {n} clusters, not {k}")
+    w = similarity(features).clamp(min=eps)
+    labels = torch.zeros(b, n, dtype=torch.int64, device=features.device)
+    halves = torch.zeros(b, k, n, dtype=torch.bool, device=features.device)  # how each cluster would be split
+    costs = torch.full((b, k), torch.inf, device=features.device)  # its normalized cut, if it can be split
+
+    def consider(clusters: Tensor):  # (b, 1)
+        members = labels == clusters
+        part = w * (members[:, :, None] & members[:, None, :])
+        degree = part.sum(dim=-1)
+        y = _cut(lambda v: torch.bmm(v, part), degree, steps=24)
+        mean = (y * members).sum(dim=1, keepdim=True) / members.sum(dim=1, keepdim=True).clamp(min=1)
+        half = members & (y > mean)
+        volumes = [(degree * side).sum(dim=1) for side in (half, members & ~half)]
+        cut = (part * (half[:, :, None] & (members & ~half)[:, None, :])).sum(dim=(1, 2))
+        cost = cut / volumes[0] + cut / volumes[1]  # not a number where a half is empty
+        costs.scatter_(1, clusters, cost.nan_to_num(torch.inf)[:, None])
+        halves.scatter_(1, clusters[..., None].expand(b, 1, n), half[:, None])
+
+    consider(labels[:, :1])
+    for new in range(1, k):
+        best = costs.argmin(dim=1, keepdim=True)
+        half = halves.gather(1, best[..., None].expand(b, 1, n))[:, 0] & costs.gather(1, best).isfinite()
+        labels = torch.where(half, new, labels)
+        consider(best)
+        consider(torch.full_like(best, new))
+    return labels
 
 
 @torch.no_grad()
@@ -191,6 +322,34 @@ def informed_mask(
         arrival = noise.gather(1, candidates)
     candidates = candidates.gather(1, arrival.argsort(dim=1))
     return _mask(masked=candidates[:, k:], visible=torch.cat([rest, candidates[:, :k]], dim=1))
+
+
+def attention_weights(attention: Tensor) -> Tensor:
+    """AMT's weights (b, n) of the patches from the attention (b, heads, n) of the CLS token to them.
+
+    Each head is scaled to 0 ... 1, then the heads are averaged (arXiv 2211.15362, section 3).
+    """
+    low, high = attention.float().aminmax(dim=-1, keepdim=True)
+    return ((attention.float() - low) / (high - low).clamp(min=1e-12)).mean(dim=1)
+
+
+@torch.no_grad()
+def amt_mask(weights: Tensor, ratio: float = 0.45, throw_ratio: float = 0.4, *, noise: Tensor | None = None) -> Mask:
+    """Attention-driven masking and throwing: weights (b, n), not negative, to a Mask (arXiv 2211.15362, section 3).
+
+    Patches are drawn without replacement, each with a probability in proportion to its weight: the first
+    ``masked_count(n, ratio)`` are masked, the next round(throw_ratio * n) thrown away, the rest visible. Patches of
+    weight zero come last; rows that are not finite are drawn uniformly. Raises ValueError if no patch stays visible.
+    """
+    b, n = weights.shape
+    m, thrown = masked_count(n, ratio), round(throw_ratio * n)
+    if throw_ratio < 0 or m + thrown >= n:
+        raise ValueError(f"masking {ratio} and throwing {throw_ratio} of {n} patches leaves no visible patch")
+    noise = _uniform(noise, b, n, weights.device)
+    weights = torch.where(weights.isfinite().all(1, keepdim=True), weights.float(), 1)
+    arrival = -torch.log1p(-noise) / weights.clamp(min=1e-12)  # exponential, at these rates: the order of the draws
+    order = arrival.argsort(dim=1)
+    return _mask(masked=order[:, :m], visible=order[:, m + thrown :])
 
 
 def _mask(masked: Tensor, visible: Tensor) -> Mask:

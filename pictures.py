@@ -12,89 +12,126 @@ from torch import Tensor
 
 import data
 import masks
-import smae
+from guide import Guide
 
 matplotlib.rcParams["savefig.dpi"] = 100
-ORANGE = "#ff7f0e"
+ORANGE, GREEN = "#ff7f0e", "#39ff14"
 
 
 @torch.no_grad()
-def mask_sheet(
-    model: smae.SMAE,
-    images: Tensor,
-    guide_layer: int,
-    ratio: float = 0.75,
-    hint: str = "random",
-    hint_ratio: float = 0.05,
-    foreground: str = "border",
-    title: str = "",
-) -> Figure:
-    """What the model would mask in uint8 images (b, 3, H, W), a row each, and what it makes of the rest.
+def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, title: str = "") -> Figure:
+    """What the guide's model would mask in uint8 images (b, 3, H, W), a row each, and what it makes of the rest.
 
-    Columns: input, random mask, bi-partition, informed mask, informed mask with hints, reconstruction.
+    Columns of a self-guided model: input, random mask, bi-partition, relevance, informed mask, informed mask with
+    hints, reconstruction; with AMT: input, random mask, attention, mask, reconstruction. ``truth`` (b, H, W) bool
+    outlines the object in the input.
     """
+    model = guide.model
     device = model.positions.device
-    pixels = model.config["mean"], model.config["std"]
-    x = data.normalize(images.to(device), *pixels)
-    h, w = grid = model.grid(x)
+    statistics = model.config["mean"], model.config["std"]
+    x = data.normalize(images.to(device), *statistics)
+    h, w = model.grid(x)
     noise = data.to_device(data.uniform((0, data.MASKS), np.arange(len(x)), h * w), device)
-
-    affinity = masks.similarity(model.encode(x, layer=guide_layer)[:, model.prefix :])
-    side = masks.foreground_side(masks.normalized_cut(affinity), grid, foreground)
-    relevance = masks.relevance(affinity, side)
-    random = masks.random_mask(len(x), h * w, ratio, noise=noise)
-    informed = masks.informed_mask(relevance, ratio, "none", noise=noise)
-    hinted = masks.informed_mask(relevance, ratio, hint, hint_ratio, noise=noise)
-    rebuilt = data.denormalize(model.reconstruct(x, hinted), *pixels)
-
-    def shown(mask: masks.Mask) -> Tensor:  # (b, h, w) bool
-        return torch.zeros(len(x), h * w, device=device).scatter(1, mask.visible, 1).bool().view(-1, h, w)
-
-    k = masks.hint_count(h * w, ratio, hint, hint_ratio)
-    candidates = relevance.topk(informed.masked.shape[1] + k, dim=1).indices
-    hints = torch.zeros_like(side).scatter(1, candidates, True).view(-1, h, w) & shown(hinted)
+    relevance, side = guide.look(x)
+    mask = guide.mask(relevance, noise)
     pixels = rearrange(images, "b c h w -> b h w c").cpu().numpy() / 255
-    columns = {
-        "input": pixels,
-        "random mask": hide(pixels, shown(random)),
-        "bi-partition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
-        "informed mask": hide(pixels, shown(informed)),
-        f"informed mask,\n{k} hints ({hint})": hide(pixels, shown(hinted)),
-        "reconstruction\nfrom hints + rest": rearrange(rebuilt, "b c h w -> b h w c").cpu().numpy() / 255,
-    }
-    figure = Figure(figsize=(1.75 * len(columns), 1.75 * len(x) + 0.9), layout="constrained")
-    axes = figure.subplots(len(x), len(columns), squeeze=False)
+
+    def patches(indices: Tensor) -> Tensor:  # (b, k) -> (b, h, w) bool
+        return torch.zeros(len(x), h * w, device=device).scatter(1, indices, 1).bool().view(-1, h, w)
+
+    def covered(mask: masks.Mask) -> np.ndarray:
+        return hide(pixels, patches(mask.visible), patches(mask.masked))
+
+    columns = {"input": pixels, "random mask": covered(masks.random_mask(len(x), h * w, guide.ratio, noise=noise))}
+    rebuilt = rearrange(data.denormalize(model.reconstruct(x, mask), *statistics), "b c h w -> b h w c").cpu().numpy()
+    heat = glow(pixels, relevance.view(-1, h, w))
+    framed = {}
+    if guide.kind == "amt":
+        thrown = ~patches(mask.visible) & ~patches(mask.masked)
+        columns |= {"attention": heat, "AMT mask\n(thrown away: black)": covered(mask)}
+        columns["reconstruction"] = hide(rebuilt / 255, ~thrown, ~thrown)
+    else:
+        plain = masks.informed_mask(relevance, guide.ratio, "none", noise=noise)
+        k = masks.hint_count(h * w, guide.ratio, guide.hint, guide.hint_ratio)
+        candidates = patches(relevance.topk(plain.masked.shape[1] + k, dim=1).indices)
+        hinted = f"informed mask,\n{k} hints ({guide.hint})"
+        columns |= {
+            "bi-partition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
+            "relevance": heat,
+            "informed mask": covered(plain),
+            hinted: covered(mask),
+            "reconstruction\nfrom hints + rest": rebuilt / 255,
+        }
+        framed[hinted] = candidates & patches(mask.visible)
+    masked = mask.masked.shape[1] / (h * w)
+    note = "; brightness and contrast of a rebuilt patch are the input's" if model.normalize_pixels else ""
+    return contact_sheet(
+        columns, f"{title}masked patches hatched, {masked:.0%} of {h} x {w}{note}", framed, {"input": truth}
+    )
+
+
+def contact_sheet(
+    columns: dict[str, np.ndarray],
+    title: str,
+    framed: dict[str, Tensor] | None = None,
+    outlined: dict[str, Tensor | None] | None = None,
+    labels: list[str] | None = None,
+) -> Figure:
+    """Named columns of pictures (b, H, W, 3) in [0, 1], side by side.
+
+    ``framed`` names columns whose True patches (b, h, w) get orange frames, ``outlined`` those in which the shape of
+    the True pixels (b, H, W) is drawn in green; ``labels`` stand to the left of the rows.
+    """
+    rows, height, width, _ = next(iter(columns.values())).shape
+    figure = Figure(figsize=(1.75 * len(columns), 1.75 * rows * height / width + 0.9), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (name, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(name, fontsize=11)
         for row, picture in enumerate(pictures):
-            axes[row, column].imshow(picture, interpolation="nearest")
-            axes[row, column].set_axis_off()
-            if "hints (" in name:
-                outline(axes[row, column], hints[row], model.patch_size)
-    note = "; brightness and contrast of a rebuilt patch are the input's" if model.normalize_pixels else ""
-    figure.suptitle(f"{title}masked patches hatched, {ratio:.0%} of {h} x {w}{note}", fontsize=11)
+            axis = axes[row, column]
+            axis.imshow(picture, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if framed and name in framed:
+                outline_patches(axis, framed[name][row], height // framed[name].shape[1])
+            if outlined and outlined.get(name) is not None:
+                axis.contour(outlined[name][row].cpu().numpy(), levels=[0.5], colors=GREEN, linewidths=1.2)
+    for row, label in enumerate(labels or []):
+        axes[row, 0].set_ylabel(label, fontsize=9)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
-def enlarge(cells: Tensor, pixels: np.ndarray) -> np.ndarray:
-    """Cells (b, h, w) of the patch grid to the size of ``pixels`` (b, H, W, 3): (b, H, W, 1)."""
+def enlarge(cells: Tensor | np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Values (b, h, w, ...) of the patch grid to the size of ``pixels`` (b, H, W, 3): (b, H, W, ...)."""
     p = pixels.shape[1] // cells.shape[1]
-    return repeat(cells.cpu().numpy(), "b h w -> b (h p1) (w p2) 1", p1=p, p2=p)
+    cells = cells.cpu().numpy() if isinstance(cells, Tensor) else cells
+    return repeat(cells, "b h w ... -> b (h p1) (w p2) ...", p1=p, p2=p)
 
 
-def hide(pixels: np.ndarray, visible: Tensor) -> np.ndarray:
-    """Pictures (b, H, W, 3) in [0, 1], hatched in grey where a patch is not ``visible`` (b, h, w)."""
+def hide(pixels: np.ndarray, visible: Tensor, masked: Tensor) -> np.ndarray:
+    """Pictures (b, H, W, 3) in [0, 1], hatched where ``masked`` (b, h, w), black where neither that nor ``visible``."""
     y, x = np.indices(pixels.shape[1:3])
     hatching = np.where((x + y) // 2 % 2, 0.62, 0.8)[..., None]  # plain grey would look like a cloudy sky
-    return np.where(enlarge(visible, pixels), pixels, hatching)
+    cover = np.where(enlarge(masked, pixels)[..., None], hatching, 0.08)
+    return np.where(enlarge(visible, pixels)[..., None], pixels, cover)
 
 
 def tint(pixels: np.ndarray, side: Tensor) -> np.ndarray:
     """Pictures (b, H, W, 3) in [0, 1], dimmed and blue where not on the ``side`` (b, h, w)."""
-    return np.where(enlarge(side, pixels), pixels, 0.25 * pixels.mean(-1, keepdims=True) + np.array([0.05, 0.1, 0.45]))
+    dimmed = 0.25 * pixels.mean(-1, keepdims=True) + np.array([0.05, 0.1, 0.45])
+    return np.where(enlarge(side, pixels)[..., None], pixels, dimmed)
 
 
-def outline(axis, cells: Tensor, p: int):
+def glow(pixels: np.ndarray, relevance: Tensor) -> np.ndarray:
+    """Pictures (b, H, W, 3) in [0, 1] in grey, the relevance (b, h, w) laid over in colours from its least to most."""
+    low, high = relevance.float().flatten(1).aminmax(dim=1)
+    scaled = (relevance.float() - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
+    colours = matplotlib.colormaps["inferno"](scaled.cpu().numpy())[..., :3]
+    return 0.35 * pixels.mean(-1, keepdims=True) + 0.65 * enlarge(colours, pixels)
+
+
+def outline_patches(axis, cells: Tensor, p: int):
     """Draw an orange frame around the True ``cells`` (h, w) of a picture with patches of ``p`` pixels."""
     for row, column in cells.nonzero().tolist():
         frame = matplotlib.patches.Rectangle((column * p - 0.5, row * p - 0.5), p, p, fill=False)

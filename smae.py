@@ -81,9 +81,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(*self.split(x))
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
+
+    def split(self, x: Tensor) -> Tensor:
+        """Queries, keys and values, each (b, heads, n, d)."""
+        return rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+
+    def weights(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
+        """How much ``queries``, some of the tokens, attend to each: (b, heads, queries, n), float32, rows sum to 1."""
+        q, k, _ = self.split(x)
+        return ((q[:, :, queries] * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1)
 
 
 class Block(nn.Module):
@@ -251,6 +259,13 @@ class SMAE(nn.Module):
         """
         if layer is not None and not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must lie between 1 and {len(self.blocks)}, got {layer}")
+        x = self._tokens(images, visible)
+        for block in self.blocks[:layer]:
+            x = block(x)
+        return x if layer else self.norm(x)
+
+    def _tokens(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """What the first block sees: the CLS token, if any, and the embedded patches (b, 1 + v, d)."""
         table = self._positions(self.positions, self.grid(images))
         patches, positions = patchify(images, self.patch_size), table[:, self.prefix :]
         if visible is not None:
@@ -258,10 +273,8 @@ class SMAE(nn.Module):
         x = self.embed(patches) + positions
         if self.prefix:
             cls = repeat(self.cls_token + table[0, 0], "d -> b 1 d", b=len(images))
-            x = torch.cat([cls, x], dim=1)  # (b, 1 + v, d)
-        for block in self.blocks[:layer]:
-            x = block(x)
-        return x if layer else self.norm(x)
+            x = torch.cat([cls, x], dim=1)
+        return x
 
     def decode(self, latent: Tensor, mask, grid: tuple[int, int]) -> Tensor:
         """Predict the masked patches of an (h, w) grid from the encoder's tokens (b, 1 + v, d): (b, m, p * p * c).
@@ -270,14 +283,63 @@ class SMAE(nn.Module):
         """
         if not self.config["decoder_depth"]:
             raise ValueError("this model is an encoder alone: it has no decoder")
-        x = self.decoder_embed(latent)
-        cls, positions = self._positions(self.decoder_positions, grid).split([self.prefix, grid[0] * grid[1]], dim=1)
-        shown = x[:, self.prefix :] + take(positions, mask.visible)
-        hidden = self.mask_token + take(positions, mask.masked)
-        x = torch.cat([x[:, : self.prefix] + cls, shown, hidden], dim=1)  # (b, 1 + v + m, decoder d), in any order
+        x = self._decoder_tokens(latent, mask.visible, mask.masked, grid)
         for block in self.decoder_blocks:
             x = block(x)
         return self.head(self.decoder_norm(x[:, -mask.masked.shape[1] :]))
+
+    def _decoder_tokens(self, latent: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What the decoder's first block sees, (b, 1 + v + m, decoder d): CLS, visible patches, mask tokens."""
+        x = self.decoder_embed(latent)
+        cls, positions = self._positions(self.decoder_positions, grid).split([self.prefix, grid[0] * grid[1]], dim=1)
+        shown = x[:, self.prefix :] + take(positions, visible)
+        hidden = self.mask_token + take(positions, masked)
+        return torch.cat([x[:, : self.prefix] + cls, shown, hidden], dim=1)
+
+    def features(self, images: Tensor, layer: int | str) -> Tensor:
+        """Patch tokens (b, n, d) of whole images (b, c, H, W) after a block, without norm: what can guide a mask.
+
+        ``layer``: 1 ... depth for an encoder block; "decoder-1", "decoder-2", ... for a decoder block, whose input
+        then are the encoder's tokens of all patches and no mask token. Raises ValueError if there is no such block.
+        """
+        if layer not in self.layers:
+            raise ValueError(f"there is no layer {layer!r}, only {', '.join(map(str, self.layers))}")
+        if isinstance(layer, int):
+            return self.encode(images, layer=layer)[:, self.prefix :]
+        h, w = self.grid(images)
+        everything = torch.arange(h * w, device=images.device).expand(len(images), -1)
+        x = self._decoder_tokens(self.encode(images), everything, everything[:, :0], (h, w))
+        for block in self.decoder_blocks[: int(layer.removeprefix("decoder-"))]:
+            x = block(x)
+        return x[:, self.prefix :]
+
+    @property
+    def layers(self) -> list[int | str]:
+        """The names that :meth:`features` knows the blocks by."""
+        decoder = [f"decoder-{i}" for i in range(1, self.config["decoder_depth"] + 1)]
+        return [*range(1, len(self.blocks) + 1), *decoder]
+
+    @torch.no_grad()
+    def class_attention(self, images: Tensor) -> Tensor:
+        """How much the CLS token attends to each patch in the last encoder block: (b, heads, n), float32.
+
+        Raises ValueError if the model has no CLS token.
+        """
+        if not self.prefix:
+            raise ValueError("this model has no CLS token, whose attention could be asked for")
+        last = self.blocks[-1]
+        x = self.encode(images, layer=len(self.blocks) - 1) if len(self.blocks) > 1 else self._tokens(images)
+        return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, 1:]
+
+    @torch.no_grad()
+    def decoder_attention(self, images: Tensor, mask) -> list[Tensor]:
+        """Attention in every decoder block, (b, heads, t, t) in float32: t tokens, CLS, visible and masked patches."""
+        x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
+        maps = []
+        for block in self.decoder_blocks:
+            maps.append(block.attention.weights(block.norm1(x)))
+            x = block(x)
+        return maps
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
         """What the decoder should predict: the pixels (b, m, p * p * c) of the masked patches, normalised if asked."""

@@ -1,4 +1,4 @@
-"""Pre-train a masked autoencoder: first with random masks, then with masks guided by its own patch clusters.
+"""Pre-train a masked autoencoder: first with random masks, then with masks guided by what it has learned itself.
 
     accelerate launch train.py                                    # the demo: a tiny model on drawn shapes
     accelerate launch train.py --dataset PATH_OR_HUB_NAME ...     # your own pictures
@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ import data
 import masks
 import pictures
 import smae
+from guide import Guide, exploitation
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     dataset="imagenet-1k",
@@ -56,14 +58,40 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("masks")
     group.add_argument(
-        "--mask", choices=["random", "selfguided"], default="selfguided", help="masks after --guide-start"
+        "--mask", choices=["random", "selfguided", "amt"], default="selfguided", help="masks after --guide-start"
     )
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is masked")
     group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="choice of hint patches")
     group.add_argument("--hint-ratio", type=float, default=0.05, help="hints as a share of the masked patches")
-    group.add_argument("--guide-start", type=int, help="epochs of random masks before (default: an eighth of --epochs)")
-    group.add_argument("--guide-layer", type=int, help="encoder block whose output guides (default: the last but one)")
+    group.add_argument("--amt-ratio", type=float, default=0.45, help="in place of --mask-ratio where AMT masks")
+    group.add_argument("--throw-ratio", type=float, default=0.4, help="share of the patches that AMT throws away")
+
+    group = parser.add_argument_group("guide")
+    group.add_argument(
+        "--guide",
+        choices=["online", "cached"],
+        help="look at every crop, or now and then at every whole picture (default: cached for amt, else online)",
+    )
+    group.add_argument(
+        "--guide-start",
+        type=epochs_or_auto,
+        help="epochs of random masks before, or auto: until mask tokens serve the decoder more than visible ones "
+        "(default: an eighth of --epochs; a tenth for amt)",
+    )
+    group.add_argument("--guide-every", type=int, help="epochs between looks of --guide cached (default: a tenth)")
+    group.add_argument(
+        "--guide-layer",
+        type=block,
+        help="block whose output guides: a number, or decoder-1, ... (default: the encoder's last but one)",
+    )
+    group.add_argument("--guide-debias", action="store_true", help="take off what features owe to their position")
     group.add_argument("--foreground", choices=["border", "peak"], default="border", help="which side is the object")
+    group.add_argument(
+        "--relevance",
+        choices=["foreground", "contrast"],
+        default="foreground",
+        help="likeness to the object, or that less likeness to the rest",
+    )
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=5, help="passes over the data")
@@ -86,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
 
     return parser
+
+
+def epochs_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def block(text: str) -> int | str:
+    return text if text.startswith("decoder-") else int(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser):
@@ -144,9 +180,17 @@ def complete(args: argparse.Namespace):
     """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
     check_training(args)
     if args.guide_start is None:
-        args.guide_start = max(1, args.epochs // 8)
-    if args.guide_start < 0:
+        args.guide_start = max(1, args.epochs // (10 if args.mask == "amt" else 8))
+    if args.guide_start != "auto" and args.guide_start < 0:
         raise ValueError(f"--guide-start must not be negative, got {args.guide_start}")
+    if args.guide is None:
+        args.guide = "cached" if args.mask == "amt" and not args.streaming else "online"
+    if args.guide == "cached" and args.streaming:
+        raise ValueError("a stream has no index to keep maps by: with --streaming the guide must be --guide online")
+    if args.guide_every is None:
+        args.guide_every = max(1, args.epochs // 10)
+    if args.guide_every < 1:
+        raise ValueError(f"--guide-every must be at least 1, got {args.guide_every}")
     if args.lr is None:
         args.lr = args.blr * args.batch_size / 256
     if args.save_every is None:
@@ -164,7 +208,7 @@ def sizes(args: argparse.Namespace) -> dict:
 
 
 def build_model(args: argparse.Namespace) -> smae.SMAE:
-    """The model that the arguments describe; raises ValueError where it cannot be guided or masked as asked."""
+    """The model that the arguments describe."""
     if args.init_from:
         source = smae.load(args.init_from, heads=args.heads)
         source = source.encoder if isinstance(source, smae.Classifier) else source
@@ -180,13 +224,28 @@ def build_model(args: argparse.Namespace) -> smae.SMAE:
     if args.init_from:
         smae.initialise(model, source, decoder=not fresh)
     args.patch_size = model.patch_size
-    depth = len(model.blocks)
-    if args.guide_layer is None:
-        args.guide_layer = max(1, depth - 1)
-    if not 1 <= args.guide_layer <= depth:
-        raise ValueError(f"--guide-layer must lie between 1 and {depth}, the depth of the encoder")
-    masks.hint_count(model.patch_count, args.mask_ratio, args.hint, args.hint_ratio)
     return model
+
+
+def build_guide(args: argparse.Namespace, model: smae.SMAE) -> Guide:
+    """What guides the masks after the first phase, as the arguments have it."""
+    made = Guide(
+        model,
+        "amt" if args.mask == "amt" else "selfguided",
+        ratio=args.mask_ratio,
+        hint=args.hint,
+        hint_ratio=args.hint_ratio,
+        layer=args.guide_layer,
+        foreground=args.foreground,
+        scoring=args.relevance,
+        debias=args.guide_debias,
+        amt_ratio=args.amt_ratio,
+        throw_ratio=args.throw_ratio,
+        compile=args.compile,
+        start=None if args.guide_start == "auto" else args.guide_start,
+    )
+    args.guide_layer = made.layer
+    return made
 
 
 def decoder_sizes(encoder: smae.SMAE) -> dict:
@@ -263,16 +322,14 @@ def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, *
     )
 
 
-def choose_mask(args: argparse.Namespace, phase: str, images: Tensor, encode, noise: Tensor) -> masks.Mask:
-    """The mask of a batch of images (b, 3, H, W): random, or guided by one look at the whole images."""
+def choose_mask(
+    args: argparse.Namespace, phase: str, batch: data.Batch, images: Tensor, guide: Guide, noise: Tensor
+) -> masks.Mask:
+    """The mask of a batch whose normalised crops are ``images``: random, or guided by what they show."""
     if phase == "random":
         return masks.random_mask(*noise.shape, args.mask_ratio, noise=noise)
-    with torch.no_grad():
-        features = encode(images, layer=args.guide_layer)[:, -noise.shape[1] :]  # without the CLS token
-    side = args.image_size // args.patch_size
-    return masks.self_guided_mask(
-        features, (side, side), args.mask_ratio, args.hint, args.hint_ratio, args.foreground, noise=noise
-    )
+    relevance = guide.recall(batch) if args.guide == "cached" else guide.look(images, learn=True)[0]
+    return guide.mask(relevance, noise)
 
 
 def stop_if_too_many_are_bad(batches: data.TrainBatches):
@@ -291,26 +348,33 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMA
         f"{world} process(es) on {accelerator.device.type}, precision {args.precision}; "
         f"effective batch {args.batch_size} = {world} processes x {args.accumulate} micro-batches "
         f"x {args.batch_size // world // args.accumulate}; learning rate {args.lr:g}\n"
-        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks after epoch {args.guide_start}"
+        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks"
+        + (f" ({args.guide} guide) after epoch {args.guide_start}" if args.mask != "random" else "")
     )
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and "MASTER_ADDR" in os.environ and world == 1:  # several were asked for
         accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
 
 
-def draw(args: argparse.Namespace, epoch: int, model: smae.SMAE, samples: Tensor):
+def measure(guide: Guide, samples: Tensor) -> dict:
+    """How far the decoder lives on mask tokens and on visible ones: the exploitation rates of its blocks."""
+    model = guide.model
+    images = data.normalize(samples.to(model.positions.device), model.config["mean"], model.config["std"])
+    noise = data.uniform((0, data.MASKS), np.arange(len(images)), model.patch_count)
+    mask = masks.random_mask(*noise.shape, guide.ratio, noise=data.to_device(noise, images.device))
+    masked, visible = exploitation(model, images, mask)
+    return dict(exploitation_masked=masked.tolist(), exploitation_visible=visible.tolist())
+
+
+def ready(history: list[dict]) -> bool:
+    """Whether mask tokens have overtaken visible ones in the decoder's last block; below them once, they can."""
+    ahead = [record["exploitation_masked"][-1] > record["exploitation_visible"][-1] for record in history]
+    return ahead[-1] and not all(ahead)
+
+
+def draw(args: argparse.Namespace, epoch: int, guide: Guide, samples: Tensor):
     """Refresh masks.png and loss.png."""
-    sheet = pictures.mask_sheet(
-        model,
-        samples,
-        args.guide_layer,
-        args.mask_ratio,
-        args.hint,
-        args.hint_ratio,
-        args.foreground,
-        title=f"epoch {epoch}: ",
-    )
-    sheet.savefig(args.out / "masks.png")
+    pictures.mask_sheet(guide, samples, title=f"epoch {epoch}: ").savefig(args.out / "masks.png")
     pictures.loss_curve(args.out / "metrics.jsonl").savefig(args.out / "loss.png")
 
 
@@ -330,20 +394,20 @@ def main():
             raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")
         set_seed(args.seed)
         model = build_model(args)
+        guide = build_guide(args, model)
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
         dataset = data.load_images(
             args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
         )
         batches = train_batches(args, accelerator, dataset)
-        samples = data.sample_pictures(dataset, 8, args.image_size)
+        samples = data.sample_pictures(dataset, 32, args.image_size)  # to measure on; a quarter of them to draw
         optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
 
-    encode = model.encode
     if args.compile:
         model.forward = torch.compile(model.forward, fullgraph=True)
-        encode = torch.compile(encode, fullgraph=True)
     trained, optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one, on the device
+    accelerator.register_for_checkpointing(guide)
 
     steps = args.epochs * batches.steps_per_epoch
     warmup = args.warmup_epochs * batches.steps_per_epoch
@@ -354,16 +418,19 @@ def main():
     patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
     trained.train()
-    step = 0
+    step, history = 0, []
     for epoch in range(1, args.epochs + 1):
-        phase = "random" if epoch <= args.guide_start else args.mask
+        guided = args.mask != "random" and guide.start is not None and epoch > guide.start
+        phase = args.mask if guided else "random"
         total, start = torch.zeros((), device=accelerator.device), time.perf_counter()
         with one_line_errors(data.TooManyBadImages, Diverged, ranks="any"):
+            if guided and args.guide == "cached" and (epoch - guide.start - 1) % args.guide_every == 0:
+                guide.remember(batches, accelerator)
             for batch in batches.epoch(epoch):
                 images = data.normalize(batch.images, model.config["mean"], model.config["std"])
                 noise = data.uniform((args.seed, epoch, data.MASKS), batch.indices, model.patch_count)
                 with accelerator.autocast():
-                    mask = choose_mask(args, phase, images, encode, data.to_device(noise, images.device))
+                    mask = choose_mask(args, phase, batch, images, guide, data.to_device(noise, images.device))
                 lr = learning_rate(step, steps, warmup, args.lr)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -377,6 +444,7 @@ def main():
                     optimizer.zero_grad()
                 total += loss.detach()
                 if accelerator.sync_gradients:
+                    guide.end_step(accelerator)
                     step += 1
                     bar.update()
                     if step % 10 == 0:  # these wait for the device and the other processes: not at every step
@@ -402,6 +470,10 @@ def main():
             seconds=seconds,
             bad_images=len(batches.bad),
         )
+        with accelerator.autocast():
+            history.append(measure(guide, samples))
+        if guide.start is None and broadcast_object_list([ready(history)])[0]:  # the same for all processes
+            guide.start = epoch
         accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
         if accelerator.is_main_process:
             if epoch == 1:  # whatever a run before left stays until there is something to put in its place
@@ -409,15 +481,15 @@ def main():
                 for name in RUN_FILES:
                     (args.out / name).unlink(missing_ok=True)
             with open(args.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record | history[-1]) + "\n")
             bar.write(
                 f"epoch {epoch}/{args.epochs}  {phase:10}  loss {mean:.4f}  lr {lr:.2e}  "
                 f"{record['images_per_second']:.0f} images/s"
             )
-            if epoch % args.save_every == 0 or epoch in (args.guide_start, args.epochs):
+            if epoch % args.save_every == 0 or epoch in (guide.start, args.epochs):
                 smae.save(model, args.out, config)
                 with accelerator.autocast():
-                    draw(args, epoch, model, samples)
+                    draw(args, epoch, guide, samples[:: math.ceil(len(samples) / 8)])
     bar.close()
     accelerator.end_training()
 

@@ -1,0 +1,182 @@
+"""What guides the masks of a model in training: its own look at each crop, or at each whole picture now and then.
+
+Between ``masks.py``, which knows nothing but tensors, and ``train.py``: which features or which attention a mask is
+made from, what is kept of it from one step to the next, and when a model is ready to guide.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from einops import rearrange
+from torch import Tensor
+
+import data
+import masks
+import smae
+
+MOMENTUM = 0.95  # of the running mean of the features, from step to step
+MEAN_OVER = 2048  # whole pictures that the mean of the features is taken over
+
+
+class Guide:
+    """Relevance of the patches of images, and the masks that follow from it.
+
+    ``kind`` "selfguided": how much a patch belongs to the main object, by the features of ``layer`` (one of
+    ``model.layers``, default: the last encoder block but one); ``debias`` first takes the mean that the features
+    have at each patch position off them. "amt": how much the CLS token attends to it. The other arguments are those
+    of ``masks.find_object``, ``masks.informed_mask`` and ``masks.amt_mask``.
+
+    ``maps`` (images, h, w), float16, on the host, holds the relevance of whole pictures after :meth:`remember`,
+    ``mean`` (n, d) the mean of the features, ``start`` the number of epochs before the guide (None: not known yet).
+
+    Raises ValueError where the model has no such layer or the counts of patches do not fit.
+    """
+
+    def __init__(
+        self,
+        model: smae.SMAE,
+        kind: str = "selfguided",
+        *,
+        ratio: float = 0.75,
+        hint: str = "random",
+        hint_ratio: float = 0.05,
+        layer: int | str | None = None,
+        foreground: str = "border",
+        scoring: str = "foreground",
+        debias: bool = False,
+        amt_ratio: float = 0.45,
+        throw_ratio: float = 0.4,
+        compile: bool = False,
+        start: int | None = None,
+    ):
+        self.model, self.kind, self.start = model, kind, start
+        self.ratio, self.hint, self.hint_ratio = ratio, hint, hint_ratio
+        self.amt_ratio, self.throw_ratio = amt_ratio, throw_ratio
+        self.layer = max(1, len(model.blocks) - 1) if layer is None else layer
+        self.foreground, self.scoring, self.debias = foreground, scoring, debias
+        self.maps = self.mean = self._seen = None
+        wrap = torch.compile if compile else lambda function, **_: function
+        self._features: Callable = wrap(model.features, fullgraph=True)
+        self._attention: Callable = wrap(model.class_attention, fullgraph=True)
+        masks.hint_count(model.patch_count, ratio, hint, hint_ratio)
+        if self.layer not in model.layers:
+            raise ValueError(f"--guide-layer {self.layer}: there are {', '.join(map(str, model.layers))}")
+        if kind == "amt":
+            masks.amt_mask(torch.ones(1, model.patch_count), amt_ratio, throw_ratio)
+            if not model.prefix:
+                raise ValueError("--mask amt needs a model with a CLS token, whose attention it follows")
+
+    # ---------------------------------------------------------------------------------------------- looking
+
+    @torch.no_grad()
+    def look(self, images: Tensor, learn: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Relevance (b, n) of the patches of normalised images (b, 3, H, W), and which are on the object's side.
+
+        One forward pass over all patches. ``learn`` takes the features into the running mean at the next
+        :meth:`end_step`. AMT has no sides: None.
+        """
+        if self.kind == "amt":
+            return masks.attention_weights(self._attention(images)), None
+        features = self._features(images, self.layer)
+        if self.debias:
+            if learn:
+                total, count = self._seen or (0, 0)
+                self._seen = total + features.float().mean(dim=0), count + 1
+            if self.mean is not None:
+                features = features - self.mean
+        return masks.find_object(features, self.model.grid(images), self.foreground, self.scoring)
+
+    def mask(self, relevance: Tensor, noise: Tensor) -> masks.Mask:
+        """The mask of images of this relevance (b, n); ``noise`` (b, n) decides what is left to chance."""
+        if self.kind == "amt":
+            return masks.amt_mask(relevance, self.amt_ratio, self.throw_ratio, noise=noise)
+        return masks.informed_mask(relevance, self.ratio, self.hint, self.hint_ratio, noise=noise)
+
+    def end_step(self, accelerator: Accelerator):
+        """Take what all looks of a step, in all processes, have learned into the running mean of the features."""
+        if self._seen is not None:
+            new = accelerator.reduce(self._seen[0] / self._seen[1], "mean")
+            self.mean = new if self.mean is None else MOMENTUM * self.mean + (1 - MOMENTUM) * new
+            self._seen = None
+
+    # ---------------------------------------------------------------------------------------------- remembering
+
+    def remember(self, batches: data.TrainBatches, accelerator: Accelerator):
+        """Look at every picture of the data, whole and not augmented, and keep its relevance: one pass, shared out.
+
+        With ``debias``, another one over the first MEAN_OVER of them before, for the mean.
+        """
+
+        def looks(learn: bool, count: int | None = None):
+            for batch in batches.whole(count):
+                images = data.normalize(batch.images, self.model.config["mean"], self.model.config["std"])
+                with accelerator.autocast():
+                    yield self.look(images, learn)[0]
+
+        if self.debias:
+            self.mean = None
+            for _ in looks(learn=True, count=MEAN_OVER):
+                pass
+            self.end_step(accelerator)
+        mine = torch.cat([self._compact(relevance) for relevance in looks(learn=False)])
+        parts = [
+            accelerator.gather(part.to(accelerator.device)).cpu() for part in mine.split(2**16)
+        ]  # bounded on a GPU
+        world, (h, w) = accelerator.num_processes, self._grid()
+        parts = [rearrange(part, "(world k) (h w) -> (k world) h w", world=world, h=h, w=w) for part in parts]
+        self.maps = torch.cat(parts)[: batches.length]
+
+    def _compact(self, relevance: Tensor) -> Tensor:
+        """Relevance (b, n) in float16 on the host; stretched to 0 ... 1 where only its order matters."""
+        if self.kind == "selfguided":
+            low, high = relevance.aminmax(dim=1, keepdim=True)
+            relevance = (relevance - low) / torch.where(high - low > 1e-4 * high.abs(), high - low, torch.inf)
+        return relevance.nan_to_num(0).half().cpu()
+
+    def recall(self, batch: data.Batch) -> Tensor:
+        """Relevance (b, n) of the crops of a batch, cut out of that of the whole pictures."""
+        device, (h, w) = batch.images.device, self._grid()
+        maps = data.to_device(self.maps[torch.as_tensor(batch.indices)], device)
+        boxes = data.to_device(batch.crops.boxes * np.array([h, w, h, w], np.float32), device)
+        with torch.autocast(device.type, enabled=False):
+            crops = data.crop_batch(maps[:, None].float(), boxes, data.to_device(batch.crops.flips, device), h)
+        return crops.flatten(1)
+
+    def _grid(self) -> tuple[int, int]:
+        height, width = self.model.config["image_size"]
+        return height // self.model.patch_size, width // self.model.patch_size
+
+    def state_dict(self) -> dict:
+        """All that is kept from one step to the next."""
+        return dict(maps=self.maps, mean=self.mean, start=self.start)
+
+    def load_state_dict(self, state: dict):
+        device = self.model.positions.device
+        self.maps, self.start = state["maps"], state["start"]
+        self.mean = None if state["mean"] is None else state["mean"].to(device)
+
+
+# -------------------------------------------------------------------------------------------------- when to start
+
+
+@torch.no_grad()
+def exploitation(model: smae.SMAE, images: Tensor, mask: masks.Mask, residual: bool = False) -> tuple[Tensor, Tensor]:
+    """How far the decoder lives on mask tokens, and how far on visible ones: two shares for each block, (layers,).
+
+    The paper's exploitation rate (arXiv 2507.19773, section 3.3), by attention rollout (Abnar & Zuidema, ACL 2020):
+    with A_l the attention of block l, averaged over heads, and R_l = A_l R_(l-1), R_0 = 1, the shares are the sums of
+    R_l over the mask tokens and over the visible patches, averaged over the rows of all mask tokens and over images.
+    What is missing to 1 is the CLS token's. ``residual`` puts (A_l + 1) / 2 in the place of A_l.
+    """
+    v, m = mask.visible.shape[1], mask.masked.shape[1]
+    rollout, shares = None, []
+    for attention in model.decoder_attention(images, mask):
+        attention = attention.mean(dim=1)  # (b, t, t)
+        if residual:
+            attention = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
+        rollout = attention if rollout is None else torch.bmm(attention, rollout)
+        sums = rollout[:, -m:].mean(dim=(0, 1))  # (t,)
+        shares.append(torch.stack([sums[-m:].sum(), sums[-m - v : -m].sum()]))
+    return torch.stack(shares, dim=1).unbind()
