@@ -1,7 +1,8 @@
 """Speed, side by side in one process.
 
-    python bench.py step        # a training step of ours against transformers' ViTMAE, and the cost of the guide
+    python bench.py step        # a training step of ours against transformers' ViTMAE, and what the guides cost
     python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
+    python bench.py cut         # the bi-partition against torch.linalg.eigh, and all that follows the features
 
 Both models see the same batch, draw their random masks inside the step, and use SDPA and fused AdamW. Times are
 medians over --repeats rounds; in every round each contestant runs once, so that a noisy machine treats them alike,
@@ -15,13 +16,16 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import data
 import masks
 import smae
+from guide import Guide
 
+BASE = "ours, random masks"
 TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,10 +39,20 @@ def parse_arguments() -> argparse.Namespace:
     step.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")
     step.add_argument("--batch-size", type=int, default=8, help="images per step")
-    step.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
     step.add_argument("--compile", action="store_true", help="compile both models")
-    step.add_argument("--repeats", type=int, default=10, help="rounds, after two to warm up")
-    step.add_argument("--json", help="also write the figures to this file")
+    step.set_defaults(run=bench_step)
+
+    cut = commands.add_parser(
+        "cut", help="the bi-partition against torch.linalg.eigh", formatter_class=data.HelpFormatter
+    )
+    cut.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="images")
+    cut.add_argument("--sides", type=int, nargs="+", default=[14, 24], help="sides of the patch grid, in patches")
+    cut.add_argument("--width", type=int, default=768, help="width of the features")
+    cut.set_defaults(run=bench_cut)
+    for command in (step, cut):
+        command.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
+        command.add_argument("--repeats", type=int, default=10, help="rounds, after two to warm up")
+        command.add_argument("--json", help="also write the figures to this file")
     return parser.parse_args()
 
 
@@ -96,50 +110,86 @@ def measure(contestants: dict[str, Callable[[], None]], repeats: int, device: to
 
 
 def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """A training step of ours, of transformers', and of ours with cached relevance; the online guide and its parts."""
     sizes = smae.PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
     ours = smae.SMAE(**sizes)
     peer = peer_of(ours).to(device).train()
     ours = ours.to(device).train()
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     b, grid, dtype = args.batch_size, ours.grid(images), TYPES[args.precision]
-    n, layer = grid[0] * grid[1], len(ours.blocks) - 1
+    n = grid[0] * grid[1]
+    guide, noise = Guide(ours, compile=args.compile), torch.rand(b, n, device=device)
+    guide.maps = torch.rand(1000, *grid).half()
+    crops = data.Crops(np.tile(np.float32([0.1, 0.2, 0.5, 0.6]), (b, 1)), np.arange(b) % 2 == 0)
+    batch = data.Batch(images, np.arange(b), [], np.zeros(b), crops)
     forward = torch.compile(ours, fullgraph=True) if args.compile else ours
-    encode = torch.compile(ours.encode, fullgraph=True) if args.compile else ours.encode
     peer_forward = torch.compile(peer) if args.compile else peer
 
-    @torch.no_grad()
-    def features() -> Tensor:
-        return encode(images, layer=layer)[:, 1:]
+    def autocast(function: Callable) -> Callable:
+        def run():
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+                return function()
 
-    def guide():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            masks.self_guided_mask(features(), grid)
+        return run
 
-    def look():
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            features()
+    features = autocast(lambda: guide._features(images, guide.layer))
+    seen = features()
 
     return measure(
         {
-            "ours, random masks": training_step(
-                ours, lambda: forward(images, masks.random_mask(b, n, device=device)), images, dtype
-            ),
+            BASE: training_step(ours, lambda: forward(images, masks.random_mask(b, n, device=device)), images, dtype),
             "transformers": training_step(peer, lambda: peer_forward(images).loss, images, dtype),
-            "guide (features + mask)": guide,
-            "features alone": look,
+            "ours, cached guide": training_step(
+                ours, lambda: forward(images, guide.mask(guide.recall(batch), noise)), images, dtype
+            ),
+            "cached guide alone": autocast(lambda: guide.mask(guide.recall(batch), noise)),
+            "online guide alone": autocast(lambda: guide.mask(guide.look(images)[0], noise)),
+            "of it the features": features,
+            "of it all else": autocast(lambda: masks.self_guided_mask(seen, grid)),
         },
         args.repeats,
         device,
     )
 
 
+def bench_cut(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """The solver alone against eigh, and all that follows the features, for several batches and grids."""
+
+    def exact(affinity: Tensor) -> Tensor:
+        w = affinity.clamp(min=1e-5)
+        scale = w.sum(dim=-1).rsqrt()
+        return torch.linalg.eigh(scale[:, :, None] * w * scale[:, None, :]).eigenvectors[..., -2] * scale
+
+    seconds = {}
+    for side in args.sides:
+        for b in args.batch_sizes:
+            n = side * side
+            object_ = (torch.rand(b, n, 1, device=device) < 0.3).float()  # noisy features of objects and background
+            features = torch.randn(b, n, args.width, device=device) + object_ * torch.randn(args.width, device=device)
+            affinity = masks.similarity(features)
+
+            def everything(features=features, side=side):
+                with torch.autocast(device.type, TYPES[args.precision], enabled=args.precision != "no"):
+                    masks.self_guided_mask(features, (side, side))
+
+            contestants = {
+                f"eigh, b {b}, n {n}": lambda affinity=affinity: exact(affinity),
+                f"ours, b {b}, n {n}": lambda affinity=affinity: masks.normalized_cut(affinity),
+                f"features to mask, b {b}, n {n}": everything,
+            }
+            times = measure(contestants, args.repeats, device)
+            print(report(times, f"eigh, b {b}, n {n}"), flush=True)
+            seconds |= times
+    return seconds
+
+
 def report(seconds: dict[str, list[float]], base: str) -> str:
     """A table: median, least and most milliseconds, and the ratio to ``base``."""
-    lines = [f"{'':26}{'median ms':>10}{'min':>9}{'max':>9}{'/ ' + base:>24}"]
+    lines = [f"{'':34}{'median ms':>10}{'min':>9}{'max':>9}{'/ ' + base:>24}"]
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, seconds[base]))
         ms = [1000 * x for x in (statistics.median(values), min(values), max(values))]
-        lines.append(f"{name:26}{ms[0]:10.1f}{ms[1]:9.1f}{ms[2]:9.1f}{ratio:24.3f}")
+        lines.append(f"{name:34}{ms[0]:10.1f}{ms[1]:9.1f}{ms[2]:9.1f}{ratio:24.4f}")
     return "\n".join(lines)
 
 
@@ -148,15 +198,19 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     torch.manual_seed(0)
+    if args.command == "step":
+        print(f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}", end=", ")
     print(
-        f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}, precision {args.precision}, "
-        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"precision {args.precision}, {hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        flush=True,
     )
-    seconds = bench_step(args, device)
-    print(report(seconds, "ours, random masks"))
+    seconds = args.run(args, device)
+    if args.command == "step":
+        print(report(seconds, BASE))
     if args.json:
+        arguments = {name: value for name, value in vars(args).items() if name != "run"}
         with open(args.json, "w") as file:
-            json.dump(dict(arguments=vars(args), hardware=hardware, torch=torch.__version__, seconds=seconds), file)
+            json.dump(dict(arguments=arguments, hardware=hardware, torch=torch.__version__, seconds=seconds), file)
 
 
 if __name__ == "__main__":

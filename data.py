@@ -114,7 +114,7 @@ def load_images(
     ``name_or_path``: ``shapes`` (the demo data), a folder of images (with or without class folders; ``split`` may be
     a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by ``save_to_disk``, one of
     :data:`DATASETS`, or a Hugging Face hub name, ``name`` or ``name:configuration``. The columns are found by their
-    type unless named.
+    type unless named (``label_column=""``: no label is wanted).
 
     Raises FileNotFoundError if there is no such data, ValueError if it has no such split, no image column, or no
     image.
@@ -136,8 +136,9 @@ def load_images(
     if not (feature is None or isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in raw):
         raise ValueError(f"column {image_column!r} of {name_or_path} does not hold images, but {feature}")
     labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    label_column = label_column or ("label" if "label" in features else next(iter(labels), None))
-    if label_column is not None and label_column not in features:
+    if label_column is None:
+        label_column = "label" if "label" in features else next(iter(labels), None)
+    if label_column and label_column not in features:
         raise ValueError(
             f"{name_or_path} has no column {label_column!r}; name one with --label-column: {', '.join(features)}"
         )

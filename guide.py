@@ -171,12 +171,14 @@ def exploitation(model: smae.SMAE, images: Tensor, mask: masks.Mask, residual: b
     What is missing to 1 is the CLS token's. ``residual`` puts (A_l + 1) / 2 in the place of A_l.
     """
     v, m = mask.visible.shape[1], mask.masked.shape[1]
-    rollout, shares = None, []
-    for attention in model.decoder_attention(images, mask):
-        attention = attention.mean(dim=1)  # (b, t, t)
-        if residual:
-            attention = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
-        rollout = attention if rollout is None else torch.bmm(attention, rollout)
-        sums = rollout[:, -m:].mean(dim=(0, 1))  # (t,)
-        shares.append(torch.stack([sums[-m:].sum(), sums[-m - v : -m].sum()]))
+    maps = model.decoder_attention(images, mask)
+    rollout, shares = torch.eye(maps[0].shape[-1], device=images.device), []
+    with torch.autocast(images.device.type, enabled=False):
+        for attention in maps:
+            attention = attention.mean(dim=1)  # (b, t, t)
+            if residual:
+                attention = (attention + torch.eye(attention.shape[-1], device=images.device)) / 2
+            rollout = attention @ rollout
+            sums = rollout[:, -m:].mean(dim=(0, 1))  # (t,)
+            shares.append(torch.stack([sums[-m:].sum(), sums[-m - v : -m].sum()]))
     return torch.stack(shares, dim=1).unbind()

@@ -131,6 +131,12 @@ def glow(pixels: np.ndarray, relevance: Tensor) -> np.ndarray:
     return 0.35 * pixels.mean(-1, keepdims=True) + 0.65 * enlarge(colours, pixels)
 
 
+def paint(pixels: np.ndarray, labels: Tensor) -> np.ndarray:
+    """Pictures (b, H, W, 3) in [0, 1] in grey, each cluster of ``labels`` (b, h, w) laid over in its own colour."""
+    colours = matplotlib.colormaps["tab10"](labels.cpu().numpy())[..., :3]
+    return 0.45 * pixels.mean(-1, keepdims=True) + 0.55 * enlarge(colours, pixels)
+
+
 def outline_patches(axis, cells: Tensor, p: int):
     """Draw an orange frame around the True ``cells`` (h, w) of a picture with patches of ``p`` pixels."""
     for row, column in cells.nonzero().tolist():
@@ -140,15 +146,20 @@ def outline_patches(axis, cells: Tensor, p: int):
 
 
 def loss_curve(metrics: str | os.PathLike) -> Figure:
-    """The loss of each epoch of a ``metrics.jsonl``, coloured by the kind of masks."""
+    """The loss of each epoch of a ``metrics.jsonl``, coloured by the kind of masks; below, the exploitation rates."""
     with open(metrics) as file:
         records = [json.loads(line) for line in file]
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    loss, rates = figure.subplots(2, sharex=True, height_ratios=[3, 2])
     for phase in dict.fromkeys(record["phase"] for record in records):
         epochs, losses = zip(*((r["epoch"], r["loss"]) for r in records if r["phase"] == phase))
-        axis.plot(epochs, losses, marker=".", label=f"{phase} masks")
-    axis.set(xlabel="epoch", ylabel="loss on masked patches")
-    axis.grid(alpha=0.3)
-    axis.legend()
+        loss.plot(epochs, losses, marker=".", label=f"{phase} masks")
+    loss.set(ylabel="loss on masked patches")
+    for tokens in ("masked", "visible"):
+        shares = [record[f"exploitation_{tokens}"][-1] for record in records]
+        rates.plot([record["epoch"] for record in records], shares, marker=".", label=f"{tokens} patches")
+    rates.set(xlabel="epoch", ylabel="what the decoder's\nlast block lives on", ylim=(0, 1))
+    for axis in (loss, rates):
+        axis.grid(alpha=0.3)
+        axis.legend()
     return figure
