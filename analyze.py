@@ -174,7 +174,8 @@ def analyze_masks(args: argparse.Namespace):
         model = (model.encoder if isinstance(model, smae.Classifier) else model).eval()
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         depth, decoder = len(model.blocks), model.config["decoder_depth"]
-        layers = args.layers or [max(1, depth // 2), max(1, depth - 1), depth] + [f"decoder-{decoder}"] * bool(decoder)
+        usual = [max(1, depth // 2), max(1, depth - 1), depth, *[f"decoder-{decoder}"] * bool(decoder)]
+        layers = list(dict.fromkeys(args.layers or usual))
         for layer in layers:
             if layer not in model.layers:
                 raise ValueError(f"--layers {layer}: there are {', '.join(map(str, model.layers))}")
@@ -186,6 +187,8 @@ def analyze_masks(args: argparse.Namespace):
                 f"{args.dataset} has no column {args.mask_column!r}; name one with --mask-column: "
                 f"{', '.join(dataset.column_names)}"
             )
+        if not isinstance(dataset.features[args.mask_column], datasets.Image):
+            raise ValueError(f"column {args.mask_column!r} of {args.dataset} does not hold masks")
         seen = Pictures(dataset, args.mask_column, args.group_column, model.config["image_size"][0])
     grid = model.grid(seen.images)
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=grid[0], w=grid[1])

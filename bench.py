@@ -132,7 +132,7 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
 
         return run
 
-    features = autocast(lambda: guide._features(images, guide.layer))
+    features = autocast(lambda: guide.features(images, guide.layer))
     seen = features()
 
     return measure(

@@ -354,20 +354,21 @@ def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> Tensor:
     return image.flip(-1) if flip else image
 
 
-def crop_batch(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+def crop_batch(images: Tensor, boxes: Tensor, flips: Tensor, size: int, beyond: bool = False) -> Tensor:
     """:func:`crop` for a batch (b, c, H, W) on its device: (b, c, size, size) of the same type.
 
-    ``boxes`` (b, 4) may be fractional. The same antialiased bicubic filter as PIL's, as two matrix products.
+    ``boxes`` (b, 4) may be fractional. The same antialiased bicubic filter as PIL's, as two matrix products. Like
+    PIL's it sees nothing of the image ``beyond`` the box, unless asked to.
     """
     top, left, height, width = boxes.float().unbind(1)
-    rows = _resize_weights(top, height, images.shape[-2], size)
-    columns = _resize_weights(left, width, images.shape[-1], size)
+    rows = _resize_weights(top, height, images.shape[-2], size, beyond)
+    columns = _resize_weights(left, width, images.shape[-1], size, beyond)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     out = rows[:, None] @ images.float() @ columns.mT[:, None]
     return out if images.is_floating_point() else out.round().clamp(0, 255).to(images.dtype)
 
 
-def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, beyond: bool) -> Tensor:
     """Weights (b, size, pixels) that resize [start, start + length) of ``pixels`` samples to ``size`` samples."""
     step = (length / size)[:, None, None]  # input pixels per output pixel
     position = torch.arange(pixels, device=start.device) + 0.5
@@ -375,8 +376,9 @@ def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Te
     t = (position - centre).abs() / step.clamp(min=1)  # (b, size, pixels), in widths of the filter
     near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2  # Keys' cubic, a = -1/2
     weights = torch.where(t < 1, near, torch.where(t < 2, far, 0))
-    inside = (position - start[:, None, None] - length[:, None, None] / 2).abs() < length[:, None, None] / 2 + 0.5
-    weights = weights * inside
+    if not beyond:
+        half = length[:, None, None] / 2
+        weights = weights * ((position - start[:, None, None] - half).abs() < half + 0.5)
     return weights / weights.sum(-1, keepdim=True)
 
 

@@ -58,8 +58,8 @@ class Guide:
         self.foreground, self.scoring, self.debias = foreground, scoring, debias
         self.maps = self.mean = self._seen = None
         wrap = torch.compile if compile else lambda function, **_: function
-        self._features: Callable = wrap(model.features, fullgraph=True)
-        self._attention: Callable = wrap(model.class_attention, fullgraph=True)
+        self.features: Callable = wrap(model.features, fullgraph=True)
+        self.attention: Callable = wrap(model.class_attention, fullgraph=True)
         masks.hint_count(model.patch_count, ratio, hint, hint_ratio)
         if self.layer not in model.layers:
             raise ValueError(f"--guide-layer {self.layer}: there are {', '.join(map(str, model.layers))}")
@@ -78,8 +78,8 @@ class Guide:
         :meth:`end_step`. AMT has no sides: None.
         """
         if self.kind == "amt":
-            return masks.attention_weights(self._attention(images)), None
-        features = self._features(images, self.layer)
+            return masks.attention_weights(self.attention(images)), None
+        features = self.features(images, self.layer)
         if self.debias:
             if learn:
                 total, count = self._seen or (0, 0)
@@ -141,7 +141,8 @@ class Guide:
         maps = data.to_device(self.maps[torch.as_tensor(batch.indices)], device)
         boxes = data.to_device(batch.crops.boxes * np.array([h, w, h, w], np.float32), device)
         with torch.autocast(device.type, enabled=False):
-            crops = data.crop_batch(maps[:, None].float(), boxes, data.to_device(batch.crops.flips, device), h)
+            flips = data.to_device(batch.crops.flips, device)
+            crops = data.crop_batch(maps[:, None].float(), boxes, flips, h, beyond=True)
         return crops.flatten(1)
 
     def _grid(self) -> tuple[int, int]:

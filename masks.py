@@ -22,6 +22,8 @@ from torch import Tensor
 
 DENSE = 1024  # patches; of more than that, similarities are made row block by row block, again and again, never kept
 
+ROUNDING = 3e-6  # of eigenvalues between -1 and 1 in float32
+
 
 class Mask(NamedTuple):
     """Ascending patch indices, int64, the same number in every row, the two disjoint.
@@ -169,7 +171,7 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
 
     Lanczos iteration with full reorthogonalisation (Golub & Van Loan, Matrix Computations, section 10.3) on
     D^-1/2 W D^-1/2. Its first eigenvector is known, D^1/2 1, and every iterate is kept orthogonal to it. Nodes of
-    degree zero stay at zero.
+    degree zero stay at zero, and all do where nothing but rounding tells them apart.
     """
     (b, n), device = degree.shape, degree.device
     steps = max(1, min(steps, n - 1))
@@ -186,12 +188,12 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
             length = x.norm(dim=2, keepdim=True)
             if j:
                 tridiagonal[:, j, j - 1] = tridiagonal[:, j - 1, j] = length[:, 0, 0]
-            x = torch.where(length > 1e-6, x / length.clamp(min=1e-30), 0)  # 0: there is nothing left to find
+            x = torch.where(length > ROUNDING, x / length.clamp(min=1e-30), 0)  # 0: there is nothing left to find
             basis[:, j + 1] = x[:, 0]
             previous, x = x, scale * multiply(scale * x)
             tridiagonal[:, j, j] = (previous * x).sum(dim=(1, 2))
-        top = _top_eigenvector(tridiagonal)[:, None]
-        return (scale * torch.bmm(top, basis[:, 1:]))[:, 0]
+        top = _top_eigenvector(tridiagonal) * (tridiagonal.abs().amax(dim=(1, 2)) > ROUNDING)[:, None]
+        return (scale * torch.bmm(top[:, None], basis[:, 1:]))[:, 0]
 
 
 def _top_eigenvector(matrices: Tensor, squarings: int = 14) -> Tensor:
@@ -255,9 +257,9 @@ def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "foreground")
 def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
     """Up to ``k`` clusters of patches by recursive normalized cut: features (b, n, d) to labels (b, n) int64 below k.
 
-    Starting from one cluster, the one whose two halves have the least normalized cut is split (Shi & Malik 2000,
-    section 3). An image whose clusters cannot be split any more (one patch each, or equal features) gets fewer. Raises
-    ValueError unless 1 <= k <= n.
+    Again and again, the cluster that can be split at the least cost is split, at the place along its relaxed cut where
+    that cost, Ncut, is least (Shi & Malik 2000, section 3). An image whose patches are all alike stays in one piece.
+    Raises ValueError unless 1 <= k <= n.
     """
     b, n = features.shape[:2]
     if not 1 <= k <= n:
@@ -265,19 +267,23 @@ def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
     w = similarity(features).clamp(min=eps)
     labels = torch.zeros(b, n, dtype=torch.int64, device=features.device)
     halves = torch.zeros(b, k, n, dtype=torch.bool, device=features.device)  # how each cluster would be split
-    costs = torch.full((b, k), torch.inf, device=features.device)  # its normalized cut, if it can be split
+    costs = torch.full((b, k), torch.inf, device=features.device)  # and at what cost, if it can be
 
     def consider(clusters: Tensor):  # (b, 1)
         members = labels == clusters
         part = w * (members[:, :, None] & members[:, None, :])
-        degree = part.sum(dim=-1)
-        y = _cut(lambda v: torch.bmm(v, part), degree, steps=24)
-        mean = (y * members).sum(dim=1, keepdim=True) / members.sum(dim=1, keepdim=True).clamp(min=1)
-        half = members & (y > mean)
-        volumes = [(degree * side).sum(dim=1) for side in (half, members & ~half)]
-        cut = (part * (half[:, :, None] & (members & ~half)[:, None, :])).sum(dim=(1, 2))
-        cost = cut / volumes[0] + cut / volumes[1]  # not a number where a half is empty
-        costs.scatter_(1, clusters, cost.nan_to_num(torch.inf)[:, None])
+        y = _cut(lambda v: torch.bmm(v, part), part.sum(dim=-1), steps=24)
+        order = torch.where(members, y, torch.inf).argsort(dim=1)  # members first, along the cut
+        part = part.gather(1, order[:, :, None].expand_as(part)).gather(2, order[:, None, :].expand_as(part))
+        volume = part.sum(dim=-1).cumsum(dim=1)  # (b, n): of the first 1, 2, ... n patches
+        cut = volume - part.cumsum(dim=1).cumsum(dim=2).diagonal(dim1=1, dim2=2)
+        cost = cut / volume + cut / (volume[:, -1:] - volume)
+        inside = torch.arange(1, n + 1, device=y.device) < members.sum(dim=1, keepdim=True)  # something is left over
+        alike = (y * members).aminmax(dim=1)
+        inside = inside & ((alike.max - alike.min) > 0)[:, None]
+        best = torch.where(inside, cost, torch.inf).min(dim=1, keepdim=True)
+        half = torch.zeros_like(members).scatter(1, order, torch.arange(n, device=y.device) <= best.indices)
+        costs.scatter_(1, clusters, best.values)
         halves.scatter_(1, clusters[..., None].expand(b, 1, n), half[:, None])
 
     consider(labels[:, :1])

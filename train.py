@@ -474,6 +474,9 @@ def main():
             history.append(measure(guide, samples))
         if guide.start is None and broadcast_object_list([ready(history)])[0]:  # the same for all processes
             guide.start = epoch
+            accelerator.print(
+                f"mask tokens have overtaken visible ones in the decoder: the guide starts after epoch {epoch}"
+            )
         accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
         if accelerator.is_main_process:
             if epoch == 1:  # whatever a run before left stays until there is something to put in its place
@@ -492,6 +495,8 @@ def main():
                     draw(args, epoch, guide, samples[:: math.ceil(len(samples) / 8)])
     bar.close()
     accelerator.end_training()
+    if guide.start is None:
+        accelerator.print("the guide never started: mask tokens have not overtaken visible ones (see loss.png)")
 
     for description in batches.bad.values():
         accelerator.print(f"skipped a broken image: {description}")

@@ -1,9 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 import masks
@@ -173,19 +176,93 @@ def test_planted_blocks_are_recovered_exactly(size):
         assert torch.equal(side, member[order]) or torch.equal(side, ~member[order])
 
 
-def test_a_solver_that_gives_up_is_replaced(monkeypatch):
-    affinity = masks.similarity(object_features()[0])
-    expected, solve, calls = masks.normalized_cut(affinity), torch.linalg.eigh, []
+@pytest.mark.parametrize("b, n", [(1, 2), (3, 5), (4, 64), (2, 400)])
+def test_cut_is_the_second_eigenvector_of_eigh(b, n):
+    """With its size and, up to the sign, its every entry: Lanczos has converged."""
+    member = torch.rand(b, n, 1) < 0.3
+    affinity = masks.similarity(torch.where(member, 1.0, -0.5) * torch.ones(16) + 0.5 * torch.randn(b, n, 16))
+    w = affinity.double().clamp(min=1e-5)
+    scale = w.sum(-1).rsqrt()
+    expected = torch.linalg.eigh(scale[:, :, None] * w * scale[:, None, :]).eigenvectors[..., -2] * scale
+    y = masks.normalized_cut(affinity).double()
+    cosine = torch.nn.functional.cosine_similarity(y, expected, dim=1).abs()
+    assert (1 - cosine).max() < 1e-5
 
-    def fussy(matrix):
-        calls.append(matrix.dtype)
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("did not converge")
-        return solve(matrix)
 
-    monkeypatch.setattr(torch.linalg, "eigh", fussy)
-    torch.testing.assert_close(masks.normalized_cut(affinity).abs(), expected.abs(), rtol=1e-3, atol=1e-4)
-    assert calls == [torch.float32, torch.float64]
+def test_the_cut_is_found_whatever_the_rest_of_the_spectrum_looks_like():
+    """A second eigenvalue near 1 (blocks hardly joined), near 0 (hardly a cut), and a strongly negative last one."""
+    blocks = torch.block_diag(torch.ones(20, 20), torch.ones(30, 30))
+    bipartite = 1 - torch.block_diag(torch.ones(25, 25), torch.ones(25, 25))  # last eigenvalue: -1
+    faint = 0.99 + 0.001 * blocks
+    for matrix in (blocks, faint, bipartite + 0.3 * blocks):
+        y = masks.normalized_cut(matrix[None])[0]
+        assert share_of_same_side(y, scipy_cut(matrix)) == 1
+
+
+def test_the_cut_does_without_the_solvers_that_wait_for_the_device(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("waits for the device")
+
+    for name in ("eigh", "eigvalsh", "svd", "qr", "solve"):
+        monkeypatch.setattr(torch.linalg, name, refuse)
+    assert masks.normalized_cut(masks.similarity(object_features()[0])).isfinite().all()
+
+
+def test_many_patches_are_cut_block_by_block_with_the_same_result(monkeypatch):
+    features, inside = object_features()
+    expected = masks.find_object(features, GRID, scoring="contrast")
+    made, cosines = [], masks._cosines
+    monkeypatch.setattr(masks, "_cosines", lambda x, rows: made.append(cosines(x, rows)) or made[-1])
+    monkeypatch.setattr(masks, "DENSE", 20)
+    relevance, side = masks.find_object(features, GRID, scoring="contrast")
+    assert len(made) > 24 and max(block.shape[1] for block in made) == 20
+    assert torch.equal(side, expected[1]) and torch.equal(side, inside)
+    torch.testing.assert_close(relevance, expected[0], rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(masks.find_object(features, GRID)[1], inside)
+
+
+# ------------------------------------------------------------------------------------------- clusters
+
+
+@pytest.mark.parametrize("sizes", [[64], [40, 24], [10, 20, 34], [8, 8, 16, 32], [1, 3, 20, 20, 20]])
+def test_planted_clusters_are_recovered_exactly(sizes):
+    b, k, d = 6, len(sizes), 64
+    member = torch.repeat_interleave(torch.arange(k), torch.tensor(sizes))
+    orders = torch.rand(b, 64).argsort(1)
+    directions = torch.linalg.qr(torch.randn(b, d, d))[0][:, :k]
+    features = torch.stack([directions[i, member[orders[i]]] for i in range(b)]) + 0.02 * torch.randn(b, 64, d)
+    labels = masks.cluster(features, k)
+    assert labels.dtype == torch.int64
+    for found, order in zip(labels, orders):
+        assert adjusted_rand_score(member[order].numpy(), found.numpy()) == 1
+        assert set(found.tolist()) == set(range(k))
+
+
+def test_the_split_has_the_least_normalized_cut_along_the_relaxed_one():
+    features, _ = object_features(spread=2.0)
+    w = masks.similarity(features).clamp(min=1e-5)
+    y, labels = masks.normalized_cut(w), masks.cluster(features, 2)
+
+    def cost(w: torch.Tensor, side: torch.Tensor) -> float:
+        cut = w[side][:, ~side].sum()
+        return (cut / w[side].sum() + cut / w[~side].sum()).item()
+
+    for i in range(3):
+        best = min(cost(w[i], y[i] <= t) for t in y[i].sort().values[:-1])
+        assert cost(w[i], labels[i].bool()) == pytest.approx(best, rel=1e-4)
+
+
+def test_an_image_is_clustered_alike_whatever_else_is_in_the_batch_and_the_constant_one_not_at_all():
+    features, _ = object_features(spread=1.0)
+    features[1] = 1.0
+    together = masks.cluster(features, 5)
+    assert (together[1] == 0).all() and together[0].unique().numel() == together[2].unique().numel() == 5
+    assert torch.equal(masks.cluster(features[:1], 5), together[:1])
+    assert masks.cluster(torch.randn(2, 6, 3), 6).max() <= 5
+    for k in (0, 65):
+        with pytest.raises(ValueError, match="64 patches can make 1 to 64 clusters"):
+            masks.cluster(features, k)
 
 
 # ------------------------------------------------------------------------------------------- foreground, relevance
@@ -222,6 +299,15 @@ def test_relevance_is_the_mean_similarity_to_the_foreground():
 
 
 # ------------------------------------------------------------------------------------------- the mask
+
+
+def test_contrast_takes_off_the_mean_similarity_to_the_background():
+    affinity = torch.tensor([[[1.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.0]]])
+    side = torch.tensor([[True, True, False]])
+    expected = torch.tensor([[0.75 - 0.1, 0.75 - 0.3, 0.2 - 1.0]])
+    torch.testing.assert_close(masks.relevance(affinity, side, "contrast"), expected)
+    with pytest.raises(ValueError, match="foreground or contrast"):
+        masks.relevance(affinity, side, "background")
 
 
 def test_the_object_is_masked_whole_without_hints_and_nearly_whole_with_them():
@@ -305,3 +391,63 @@ def test_one_degenerate_image_leaves_the_others_alone():
     mask = masks.self_guided_mask(features, GRID, noise=noise)
     assert torch.equal(mask.masked[::2], expected.masked[::2])
     assert not torch.equal(mask.masked[1], expected.masked[1])
+
+
+# ------------------------------------------------------------------------------------------- AMT
+
+
+def one_by_one(weights: list[float], draws: tuple[int, ...]) -> float:
+    """The probability of drawing these patches in this order, one by one in proportion to the weights left."""
+    probability, left = 1.0, dict(enumerate(weights))
+    for i in draws:
+        probability *= left[i] / sum(left.values())
+        del left[i]
+    return probability
+
+
+def test_amt_draws_as_a_reading_of_the_algorithm_does():
+    """Of 5 patches 2 are masked, 2 thrown away and 1 stays: how often each outcome comes, against all orders."""
+    weights, trials = [0.05, 0.1, 0.2, 0.5, 0.15], 40_000
+    expected = {}
+    for order in itertools.permutations(range(5)):
+        outcome = tuple(sorted(order[:2])), order[4]
+        expected[outcome] = expected.get(outcome, 0) + one_by_one(weights, order)
+    assert len(expected) == 30 and sum(expected.values()) == pytest.approx(1)
+    mask = masks.amt_mask(3 * torch.tensor(weights).expand(trials, -1), 0.4, 0.4)
+    got = {outcome: 0 for outcome in expected}
+    for masked, (visible,) in zip(mask.masked.tolist(), mask.visible.tolist()):
+        got[tuple(masked), visible] += 1
+    for outcome, probability in expected.items():
+        assert abs(got[outcome] / trials - probability) < 5 * (probability / trials) ** 0.5
+
+
+def test_amt_masks_throws_and_shows_what_was_asked_for():
+    mask = masks.amt_mask(torch.rand(50, 196))
+    assert mask.masked.shape == (50, 88) and mask.visible.shape == (50, 196 - 88 - 78)  # 45 %, 40 %
+    assert (mask.masked.diff(dim=1) > 0).all() and (mask.visible.diff(dim=1) > 0).all()
+    assert all(not set(m) & set(v) for m, v in zip(mask.masked.tolist(), mask.visible.tolist()))
+    noise = torch.rand(3, 196)
+    assert torch.equal(masks.amt_mask(torch.ones(3, 196), noise=noise).masked, noise.argsort(1)[:, :88].sort(1).values)
+
+
+def test_amt_takes_patches_without_weight_last_and_broken_weights_as_none():
+    weights = torch.ones(20, 10)
+    weights[:, 3:7] = 0
+    weights[0, 1] = float("nan")
+    mask = masks.amt_mask(weights, 0.3, 0.3)
+    assert set(mask.masked[1:].flatten().tolist()) <= {0, 1, 2, 7, 8, 9}
+    assert set(mask.visible[1:].flatten().tolist()) == {3, 4, 5, 6}
+    assert mask.masked[0].unique().numel() == 3
+    for ratio, throw_ratio in ((0.5, 0.5), (0.9, 0.2), (0.5, -0.1)):
+        with pytest.raises(ValueError, match="leaves no visible patch"):
+            masks.amt_mask(weights, ratio, throw_ratio)
+
+
+def test_amt_weights_average_heads_scaled_to_one():
+    attention = torch.rand(3, 4, 9) * torch.tensor([1, 10, 0.1, 0])[:, None]
+    expected = np.zeros((3, 9))
+    for image in range(3):
+        for head in range(3):  # the last says nothing: it adds nothing
+            row = attention[image, head].numpy()
+            expected[image] += (row - row.min()) / (row.max() - row.min()) / 4
+    np.testing.assert_allclose(masks.attention_weights(attention), expected, atol=1e-6)

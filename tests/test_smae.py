@@ -281,3 +281,60 @@ def test_loading_says_what_is_missing_or_does_not_fit(small_model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"blocks\.2"):
         smae.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- features, attention
+
+
+def test_features_come_from_any_block_of_encoder_and_decoder(small_model):
+    images = torch.randn(2, 3, 32, 32)
+    assert small_model.layers == [1, 2, 3, "decoder-1", "decoder-2"]
+    for layer in (1, 2, 3):
+        assert torch.equal(small_model.features(images, layer), small_model.encode(images, layer=layer)[:, 1:])
+    seen = []
+    for block in small_model.decoder_blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    everything = masks.Mask(torch.arange(16).expand(2, -1), torch.arange(16)[:0].expand(2, -1))
+    small_model.decode(small_model.encode(images), everything, (4, 4))
+    expected = list(seen)
+    for name, tokens in zip(("decoder-1", "decoder-2"), expected):
+        assert torch.equal(small_model.features(images, name), tokens[:, 1:]) and tokens.shape == (2, 17, 16)
+    for layer in (0, 4, "decoder-0", "decoder-3", "2"):
+        with pytest.raises(ValueError, match="there is no layer"):
+            small_model.features(images, layer)
+    alone = smae.SMAE(**small_model.config | dict(class_token=False, decoder_depth=0))
+    assert alone.features(images, 2).shape == (2, 16, 32) and alone.layers == [1, 2, 3]
+    with pytest.raises(ValueError, match="no CLS token"):
+        alone.class_attention(images)
+
+
+def test_attention_weights_are_those_of_the_forward_pass(small_model):
+    attention, x = small_model.blocks[0].attention, torch.randn(2, 17, 32)
+    weights, values = attention.weights(x), attention.split(x)[2]
+    mixed = rearrange(weights @ values, "b heads n d -> b n (heads d)")
+    torch.testing.assert_close(attention.out(mixed), attention(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention.weights(x, slice(1)), weights[:, :, :1])
+
+
+def test_class_attention_agrees_with_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    _, ours = peer_and_ours(tmp_path)
+    peer = transformers.ViTMAEModel.from_pretrained(tmp_path, attn_implementation="eager", mask_ratio=0.0).eval()
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        theirs = peer(images, noise=torch.arange(36.0).expand(2, -1), output_attentions=True).attentions[-1]
+    torch.testing.assert_close(ours.class_attention(images), theirs[:, :, 0, 1:], rtol=1e-4, atol=1e-6)
+
+
+def test_decoder_attention_is_that_of_the_pass_that_decodes(small_model):
+    images, mask, inputs = torch.randn(2, 3, 32, 32), masks.random_mask(2, 16), []
+    for block in small_model.decoder_blocks:
+        block.attention.register_forward_hook(lambda module, args, _: inputs.append((module, args[0])))
+    with torch.no_grad():
+        small_model(images, mask)
+        expected = [module.weights(x) for module, x in inputs]
+        maps = small_model.decoder_attention(images, mask)
+    assert len(maps) == 2 and maps[0].shape == (2, 2, 17, 17)
+    for x, y in zip(maps, expected, strict=True):
+        torch.testing.assert_close(x, y)
+        torch.testing.assert_close(x.sum(-1), torch.ones(2, 2, 17))

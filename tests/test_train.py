@@ -64,25 +64,40 @@ def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
     assert config["train"]["guide_layer"] == 1 and config["train"]["dataset"] == "shapes"
 
 
-def test_masks_png_has_six_titled_columns_for_eight_pictures(monkeypatch, tmp_path):
-    sheets = []
-    draw = train.pictures.mask_sheet
-    monkeypatch.setattr(
-        train.pictures, "mask_sheet", lambda *args, **kw: sheets.append(draw(*args, **kw)) or sheets[-1]
-    )
-    train_here(monkeypatch, *QUICK, "--out", tmp_path / "run", "--hint-ratio", 0.2)
-    axes = sheets[-1].axes
+def drawn_by(monkeypatch, *arguments) -> list:
+    """The axes of the masks.png that a run leaves."""
+    sheets, draw = [], train.pictures.mask_sheet
+    monkeypatch.setattr(train.pictures, "mask_sheet", lambda *a, **kw: sheets.append(draw(*a, **kw)) or sheets[-1])
+    train_here(monkeypatch, *QUICK, *arguments)
+    return sheets[-1].axes
+
+
+def test_masks_png_shows_the_way_to_a_mask_for_eight_pictures(monkeypatch, tmp_path):
+    axes = drawn_by(monkeypatch, "--out", tmp_path / "run", "--hint-ratio", 0.2)
     titles = [axis.get_title() for axis in axes if axis.get_title()]
-    wanted = ["input", "random mask", "bi-partition", "informed mask", "informed mask,\n2 hints", "reconstruction"]
-    assert len(axes) == 48 and all(title.startswith(start) for title, start in zip(titles, wanted))
+    wanted = ["input", "random mask", "bi-partition", "relevance", "informed mask", "informed mask,\n2 hints", "recon"]
+    assert len(axes) == 56 and all(title.startswith(start) for title, start in zip(titles, wanted, strict=True))
     assert all(axis.images for axis in axes)
-    assert [len(axis.patches) for axis in axes[4::6]] == [2] * 8  # a frame around each hint
-    assert all(not axis.patches for i, axis in enumerate(axes) if i % 6 != 4)
+    assert [len(axis.patches) for axis in axes[5::7]] == [2] * 8  # a frame around each hint
+    assert all(not axis.patches for i, axis in enumerate(axes) if i % 7 != 5)
     for row in range(8):  # a quarter of the 4 x 4 patches shows the picture, the rest hides it
-        picture = axes[6 * row].images[0].get_array()
-        for column in (1, 3, 4):
-            same = (axes[6 * row + column].images[0].get_array() == picture).all(-1)
+        picture = axes[7 * row].images[0].get_array()
+        for column in (1, 4, 5):
+            same = (axes[7 * row + column].images[0].get_array() == picture).all(-1)
             assert same.reshape(4, 8, 4, 8).all((1, 3)).sum() == 4
+
+
+def test_masks_png_tells_thrown_patches_from_masked_ones(monkeypatch, tmp_path):
+    axes = drawn_by(monkeypatch, "--mask", "amt", "--amt-ratio", 0.5, "--throw-ratio", 0.25, "--out", tmp_path / "run")
+    titles = [axis.get_title() for axis in axes if axis.get_title()]
+    assert titles == ["input", "random mask", "attention", "AMT mask\n(thrown away: black)", "reconstruction"]
+    for row in range(8):
+        picture, covered, rebuilt = (axes[5 * row + i].images[0].get_array() for i in (0, 3, 4))
+        blocks = covered.reshape(4, 8, 4, 8, 3)
+        thrown = (blocks == 0.08).all((1, 3, 4))
+        shown = (covered == picture).all(-1).reshape(4, 8, 4, 8).all((1, 3))
+        assert thrown.sum() == 4 and shown.sum() == 4 and not (thrown & shown).any()
+        assert ((rebuilt.reshape(4, 8, 4, 8, 3) == 0.08).all((1, 3, 4)) == thrown).all()
 
 
 def test_the_same_seed_gives_the_same_run_whatever_the_workers(monkeypatch, tmp_path):
@@ -109,13 +124,17 @@ def test_training_learns_something(monkeypatch, tmp_path):
         ["--precision", "bf16", "--raw-pixels", "--hint", "similar", "--foreground", "peak"],
         pytest.param(["--compile"], marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
         ["--log-with", "tensorboard", "--save-every", "1", "--crop-scale", "0.5", "1"],
+        ["--mask", "amt"],
+        ["--mask", "amt", "--streaming"],
+        ["--guide", "cached", "--preload", "--guide-debias", "--relevance", "contrast"],
+        ["--guide-layer", "decoder-1", "--precision", "bf16"],
     ],
     ids=lambda extra: " ".join(extra),
 )
-def test_options_run(extra, tmp_path):
-    result = run(*QUICK, "--guide-start", 1, "--out", tmp_path / "run", *extra)
-    assert result.returncode == 0, result.stderr
-    assert records(tmp_path / "run")[1]["phase"] == ("random" if "random" in extra else "selfguided")
+def test_options_run(extra, monkeypatch, tmp_path):
+    train_here(monkeypatch, *QUICK, "--guide-start", 1, "--out", tmp_path / "run", *extra)
+    mask = extra[extra.index("--mask") + 1] if "--mask" in extra else "selfguided"
+    assert records(tmp_path / "run")[1]["phase"] == mask
     if "tensorboard" in extra:
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -179,7 +198,10 @@ def test_paper_preset_is_the_papers_recipe_and_flags_win():
 def test_guide_starts_after_an_eighth_of_the_epochs_unless_told():
     args = train.parse_arguments(["--epochs", "80"])
     train.complete(args)
-    assert args.guide_start == 10
+    assert args.guide_start == 10 and args.guide == "online"
+    args = train.parse_arguments(["--epochs", "400", "--mask", "amt"])
+    train.complete(args)
+    assert (args.guide_start, args.guide_every, args.guide) == (40, 40, "cached")  # as in arXiv 2211.15362
 
 
 def test_every_option_has_help_and_shows_no_empty_default():
@@ -259,8 +281,10 @@ def photos(tmp_path):
         ("--image-column nothing", "no column 'nothing'"),
         ("--image-column bbox", "does not hold images"),
         ("--image-size 30", "30x30 is not a positive multiple of the patch size 8"),
-        ("--guide-layer 3", "--guide-layer must lie between 1 and 2"),
-        ("--guide-layer 0", "--guide-layer must lie between 1 and 2"),
+        ("--guide-layer 3", "--guide-layer 3: there are 1, 2, decoder-1"),
+        ("--guide-layer decoder-2", "--guide-layer decoder-2: there are 1, 2, decoder-1"),
+        ("--guide-every 0", "--guide-every must be at least 1"),
+        ("--mask amt --amt-ratio 0.6 --throw-ratio 0.4", "leaves no visible patch"),
         ("--mask-ratio 0", "between 0 and 1"),
         ("--mask-ratio 1.2", "between 0 and 1"),
         ("--mask-ratio 0.01", "leaves no masked patch"),

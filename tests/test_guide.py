@@ -1,0 +1,399 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from einops import reduce
+from PIL import Image
+from test_data import dataset_of, image_bytes, picture
+from test_train import QUICK, records, run, train_here
+
+import data
+import masks
+import smae
+import train
+from guide import Guide, exploitation
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def ramps(width: int, height: int) -> bytes:
+    """A picture whose red rises from left to right and whose green rises from top to bottom."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).round()[None, :]
+    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return image_bytes(Image.fromarray(pixels))
+
+
+def patch_means(images: torch.Tensor, p: int = 8) -> torch.Tensor:
+    """Red and green, 0 ... 1, of the patches of uint8 images (b, 3, H, W): (2, b, n)."""
+    return reduce(images[:, :2].float() / 255, "b c (h p1) (w p2) -> c b (h w)", "mean", p1=p, p2=p)
+
+
+# ------------------------------------------------------------------------------------------- looking
+
+
+def test_online_masks_are_those_of_the_chain_in_masks(small_model):
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    guide = Guide(small_model, layer="decoder-1", foreground="peak", scoring="contrast", hint="similar", ratio=0.5)
+    expected = masks.self_guided_mask(
+        small_model.features(images, "decoder-1"), (4, 4), 0.5, "similar", 0.05, "peak", "contrast", noise=noise
+    )
+    relevance, side = guide.look(images)
+    assert torch.equal(guide.mask(relevance, noise).masked, expected.masked) and side.shape == (4, 16)
+    assert Guide(small_model).layer == 2  # of 3: the last but one
+
+    guide = Guide(small_model, "amt", amt_ratio=0.25, throw_ratio=0.25)
+    weights, side = guide.look(images)
+    assert side is None and torch.equal(weights, masks.attention_weights(small_model.class_attention(images)))
+    mask = guide.mask(weights, noise)
+    assert mask.masked.shape == (4, 4) and mask.visible.shape == (4, 8)
+
+
+def test_debiasing_takes_off_the_running_mean_of_each_patch_position(small_model, accelerator):
+    guide, first, second = Guide(small_model, debias=True), *torch.randn(2, 6, 3, 32, 32)
+    plain = Guide(small_model)
+    features = [small_model.features(images, 2).detach() for images in (first, second)]
+    torch.testing.assert_close(guide.look(first)[0], plain.look(first)[0])  # nothing is known yet
+    guide.look(first[:4], learn=True)
+    guide.look(first[2:], learn=True)
+    assert guide.mean is None  # a step's micro-batches count together
+    guide.end_step(accelerator)
+    mean = (features[0][:4].mean(0) + features[0][2:].mean(0)) / 2
+    torch.testing.assert_close(guide.mean, mean)
+    expected = masks.find_object(features[1] - mean, (4, 4))
+    torch.testing.assert_close(guide.look(second, learn=True)[0], expected[0])
+    guide.end_step(accelerator)
+    torch.testing.assert_close(guide.mean, 0.95 * mean + 0.05 * features[1].mean(0))
+    before = guide.mean.clone()
+    guide.look(first)  # to draw a picture
+    guide.end_step(accelerator)
+    assert torch.equal(guide.mean, before)
+
+
+def test_what_does_not_fit_the_model_is_refused(small_model):
+    for layer in (0, 4, "decoder-3", "last"):
+        with pytest.raises(ValueError, match=r"--guide-layer .*: there are 1, 2, 3, decoder-1, decoder-2"):
+            Guide(small_model, layer=layer)
+    with pytest.raises(ValueError, match="leaves no visible patch"):
+        Guide(small_model, "amt", amt_ratio=0.6, throw_ratio=0.4)
+    with pytest.raises(ValueError, match="needs a model with a CLS token"):
+        Guide(smae.SMAE(**small_model.config | dict(class_token=False)), "amt")
+
+
+# ------------------------------------------------------------------------------------------- remembering
+
+
+@pytest.mark.parametrize("preload", [None, "host"])
+@pytest.mark.parametrize("size", [(64, 64), (400, 40), (40, 400), (33, 150), (16, 20)])
+def test_a_crop_of_the_map_is_the_map_of_the_crop(size, preload, small_model):
+    """Red and green stand for the relevance: those of the cropped map must be those of the cropped picture.
+
+    At the border of the picture a map has no neighbours to interpolate with: there, off by up to half a patch. The
+    picture's own crops are off by half a pixel.
+    """
+    half_a_pixel = 0.5 / min(size)
+    dataset = dataset_of([ramps(*size)] * 8)
+    batches = data.TrainBatches(dataset, 64, 8, scale=(0.1, 1.0), preload=preload, seed=3)
+    guide = Guide(smae.SMAE(**small_model.config | dict(image_size=64)))  # 8 x 8 patches
+    (whole,) = batches.whole()
+    maps = patch_means(whole.images)
+    flips, at_border, errors = set(), 0, []
+    for epoch in range(1, 9):
+        (batch,) = batches.epoch(epoch)
+        top, left, height, width = batch.crops.boxes.T
+        flips |= set(batch.crops.flips.tolist())
+        at_border += int(((top == 0) | (left == 0) | (top + height >= 1) | (left + width >= 1)).sum())
+        for relevance, expected in zip(maps, patch_means(batch.images)):
+            guide.maps = relevance.view(-1, 8, 8).half()
+            error = (guide.recall(batch) - expected).abs()
+            assert (error < 1 / 16 + 0.01 + half_a_pixel).all()
+            errors += error[(expected > 3 / 16) & (expected < 13 / 16)].tolist()
+    assert flips == {True, False} and at_border > 0
+    assert len(errors) > 2000 and max(errors) < 0.01 + half_a_pixel
+
+
+def test_a_crop_finds_the_object_where_the_picture_shows_it(small_model):
+    """On drawn shapes: the map is the object itself."""
+    shapes = data.load_shapes("test", 64).select(range(40))
+    records = [dict(bytes=image_bytes(row["image"]), path=None) for row in shapes]
+    drawn = dataset_of([image_bytes(row["mask"].convert("RGB")) for row in shapes])
+    assert len(records) == 40
+    batches = data.TrainBatches(drawn, 32, 40, scale=(0.3, 1.0))
+    guide = Guide(small_model)
+    (whole,) = batches.whole()
+    guide.maps = patch_means(whole.images)[0].view(-1, 4, 4).half()
+    (batch,) = batches.epoch(1)
+    recalled, shown = guide.recall(batch), patch_means(batch.images)[0]
+    correlation = np.corrcoef(recalled.flatten(), shown.flatten())[0, 1]
+    assert correlation > 0.85
+    guide.maps = guide.maps.flip(2)
+    assert np.corrcoef(guide.recall(batch).flatten(), shown.flatten())[0, 1] < correlation - 0.2
+
+
+@pytest.mark.parametrize("kind", ["selfguided", "amt"])
+@pytest.mark.parametrize("options", [dict(), dict(workers=2), dict(preload="host")], ids=str)
+def test_every_picture_is_remembered_as_a_look_at_the_whole_of_it(kind, options, small_model, accelerator):
+    dataset = dataset_of([image_bytes(picture(40 + i, 30 + 2 * i, seed=i)) for i in range(11)])
+    batches = data.TrainBatches(dataset, 32, 4, **options)
+    guide = Guide(small_model, kind)
+    guide.remember(batches, accelerator)
+    assert guide.maps.shape == (11, 4, 4) and guide.maps.dtype == torch.float16
+    for i, record in enumerate(dataset["image"]):
+        image = data.TF.pil_to_tensor(data.decode(record).resize((32, 32), Image.Resampling.BICUBIC))
+        expected = guide.look(data.normalize(image[None]))[0][0]
+        if kind == "selfguided":
+            expected = (expected - expected.min()) / (expected.max() - expected.min())
+        atol = 0.05 if options.get("preload") else 2e-3  # preloaded pictures are kept smaller
+        torch.testing.assert_close(guide.maps[i].flatten().float(), expected, rtol=0, atol=atol)
+    assert len(list(batches.epoch(1))) == 2  # training goes on as if nothing had been
+
+
+def test_a_map_that_says_nothing_leaves_the_mask_to_chance(small_model, accelerator):
+    dataset = dataset_of([image_bytes(Image.new("RGB", (40, 40), "gray"))] * 4)
+    batches = data.TrainBatches(dataset, 32, 4)
+    with torch.no_grad():
+        for block in small_model.blocks:  # no positions come through either
+            block.norm1.weight.zero_()
+            block.norm2.weight.zero_()
+        small_model.positions.zero_()
+    guide = Guide(small_model)
+    guide.remember(batches, accelerator)
+    assert (guide.maps == 0).all()
+    (batch,) = batches.epoch(1)
+    noise = torch.rand(4, 16)
+    guided, random = guide.mask(guide.recall(batch), noise), masks.informed_mask(noise, 0.75, noise=noise)
+    assert torch.equal(guided.masked, random.masked)
+
+
+def test_streams_have_no_index_to_remember_by(small_model, accelerator, monkeypatch, tmp_path, capfd):
+    stream = dataset_of([image_bytes(picture(seed=i)) for i in range(8)]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="a stream has no index"):
+        Guide(small_model).remember(data.TrainBatches(stream, 32, 4, length=8), accelerator)
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *QUICK, "--streaming", "--guide", "cached", "--out", tmp_path / "run")
+    assert "with --streaming the guide must be --guide online" in capfd.readouterr().err
+
+
+def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
+    guide = Guide(small_model, debias=True, start=None)
+    guide.look(torch.randn(4, 3, 32, 32), learn=True)
+    guide.end_step(accelerator)
+    guide.maps, guide.start = torch.rand(5, 4, 4).half(), 7
+    accelerator.register_for_checkpointing(guide)
+    accelerator.save_state(tmp_path / "checkpoint")
+    expected = guide.state_dict()
+    guide.load_state_dict(Guide(small_model).state_dict())
+    assert guide.maps is None and guide.mean is None and guide.start is None
+    accelerator.load_state(tmp_path / "checkpoint")
+    assert torch.equal(guide.maps, expected["maps"]) and torch.equal(guide.mean, expected["mean"])
+    assert guide.start == 7
+
+
+# ------------------------------------------------------------------------------------------- in training
+
+
+def test_maps_are_refreshed_every_so_many_epochs_and_used_by_all_alike(monkeypatch, tmp_path):
+    """Worker processes that outlive an epoch have no copy of the maps that could be stale."""
+    passes, remember = [], Guide.remember
+    monkeypatch.setattr(Guide, "remember", lambda self, *args: passes.append(remember(self, *args)))
+    arguments = [*QUICK, "--epochs", 6, "--lr", 1e-3, "--guide-start", 1, "--guide", "cached", "--guide-every", 2]
+    for name, extra in (("a", []), ("b", ["--workers", 2]), ("c", ["--guide-every", 5])):
+        train_here(monkeypatch, *arguments, *extra, "--out", tmp_path / name)
+        assert len(passes) == {"a": 3, "b": 3, "c": 1}[name]  # before epochs 2, 4, 6; before epoch 2
+        passes.clear()
+    a, b, c = (smae.load(tmp_path / name).state_dict() for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["embed.weight"], c["embed.weight"])
+
+
+@pytest.mark.parametrize("extra", ["--mask amt", "--guide cached --guide-debias", "--guide online --guide-debias"])
+def test_two_processes_are_guided_as_one_is(extra, monkeypatch, tmp_path):
+    arguments = [*QUICK, "--max-images", 37, "--batch-size", 12, "--epochs", 3, "--guide-start", 1, "--lr", 1e-3]
+    train_here(monkeypatch, *arguments, *extra.split(), "--out", tmp_path / "one")
+    result = run(*arguments, *extra.split(), "--out", tmp_path / "two", processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = ([record["loss"] for record in records(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------- when to start
+
+
+def test_a_decoder_that_looks_everywhere_alike_lives_on_its_tokens_by_their_number(small_model):
+    for block in small_model.decoder_blocks:
+        torch.nn.init.zeros_(block.attention.qkv.weight)
+    images, mask = torch.randn(3, 3, 32, 32), masks.random_mask(3, 16, 0.75)
+    masked, visible = exploitation(small_model, images, mask)
+    torch.testing.assert_close(masked, torch.full((2,), 12 / 17))
+    torch.testing.assert_close(visible, torch.full((2,), 4 / 17))
+    masked, visible = exploitation(small_model, images, mask, residual=True)
+    torch.testing.assert_close(visible, torch.tensor([4 / 17 / 2, (1 - 1 / 4) * 4 / 17]))
+    torch.testing.assert_close(masked, torch.tensor([0.5 + 12 / 17 / 2, 1 / 4 + (1 - 1 / 4) * 12 / 17]))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_exploitation_follows_every_path_through_the_decoder(residual, small_model):
+    """Against a walk from each mask token down through the two blocks, weight by weight."""
+    images, mask = torch.randn(1, 3, 32, 32), masks.random_mask(1, 16, 0.5)
+    with torch.no_grad():
+        for block in small_model.decoder_blocks:
+            block.attention.qkv.weight.mul_(8)
+    first, second = (a.mean(1)[0].double().numpy() for a in small_model.decoder_attention(images, mask))
+    if residual:
+        first, second = (first + np.eye(17)) / 2, (second + np.eye(17)) / 2
+    shares = np.zeros((2, 2))  # masked or visible; block
+    for start in range(9, 17):
+        for token in range(1, 17):
+            kind = int(token < 9)
+            shares[kind, 0] += first[start, token] / 8
+            for between in range(17):
+                shares[kind, 1] += second[start, between] * first[between, token] / 8
+    got = torch.stack(exploitation(small_model, images, mask, residual))
+    np.testing.assert_allclose(got, shares, rtol=1e-5)
+    assert abs(shares[0, 0] - 8 / 17) > 0.01
+
+
+def test_the_guide_starts_when_mask_tokens_overtake_visible_ones_and_not_before():
+    def history(*shares):
+        return [dict(exploitation_masked=[0.9, x], exploitation_visible=[0.1, 1 - x]) for x in shares]
+
+    assert not train.ready(history(0.7)) and not train.ready(history(0.7, 0.6))  # an untrained decoder's lead
+    assert not train.ready(history(0.7, 0.4, 0.45)) and train.ready(history(0.7, 0.4, 0.45, 0.51))
+    assert not train.ready(history(0.4, 0.5)) and train.ready(history(0.4, 0.6))
+
+
+def test_auto_starts_after_the_epoch_that_is_ready_and_is_measured_in_every_run(monkeypatch, tmp_path, capfd):
+    shares = iter([0.7, 0.4, 0.6, 0.4, 0.4])
+    measure = train.measure
+
+    def planned(guide, samples):
+        record, share = measure(guide, samples), next(shares)
+        assert 0 < record["exploitation_masked"][-1] < 1 and len(record["exploitation_visible"]) == 1
+        return dict(exploitation_masked=[share], exploitation_visible=[1 - share])
+
+    monkeypatch.setattr(train, "measure", planned)
+    arguments = [*QUICK, "--epochs", 5, "--guide-start", "auto"]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
+    assert [record["phase"] for record in records(tmp_path / "run")] == ["random"] * 3 + ["selfguided"] * 2
+    assert [record["exploitation_masked"] for record in records(tmp_path / "run")] == [
+        [0.7],
+        [0.4],
+        [0.6],
+        [0.4],
+        [0.4],
+    ]
+    assert "the guide starts after epoch 3" in capfd.readouterr().out
+    shares = iter([0.4] * 5)
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "never")
+    assert {record["phase"] for record in records(tmp_path / "never")} == {"random"}
+    assert "the guide never started" in capfd.readouterr().out
+    monkeypatch.setattr(train, "measure", measure)
+
+
+# ------------------------------------------------------------------------------------------- judging
+
+
+def judge(monkeypatch, capsys, *arguments) -> str:
+    import analyze
+
+    monkeypatch.setattr(sys, "argv", ["analyze.py", "masks", *map(str, arguments)])
+    analyze.main()
+    return capsys.readouterr().out
+
+
+def test_measures_agree_with_scikit_learn_and_with_counting_pixels():
+    from sklearn.metrics import jaccard_score, roc_auc_score
+
+    import analyze
+
+    truth = torch.rand(5, 32, 32) < torch.rand(5, 1, 1)  # objects of several sizes
+    share = reduce(truth.float(), "b (h p1) (w p2) -> b (h w)", "mean", p1=8, p2=8)
+    relevance, side = torch.randint(0, 6, (5, 16)).float(), torch.rand(5, 16) < 0.5  # with ties
+    for i in range(5):
+        pixels = [x[i].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1) for x in (relevance, side)]
+        auc = roc_auc_score(truth[i].flatten(), pixels[0].flatten())
+        assert analyze.rank_auc(relevance, share)[i].item() == pytest.approx(auc, abs=1e-5)
+        iou = jaccard_score(truth[i].flatten(), pixels[1].flatten())
+        assert analyze.overlap(side, share)[i].item() == pytest.approx(iou, abs=1e-5)
+    whole = (torch.arange(16) < 12).float().expand(2, 16)
+    perfect = analyze.measure(whole, whole.bool(), whole, 0.75)
+    assert {name: values.tolist() for name, values in perfect.items()} == dict(
+        iou=[1, 1], auc=[1, 1], object=[1, 1], background=[0, 0]
+    )
+
+
+def test_masks_are_judged_beside_their_floors(monkeypatch, tmp_path, capsys):
+    train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
+    out = tmp_path / "judged"
+    text = judge(monkeypatch, capsys, "--checkpoint", tmp_path / "run", "--max-images", 120, "--out", out)
+    result = json.loads((out / "result.json").read_text())
+    assert (out / "masks.png").stat().st_size > 10_000
+    rows = result["rows"]
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    assert sources == [
+        "random mask", "centre prior", "raw pixels", "untrained, 1", "model, 1", "model, 2", "model, decoder-1",
+    ]  # fmt: skip
+    assert [sum(row["source"] == source for row in rows) for source in sources] == [1, 1, 8, 8, 8, 8, 8]
+    assert result["pictures"]["all"] == 120 and 0 < result["pictures"]["off-centre"] < 120
+    floor, centre = rows[0]["all"], rows[1]["all"]
+    assert abs(floor["auc"][0] - 0.5) < 4 * floor["auc"][1] and 0 < floor["auc"][1] < 0.03
+    assert abs(floor["object"][0] - 0.75) < 4 * floor["object"][1]
+    assert centre["auc"][0] > 0.55 and rows[1]["off-centre"]["auc"][0] < centre["auc"][0] - 0.1
+    for row in rows:
+        line = f"{100 * row['all']['iou'][0]:7.1f} ±{100 * row['all']['iou'][1]:3.1f}"
+        assert line in text
+    assert "off-centre:" in text and "120 pictures with an object of" in text
+
+
+def test_groups_are_named_and_masks_of_any_kind_understood(monkeypatch, tmp_path, capsys, small_model):
+    import datasets
+
+    import analyze
+
+    smae.save(small_model, tmp_path / "model")
+    rows, modes = [], ["L", "1", "P", "RGB"]
+    for i in range(12):
+        values = np.zeros((48, 64), np.uint8)
+        values[10:30, 10 + i : 40 + i] = 255
+        mask = Image.fromarray(values if i % 2 else values // 255)  # 0 and 255, or 0 and 1
+        mask = mask.convert("RGB") if i == 3 else Image.fromarray(values).convert("1") if i == 5 else mask
+        rows.append(dict(image=picture(64, 48, seed=i), truth=mask, place=i % 3))
+    features = datasets.Features(
+        image=datasets.Image(), truth=datasets.Image(), place=datasets.ClassLabel(names=["sea", "land", "air"])
+    )
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "data.parquet")
+    arguments = ["--checkpoint", tmp_path / "model", "--dataset", tmp_path / "data.parquet", "--layers", 3]
+    arguments += ["--mask-column", "truth", "--group-column", "place"]
+    text = judge(monkeypatch, capsys, *arguments, "--out", tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["pictures"] == {
+        "all": 12, "air": 4, "land": 4, "sea": 4, "off-centre": 0,
+    }  # fmt: skip
+    assert "sea: 4 pictures" in text and "12 pictures" in text and modes
+    for row in rows:
+        assert set(np.unique(analyze.object_of(row["truth"]))) == {0, 255}
+        assert (np.asarray(analyze.object_of(row["truth"])) > 0).sum() == 600
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--mask-column nothing", "has no column 'nothing'; name one with --mask-column"),
+        ("--mask-column bbox", "does not hold masks"),
+        ("--layers 9", "--layers 9: there are 1, 2, 3, decoder-1"),
+        ("--dataset ./nowhere", "no data set './nowhere'"),
+        ("--checkpoint ./nothing", "nothing"),
+        ("--mask-ratio 2", "between 0 and 1"),
+    ],
+)
+def test_wrong_calls_give_one_line(arguments, message, monkeypatch, tmp_path, capsys, small_model):
+    smae.save(small_model, tmp_path / "model")
+    with pytest.raises(SystemExit):
+        judge(monkeypatch, capsys, "--checkpoint", tmp_path / "model", "--out", tmp_path / "out", *arguments.split())
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0] and not (tmp_path / "out").exists()
