@@ -156,9 +156,9 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
         loss.plot(epochs, losses, marker=".", label=f"{phase} masks")
     loss.set(ylabel="loss on masked patches")
     for tokens in ("masked", "visible"):
-        shares = [record[f"exploitation_{tokens}"][-1] for record in records]
+        shares = [np.mean(record[f"exploitation_{tokens}"]) for record in records]
         rates.plot([record["epoch"] for record in records], shares, marker=".", label=f"{tokens} patches")
-    rates.set(xlabel="epoch", ylabel="what the decoder's\nlast block lives on", ylim=(0, 1))
+    rates.set(xlabel="epoch", ylabel="exploitation by\nthe decoder of", ylim=(0, 1))
     for axis in (loss, rates):
         axis.grid(alpha=0.3)
         axis.legend()

@@ -261,7 +261,7 @@ def test_exploitation_follows_every_path_through_the_decoder(residual, small_mod
 
 def test_the_guide_starts_when_mask_tokens_overtake_visible_ones_and_not_before():
     def history(*shares):
-        return [dict(exploitation_masked=[0.9, x], exploitation_visible=[0.1, 1 - x]) for x in shares]
+        return [dict(exploitation_masked=[x - 0.2, x + 0.2], exploitation_visible=[1.2 - x, 0.8 - x]) for x in shares]
 
     assert not train.ready(history(0.7)) and not train.ready(history(0.7, 0.6))  # an untrained decoder's lead
     assert not train.ready(history(0.7, 0.4, 0.45)) and train.ready(history(0.7, 0.4, 0.45, 0.51))
