@@ -110,6 +110,24 @@ def measure(relevance: Tensor, side: Tensor, share: Tensor, ratio: float) -> dic
     }
 
 
+def made_of(features: Tensor, pixels: Tensor) -> dict[str, float]:
+    """What the variance of features (N, n, d) is owed to, as shares that add up to 1.
+
+    "position": the mean of each patch position; "own pixels": what a linear map from the patch's own pixels
+    (N, n, k) explains of the remainder; "context": the rest, which a patch owes to others (or to its own pixels in
+    some other way).
+    """
+    positions = features.mean(dim=0)
+    y = (features - positions).flatten(0, 1)
+    x = (pixels - pixels.mean(dim=(0, 1))).flatten(0, 1)
+    gram = x.T @ x
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    rest = y - x @ torch.linalg.solve(gram + ridge, x.T @ y)
+    total = (features - features.mean(dim=(0, 1))).pow(2).mean()
+    context, beside_position = (rest.pow(2).mean() / total).item(), (y.pow(2).mean() / total).item()
+    return {"position": 1 - beside_position, "own pixels": beside_position - context, "context": context}
+
+
 # --------------------------------------------------------------------------------------------------------- masks
 
 
@@ -198,28 +216,36 @@ def analyze_masks(args: argparse.Namespace):
             groups[name] = torch.tensor([group == name for group in seen.groups])
     groups["off-centre"] = seen.off_centre()
 
-    rows, drawn = [], {}
+    rows, drawn, made, pixels = [], {}, {}, smae.patchify(data.normalize(seen.images), model.patch_size)
     for name, features, relevance in contestants(model, seen.images, layers, args.seed):
+        if features is not None and name != "raw pixels":
+            made[name] = made_of(features, pixels)
         for how, (scores, side) in guesses(features, grid, relevance):
             results = measure(scores, side, share, args.mask_ratio)
-            rows.append(dict(source=name, **how, **{group: summary(results, of) for group, of in groups.items()}))
+            found = {group: summary(results, of) for group, of in groups.items() if of.any()}
+            rows.append(dict(source=name, **how, **found))
             if how in ({}, dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)):
                 drawn[name] = scores, side, features
     counts = {group: int(of.sum()) for group, of in groups.items()}
     print(f"{args.dataset}: {len(share)} pictures with an object of {share.mean():.0%}, {seen.skipped} left out")
     print(report(rows, counts))
+    print("\nwhat the features are made of")
+    for name, shares in made.items():
+        print(f"{name:18}" + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     args.out.mkdir(parents=True, exist_ok=True)
     result = dict(arguments={k: str(v) for k, v in vars(args).items() if k != "run"}, pictures=counts)
-    (args.out / "result.json").write_text(json.dumps(result | dict(measures=MEASURES, rows=rows), indent=1))
+    (args.out / "result.json").write_text(
+        json.dumps(result | dict(measures=MEASURES, rows=rows, made_of=made), indent=1)
+    )
     draw(seen, grid, drawn, args).savefig(args.out / "masks.png")
     print(f"wrote result.json and masks.png to {args.out}")
 
 
 def summary(results: dict[str, Tensor], of: Tensor) -> dict[str, list[float]]:
     """Mean and standard error of each measure over the pictures ``of`` (N,) bool."""
-    count = max(int(of.sum()), 1)
+    error = 1 / math.sqrt(of.sum())
     return {
-        name: [values[of].mean().item(), (values[of].std(correction=0) / math.sqrt(count)).item()]
+        name: [values[of].mean().item(), values[of].std(correction=0).item() * error]
         for name, values in results.items()
     }
 
@@ -280,7 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--guide-debias", action="store_true", help="draw debiased features (the table has both)")
     command.add_argument("--foreground", choices=["border", "peak"], default="border", help="draw this rule")
     command.add_argument(
-        "--relevance", choices=["foreground", "contrast"], default="foreground", help="draw this scoring"
+        "--relevance", choices=["foreground", "contrast"], default="contrast", help="draw this scoring"
     )
     command.add_argument("--seed", type=int, default=0, help="of random masks and untrained encoder")
     command.add_argument("--out", type=Path, default=Path("runs/masks"), help="folder for result.json and masks.png")

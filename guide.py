@@ -44,7 +44,7 @@ class Guide:
         hint_ratio: float = 0.05,
         layer: int | str | None = None,
         foreground: str = "border",
-        scoring: str = "foreground",
+        scoring: str = "contrast",
         debias: bool = False,
         amt_ratio: float = 0.45,
         throw_ratio: float = 0.4,

@@ -76,7 +76,7 @@ def self_guided_mask(
     hint: str = "random",
     hint_ratio: float = 0.05,
     foreground: str = "border",
-    scoring: str = "foreground",
+    scoring: str = "contrast",
     *,
     noise: Tensor | None = None,
 ) -> Mask:
@@ -92,7 +92,7 @@ def self_guided_mask(
 
 @torch.no_grad()
 def find_object(
-    features: Tensor, grid: tuple[int, int], foreground: str = "border", scoring: str = "foreground"
+    features: Tensor, grid: tuple[int, int], foreground: str = "border", scoring: str = "contrast"
 ) -> tuple[Tensor, Tensor]:
     """Relevance (b, n) of the patches to the main object, and whether they are on its side of the cut (b, n).
 
@@ -237,11 +237,11 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
     raise ValueError(f"the foreground rule must be border or peak, got {rule!r}")
 
 
-def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "foreground") -> Tensor:
+def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -> Tensor:
     """How much each patch belongs to the object (b, n): similarities (b, n, n), sides (b, n) bool.
 
-    ``scoring``: "foreground", the mean similarity to the foreground patches; "contrast", that minus the mean
-    similarity to the others. Raises ValueError for another one.
+    ``scoring``: "foreground", the mean similarity to the foreground patches, as in the paper; "contrast", that minus
+    the mean similarity to the others, which finds known objects better. Raises ValueError for another one.
     """
     if scoring not in ("foreground", "contrast"):
         raise ValueError(f"scoring must be foreground or contrast, got {scoring!r}")

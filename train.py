@@ -38,6 +38,7 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     epochs=400,
     warmup_epochs=40,
     guide_start=50,
+    relevance="foreground",
     batch_size=4096,
     blr=1.5e-4,
 )
@@ -89,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--relevance",
         choices=["foreground", "contrast"],
-        default="foreground",
-        help="likeness to the object, or that less likeness to the rest",
+        default="contrast",
+        help="likeness to the object side, as in the paper, or that less the likeness to the other side",
     )
 
     group = parser.add_argument_group("optimisation")

@@ -294,8 +294,9 @@ def test_peak_rule_takes_the_side_of_the_largest_magnitude(sign):
 def test_relevance_is_the_mean_similarity_to_the_foreground():
     affinity, side = torch.rand(2, 5, 5), torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()
     expected = torch.stack([affinity[i][:, side[i]].mean(1) for i in range(2)])
-    torch.testing.assert_close(masks.relevance(affinity, side), expected)
-    assert torch.equal(masks.relevance(affinity, torch.zeros(2, 5, dtype=torch.bool)), torch.zeros(2, 5))
+    torch.testing.assert_close(masks.relevance(affinity, side, "foreground"), expected)
+    nowhere = torch.zeros(2, 5, dtype=torch.bool)
+    assert torch.equal(masks.relevance(affinity, nowhere, "foreground"), torch.zeros(2, 5))
 
 
 # ------------------------------------------------------------------------------------------- the mask

@@ -195,6 +195,7 @@ def test_paper_preset_is_the_papers_recipe_and_flags_win():
     args = train.parse_arguments(["--preset", "paper", "--batch-size", "1024"])
     assert (args.model, args.image_size, args.patch_size, args.epochs) == ("base", 224, 16, 400)
     assert (args.warmup_epochs, args.guide_start, args.blr, args.weight_decay) == (40, 50, 1.5e-4, 0.05)
+    assert (args.relevance, args.guide_debias, args.guide) == ("foreground", False, None)
     assert args.batch_size == 1024 and args.mask_ratio == 0.75 and tuple(args.crop_scale) == (0.2, 1.0)
     train.complete(args)
     assert args.lr == pytest.approx(6e-4)
