@@ -8,15 +8,14 @@ masks.png.
 """
 
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from einops import rearrange, reduce
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,13 +34,16 @@ MEASURES = {
 
 
 class Pictures:
-    """Pictures with known objects: ``images`` (N, 3, H, W) uint8, ``truth`` (N, H, W) share of object, ``groups``."""
+    """Pictures with known objects: ``images`` (N, 3, H, W) uint8, ``truth`` (N, H, W) share of object, ``groups``.
 
-    def __init__(self, dataset: datasets.Dataset, mask_column: str, group_column: str, size: int):
-        images, truth, self.groups, self.skipped = [], [], [], 0
+    ``units`` (N,) numbers what is independent of one another: pictures, or the videos they are taken from.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, mask_column: str, group_column: str, unit_column: str, size: int):
+        images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
         for record in tqdm(dataset, desc="pictures", disable=None):
             try:
-                image, mask = data.decode(record["image"]), object_of(record[mask_column])
+                image, mask = data.decode(record["image"]), data.object_of(record[mask_column])
             except Exception as error:  # a broken file
                 tqdm.write(data.describe_bad(len(images) + self.skipped, record["image"], error).description)
                 self.skipped += 1
@@ -57,9 +59,13 @@ class Pictures:
             group = record.get(group_column, "all")
             named = isinstance(dataset.features.get(group_column), datasets.ClassLabel)
             self.groups.append(dataset.features[group_column].int2str(group) if named else str(group))
+            units.setdefault(record.get(unit_column, len(images)), []).append(len(images) - 1)
         if not images:
             raise ValueError("no picture shows an object")
         self.images, self.truth = torch.stack(images), torch.stack(truth)
+        self.units = torch.empty(len(images), dtype=torch.int64)
+        for number, members in enumerate(units.values()):
+            self.units[members] = number
 
     def off_centre(self) -> Tensor:
         """Whether the centroid of the object is nearer to the border of the picture than to its centre: (N,) bool."""
@@ -67,13 +73,6 @@ class Pictures:
         weight = self.truth.sum(dim=(1, 2))
         y, x = (self.truth.sum(2) * place).sum(1) / weight, (self.truth.sum(1) * place).sum(1) / weight
         return torch.maximum(y.abs(), x.abs()) > 0.25
-
-
-def object_of(mask: Image.Image | dict) -> Image.Image:
-    """A mask column's value as 255 on the object: where it exceeds 127, or, if nothing does, where it is not 0."""
-    mask = datasets.Image().decode_example(mask) if isinstance(mask, dict) else mask
-    values = np.asarray(mask.convert("L") if mask.mode not in ("L", "P", "1") else mask).astype(int)
-    return Image.fromarray(np.where(values > (127 if values.max() > 127 else 0), 255, 0).astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------ measures
@@ -90,11 +89,12 @@ def rank_auc(relevance: Tensor, share: Tensor) -> Tensor:
 
     Relevance (b, n) is that of a pixel's patch, of which the object fills a ``share`` (b, n).
     """
-    higher = (relevance[:, :, None] > relevance[:, None, :]).float() + 0.5 * (
-        relevance[:, :, None] == relevance[:, None, :]
-    )
-    pairs = share[:, :, None] * (1 - share)[:, None, :]
-    return (higher * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2))
+    areas = []
+    for score, share_ in zip(relevance.split(64), share.split(64)):
+        difference = (score[:, :, None] - score[:, None, :]).sign()
+        pairs = share_[:, :, None] * (1 - share_)[:, None, :]
+        areas.append(((difference + 1) / 2 * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)))
+    return torch.cat(areas)
 
 
 def measure(relevance: Tensor, side: Tensor, share: Tensor, ratio: float) -> dict[str, Tensor]:
@@ -140,18 +140,18 @@ def guesses(features: Tensor | None, grid: tuple[int, int], relevance: Tensor | 
     if features is None:
         yield {}, (relevance, relevance > relevance.median(dim=1, keepdim=True).values)
         return
-    for debias in (False, True):
-        x = features - features.mean(dim=0) if debias else features
-        parts = [masks.similarity(part) for part in x.split(64)]
-        cuts = [masks.normalized_cut(affinity) for affinity in parts]
-        for foreground in ("border", "peak"):
-            sides = [masks.foreground_side(y, grid, foreground) for y in cuts]
-            for scoring in ("foreground", "contrast"):
-                scores = [masks.relevance(affinity, side, scoring) for affinity, side in zip(parts, sides)]
-                yield (
-                    dict(debias=debias, foreground=foreground, relevance=scoring),
-                    (torch.cat(scores), torch.cat(sides)),
-                )
+    ways = list(itertools.product((False, True), ("border", "peak"), ("foreground", "contrast")))
+    found = {way: [] for way in ways}
+    mean = features.mean(dim=0)
+    for part in features.split(64):
+        for debias, group in itertools.groupby(ways, key=lambda way: way[0]):
+            affinity = masks.similarity(part - mean if debias else part)
+            y = masks.normalized_cut(affinity)
+            for way in group:
+                side = masks.foreground_side(y, grid, way[1])
+                found[way].append((masks.relevance(affinity, side, way[2]), side))
+    for way, parts in found.items():
+        yield dict(zip(("debias", "foreground", "relevance"), way)), tuple(map(torch.cat, zip(*parts)))
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
 def analyze_masks(args: argparse.Namespace):
     with train.one_line_errors(ValueError, OSError):
         train.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
-        model = smae.load(args.checkpoint, image_size=args.image_size)
+        model = smae.load(args.checkpoint)
         model = (model.encoder if isinstance(model, smae.Classifier) else model).eval()
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
         depth, decoder = len(model.blocks), model.config["decoder_depth"]
@@ -197,7 +197,9 @@ def analyze_masks(args: argparse.Namespace):
         for layer in layers:
             if layer not in model.layers:
                 raise ValueError(f"--layers {layer}: there are {', '.join(map(str, model.layers))}")
-        masks.masked_count(model.patch_count, args.mask_ratio)
+        size = args.image_size or model.config["image_size"][0]
+        grid = model.grid(torch.empty(0, model.config["channels"], size, size))
+        masks.masked_count(grid[0] * grid[1], args.mask_ratio)
         split = args.split or ("test" if args.dataset == "shapes" else "train")
         dataset = data.load_images(args.dataset, split, args.image_column, "", max_images=args.max_images)
         if args.mask_column not in dataset.column_names:
@@ -207,8 +209,7 @@ def analyze_masks(args: argparse.Namespace):
             )
         if not isinstance(dataset.features[args.mask_column], datasets.Image):
             raise ValueError(f"column {args.mask_column!r} of {args.dataset} does not hold masks")
-        seen = Pictures(dataset, args.mask_column, args.group_column, model.config["image_size"][0])
-    grid = model.grid(seen.images)
+        seen = Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=grid[0], w=grid[1])
     groups = {"all": torch.ones(len(share), dtype=torch.bool)}
     for name in sorted(set(seen.groups)):
@@ -222,7 +223,7 @@ def analyze_masks(args: argparse.Namespace):
             made[name] = made_of(features, pixels)
         for how, (scores, side) in guesses(features, grid, relevance):
             results = measure(scores, side, share, args.mask_ratio)
-            found = {group: summary(results, of) for group, of in groups.items() if of.any()}
+            found = {group: summary(results, of, seen.units) for group, of in groups.items() if of.any()}
             rows.append(dict(source=name, **how, **found))
             if how in ({}, dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)):
                 drawn[name] = scores, side, features
@@ -241,13 +242,17 @@ def analyze_masks(args: argparse.Namespace):
     print(f"wrote result.json and masks.png to {args.out}")
 
 
-def summary(results: dict[str, Tensor], of: Tensor) -> dict[str, list[float]]:
-    """Mean and standard error of each measure over the pictures ``of`` (N,) bool."""
-    error = 1 / math.sqrt(of.sum())
-    return {
-        name: [values[of].mean().item(), values[of].std(correction=0).item() * error]
-        for name, values in results.items()
-    }
+def summary(results: dict[str, Tensor], of: Tensor, units: Tensor) -> dict[str, list[float]]:
+    """Mean and standard error of each measure over the pictures ``of`` (N,) bool, clustered by ``units`` (N,)."""
+    units = units[of].unique(return_inverse=True)[1]
+    count = int(units.max()) + 1
+
+    def mean_and_error(values: Tensor) -> list[float]:
+        mean = values.mean()
+        sums = torch.zeros(count).index_add(0, units, values - mean)  # those of a unit may err together
+        return [mean.item(), sums.norm().item() / len(values) * math.sqrt(count / max(count - 1, 1))]
+
+    return {name: mean_and_error(values[of]) for name, values in results.items()}
 
 
 def report(rows: list[dict], counts: dict[str, int]) -> str:
@@ -277,9 +282,10 @@ def draw(seen: Pictures, grid: tuple[int, int], drawn: dict, args: argparse.Name
             columns[f"{name}\n4 clusters"] = pictures.paint(pixels, clusters)
         masked = masks.informed_mask(scores[chosen], args.mask_ratio, "none").masked
         masked = torch.zeros(len(chosen), h * w).scatter(1, masked, 1).bool().view(-1, h, w)
-        columns[f"{name}\nmask"] = pictures.hide(pixels, ~masked, masked)
+        columns[f"{name}\nmask" if features is not None else name] = pictures.hide(pixels, ~masked, masked)
     truth = dict.fromkeys(columns, seen.truth[chosen] > 0.5)
-    title = f"green: the object; hatched: masked, {args.mask_ratio:.0%} of {h} x {w} patches, the most relevant ones"
+    how = f"{args.foreground}, {args.relevance}{', debiased' if args.guide_debias else ''}"
+    title = f"green: the object; hatched: masked, the most relevant {args.mask_ratio:.0%} of {h} x {w} patches ({how})"
     labels = [seen.groups[int(i)] for i in chosen]
     return pictures.contact_sheet(columns, title, outlined=truth, labels=labels)
 
@@ -295,9 +301,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--dataset", default="shapes", help="shapes (the demo data), path or hub name: as in train.py")
     command.add_argument("--split", help="split of the data (default: test of shapes, else train)")
     command.add_argument("--image-column", help="column of the images (default: found by its type)")
-    command.add_argument("--mask-column", default="mask", help="column of the masks: above 127, or not 0, is object")
+    command.add_argument(
+        "--mask-column",
+        default="mask",
+        help="column of the masks: object is what exceeds 127; if nothing does, what is not 0",
+    )
     command.add_argument("--group-column", default="source", help="column to report separately by, if there is one")
-    command.add_argument("--max-images", type=int, default=1000, help="use the first so many images")
+    command.add_argument(
+        "--unit-column", default="group", help="column of what errs together (frames of a video), for standard errors"
+    )
+    command.add_argument("--max-images", type=int, help="use the first so many images")
     command.add_argument("--image-size", type=int, help="side of the centre crops, in pixels (default: the model's)")
     command.add_argument(
         "--layers", type=train.block, nargs="+", help="blocks: numbers, decoder-1, ... (default: 4 of them)"

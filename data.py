@@ -261,6 +261,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def object_of(mask: Image.Image | dict) -> Image.Image:
+    """The value of a mask column as 255 on the object: where it exceeds 127, or, if nothing does, where it is not 0."""
+    mask = datasets.Image().decode_example(mask) if isinstance(mask, dict) else mask
+    values = np.asarray(mask if mask.mode in ("L", "P", "1") else mask.convert("L")).astype(int)
+    return Image.fromarray(np.where(values > (127 if values.max() > 127 else 0), 255, 0).astype(np.uint8))
+
+
 class BadImage(NamedTuple):
     """A picture that could not be decoded: its index in the data, and what is known of it."""
 
@@ -317,7 +324,7 @@ def uniform(key: tuple[int, ...], indices: np.ndarray, count: int) -> np.ndarray
 
 
 class Crops(NamedTuple):
-    """Boxes (b, 4) int64, top, left, height, width in pixels, and whether to flip them, (b,) bool."""
+    """Boxes (b, 4), top, left, height, width, in pixels (int64) or shares of the picture; whether to flip them (b,)."""
 
     boxes: np.ndarray
     flips: np.ndarray
@@ -388,22 +395,31 @@ def center_crop(image: Image.Image, size: int, short_side: int | None = None) ->
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
-def sample_pictures(dataset: datasets.Dataset | datasets.IterableDataset, count: int, size: int) -> Tensor:
+def sample_pictures(
+    dataset: datasets.Dataset | datasets.IterableDataset, count: int, size: int
+) -> tuple[Tensor, Tensor | None]:
     """Up to ``count`` centre-cropped pictures from all over the data (the first of a stream): (k, 3, size, size).
 
-    Raises ValueError if none can be decoded.
+    And, if there is a column ``mask``, where their objects are: (k, size, size) bool. Raises ValueError if no picture
+    can be decoded.
     """
     if isinstance(dataset, datasets.IterableDataset):
         records = iter(dataset.take(2 * count))
     else:
         records = (dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(2 * count, len(dataset))))
-    tensors = []
+    known = isinstance((dataset.features or {}).get("mask"), datasets.Image)
+    images, objects = [], []
     for record in records:
         with contextlib.suppress(Exception):  # a broken picture; training counts and reports it
-            tensors.append(center_crop(decode(record["image"]), size))
-    if not tensors:
+            images.append(center_crop(decode(record["image"]), size))
+            objects.append(torch.zeros(size, size, dtype=torch.bool))
+            if known:
+                objects[-1] = center_crop(object_of(record["mask"]), size)[0] > 127
+    if not images:
         raise ValueError("not one of the first pictures tried can be decoded")
-    return torch.stack([tensors[int(i)] for i in np.linspace(0, len(tensors) - 1, min(count, len(tensors)))])
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    images, objects = (torch.stack([tensors[i] for i in chosen]) for tensors in (images, objects))
+    return images, objects if known else None
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -450,7 +466,7 @@ class CropOptions(NamedTuple):
 
     def finish(self, images: Tensor, epoch: int, indices: np.ndarray) -> Tensor:
         """Augment each crop by its own random numbers."""
-        if self.augment is None:
+        if self.augment is None or epoch is None:
             return images
         augmented = []
         with torch.random.fork_rng(devices=[]):

@@ -4,9 +4,8 @@ Between ``masks.py``, which knows nothing but tensors, and ``train.py``: which f
 made from, what is kept of it from one step to the next, and when a model is ready to guide.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from einops import rearrange
@@ -29,7 +28,8 @@ class Guide:
     of ``masks.find_object``, ``masks.informed_mask`` and ``masks.amt_mask``.
 
     ``maps`` (images, h, w), float16, on the host, holds the relevance of whole pictures after :meth:`remember`,
-    ``mean`` (n, d) the mean of the features, ``start`` the number of epochs before the guide (None: not known yet).
+    ``mean`` (n, d) the mean of the features, ``start`` the number of epochs before the guide (None: not known yet),
+    ``history`` the exploitation rates (:func:`exploitation`) after every epoch.
 
     Raises ValueError where the model has no such layer or the counts of patches do not fit.
     """
@@ -57,10 +57,13 @@ class Guide:
         self.layer = max(1, len(model.blocks) - 1) if layer is None else layer
         self.foreground, self.scoring, self.debias = foreground, scoring, debias
         self.maps = self.mean = self._seen = None
+        self.history: list[dict] = []
         wrap = torch.compile if compile else lambda function, **_: function
-        self.features: Callable = wrap(model.features, fullgraph=True)
-        self.attention: Callable = wrap(model.class_attention, fullgraph=True)
-        masks.hint_count(model.patch_count, ratio, hint, hint_ratio)
+        self.features: Callable = wrap(model.features, fullgraph=True, dynamic=False)
+        self.attention: Callable = wrap(model.class_attention, fullgraph=True, dynamic=False)
+        masks.masked_count(model.patch_count, ratio)
+        if kind == "selfguided":
+            masks.hint_count(model.patch_count, ratio, hint, hint_ratio)
         if self.layer not in model.layers:
             raise ValueError(f"--guide-layer {self.layer}: there are {', '.join(map(str, model.layers))}")
         if kind == "amt":
@@ -80,13 +83,15 @@ class Guide:
         if self.kind == "amt":
             return masks.attention_weights(self.attention(images)), None
         features = self.features(images, self.layer)
-        if self.debias:
-            if learn:
-                total, count = self._seen or (0, 0)
-                self._seen = total + features.float().mean(dim=0), count + 1
-            if self.mean is not None:
-                features = features - self.mean
+        if self.debias and learn:
+            self._learn(features)
+        if self.debias and self.mean is not None:
+            features = features - self.mean
         return masks.find_object(features, self.model.grid(images), self.foreground, self.scoring)
+
+    def _learn(self, features: Tensor):
+        total, count = self._seen or (0, 0)
+        self._seen = total + features.float().sum(dim=0), count + len(features)
 
     def mask(self, relevance: Tensor, noise: Tensor) -> masks.Mask:
         """The mask of images of this relevance (b, n); ``noise`` (b, n) decides what is left to chance."""
@@ -97,34 +102,37 @@ class Guide:
     def end_step(self, accelerator: Accelerator):
         """Take what all looks of a step, in all processes, have learned into the running mean of the features."""
         if self._seen is not None:
-            new = accelerator.reduce(self._seen[0] / self._seen[1], "mean")
+            total, count = self._seen
+            new = accelerator.reduce(total, "sum") / accelerator.reduce(torch.tensor(count, device=total.device), "sum")
             self.mean = new if self.mean is None else MOMENTUM * self.mean + (1 - MOMENTUM) * new
             self._seen = None
 
     # ---------------------------------------------------------------------------------------------- remembering
 
+    @torch.no_grad()
     def remember(self, batches: data.TrainBatches, accelerator: Accelerator):
         """Look at every picture of the data, whole and not augmented, and keep its relevance: one pass, shared out.
 
         With ``debias``, another one over the first MEAN_OVER of them before, for the mean.
         """
 
-        def looks(learn: bool, count: int | None = None):
+        def whole(count: int | None = None) -> Iterator[Tensor]:
             for batch in batches.whole(count):
-                images = data.normalize(batch.images, self.model.config["mean"], self.model.config["std"])
-                with accelerator.autocast():
-                    yield self.look(images, learn)[0]
+                yield data.normalize(batch.images, self.model.config["mean"], self.model.config["std"])
 
-        if self.debias:
+        if self.debias and self.kind == "selfguided":
             self.mean = None
-            for _ in looks(learn=True, count=MEAN_OVER):
-                pass
+            for images in whole(MEAN_OVER):
+                with accelerator.autocast():
+                    self._learn(self.features(images, self.layer))
             self.end_step(accelerator)
-        mine = torch.cat([self._compact(relevance) for relevance in looks(learn=False)])
-        parts = [
-            accelerator.gather(part.to(accelerator.device)).cpu() for part in mine.split(2**16)
-        ]  # bounded on a GPU
+        mine = []
+        for images in whole():
+            with accelerator.autocast():
+                mine.append(self._compact(self.look(images)[0]))
         world, (h, w) = accelerator.num_processes, self._grid()
+        parts = torch.cat(mine).split(2**16)  # not all at once through the device
+        parts = [accelerator.gather(part.to(accelerator.device)).cpu() for part in parts]
         parts = [rearrange(part, "(world k) (h w) -> (k world) h w", world=world, h=h, w=w) for part in parts]
         self.maps = torch.cat(parts)[: batches.length]
 
@@ -139,24 +147,40 @@ class Guide:
         """Relevance (b, n) of the crops of a batch, cut out of that of the whole pictures."""
         device, (h, w) = batch.images.device, self._grid()
         maps = data.to_device(self.maps[torch.as_tensor(batch.indices)], device)
-        boxes = data.to_device(batch.crops.boxes * np.array([h, w, h, w], np.float32), device)
+        boxes = data.to_device(torch.as_tensor(batch.crops.boxes) * torch.tensor([h, w, h, w]), device)
+        flips = data.to_device(batch.crops.flips, device)
         with torch.autocast(device.type, enabled=False):
-            flips = data.to_device(batch.crops.flips, device)
-            crops = data.crop_batch(maps[:, None].float(), boxes, flips, h, beyond=True)
-        return crops.flatten(1)
+            return data.crop_batch(maps[:, None].float(), boxes, flips, h, beyond=True).flatten(1)
 
     def _grid(self) -> tuple[int, int]:
         height, width = self.model.config["image_size"]
         return height // self.model.patch_size, width // self.model.patch_size
 
+    # ---------------------------------------------------------------------------------------------- starting
+
+    def measure(self, images: Tensor):
+        """Add to ``history`` how far the decoder lives on mask tokens and on visible ones, on normalised images."""
+        noise = data.uniform((0, data.MASKS), range(len(images)), self.model.patch_count)
+        mask = masks.random_mask(*noise.shape, self.ratio, noise=data.to_device(noise, images.device))
+        masked, visible = exploitation(self.model, images, mask)
+        self.history.append(dict(exploitation_masked=masked.tolist(), exploitation_visible=visible.tolist()))
+
+    def ready(self, trained: bool = False) -> bool:
+        """Whether mask tokens have overtaken visible ones, on the average of the blocks, for two epochs in a row.
+
+        An untrained decoder looks everywhere alike, and mask tokens are many: unless it was ``trained`` before, their
+        lead at the start does not count.
+        """
+        ahead = [sum(rates["exploitation_masked"]) > sum(rates["exploitation_visible"]) for rates in self.history]
+        return len(ahead) > 1 and all(ahead[-2:]) and (trained or not all(ahead))
+
     def state_dict(self) -> dict:
         """All that is kept from one step to the next."""
-        return dict(maps=self.maps, mean=self.mean, start=self.start)
+        return dict(maps=self.maps, mean=self.mean, start=self.start, history=self.history)
 
     def load_state_dict(self, state: dict):
-        device = self.model.positions.device
-        self.maps, self.start = state["maps"], state["start"]
-        self.mean = None if state["mean"] is None else state["mean"].to(device)
+        self.maps, self.start, self.history = state["maps"], state["start"], state["history"]
+        self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
 
 
 # -------------------------------------------------------------------------------------------------- when to start
@@ -171,15 +195,21 @@ def exploitation(model: smae.SMAE, images: Tensor, mask: masks.Mask, residual: b
     R_l over the mask tokens and over the visible patches, averaged over the rows of all mask tokens and over images.
     What is missing to 1 is the CLS token's. ``residual`` puts (A_l + 1) / 2 in the place of A_l.
     """
-    v, m = mask.visible.shape[1], mask.masked.shape[1]
-    maps = model.decoder_attention(images, mask)
-    rollout, shares = torch.eye(maps[0].shape[-1], device=images.device), []
-    with torch.autocast(images.device.type, enabled=False):
-        for attention in maps:
-            attention = attention.mean(dim=1)  # (b, t, t)
-            if residual:
-                attention = (attention + torch.eye(attention.shape[-1], device=images.device)) / 2
+    few = zip(images.split(4), mask.visible.split(4), mask.masked.split(4))  # attention maps are large
+    return torch.cat([_exploitation(model, *part, residual) for part in few], dim=-1).mean(dim=-1).unbind()
+
+
+def _exploitation(model: smae.SMAE, images: Tensor, visible: Tensor, masked: Tensor, residual: bool) -> Tensor:
+    """Shares (2, layers, b), of each image."""
+    v, m = visible.shape[1], masked.shape[1]
+    unit = torch.eye(model.prefix + v + m, device=images.device)
+    rollout, shares = unit, []
+    for attention in model.decoder_attention(images, masks.Mask(visible, masked)):
+        attention = attention.mean(dim=1)  # (b, t, t)
+        if residual:
+            attention = (attention + unit) / 2
+        with torch.autocast(images.device.type, enabled=False):
             rollout = attention @ rollout
-            sums = rollout[:, -m:].mean(dim=(0, 1))  # (t,)
-            shares.append(torch.stack([sums[-m:].sum(), sums[-m - v : -m].sum()]))
-    return torch.stack(shares, dim=1).unbind()
+        sums = rollout[:, -m:].mean(dim=1)  # (b, t)
+        shares.append(torch.stack([sums[:, -m:].sum(dim=1), sums[:, -m - v : -m].sum(dim=1)]))
+    return torch.stack(shares, dim=1)

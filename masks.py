@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DENSE = 1024  # patches; of more than that, similarities are made row block by row block, again and again, never kept
+DENSE = 2**28  # b * n * n; more similarities than that (1 GiB) are never kept, but made again and again, in rows
 
 ROUNDING = 3e-6  # of eigenvalues between -1 and 1 in float32
 
@@ -97,19 +97,20 @@ def find_object(
     """Relevance (b, n) of the patches to the main object, and whether they are on its side of the cut (b, n).
 
     From patch features (b, n, d) of an (h, w) grid, without a CLS token. ``foreground``: :func:`foreground_side`;
-    ``scoring``: :func:`relevance`. With more than DENSE patches nothing of the size n * n is built. Raises ValueError
-    if features and grid disagree.
+    ``scoring``: :func:`relevance`. Never holds more than DENSE similarities. Raises ValueError if features and grid
+    disagree.
     """
     if features.ndim != 3 or features.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"expected features (b, {grid[0]} * {grid[1]}, d), got {tuple(features.shape)}")
-    n = features.shape[1]
-    if n <= DENSE:
+    b, n = features.shape[:2]
+    if b * n * n <= DENSE:
         affinity = similarity(features)
         side = foreground_side(normalized_cut(affinity), grid, foreground)
         return relevance(affinity, side, scoring), side
-    x, blocks = _unit(features), [slice(start, start + DENSE) for start in range(0, n, DENSE)]
-    side = foreground_side(_blockwise_cut(x, blocks), grid, foreground)
-    return torch.cat([relevance(_cosines(x, rows), side, scoring) for rows in blocks], dim=1), side
+    unit, count = _unit(features), max(1, DENSE // (4 * b * n))
+    blocks = [slice(start, start + count) for start in range(0, n, count)]
+    side = foreground_side(_blockwise_cut(unit, blocks), grid, foreground)
+    return torch.cat([relevance(_cosines(*unit, rows), side, scoring) for rows in blocks], dim=1), side
 
 
 @torch.no_grad()
@@ -121,26 +122,30 @@ def similarity(features: Tensor) -> Tensor:
     bfloat16 result: cosines of an early model all lie close to 1. Values that are not finite count as zero; a zero
     vector is similar to nothing.
     """
-    return _cosines(_unit(features))
+    return _cosines(*_unit(features))
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Features (b, n, d) of length one, or zero, in the type that their products take."""
+def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (b, n, d) divided by their lengths, in the type that products take, and what that made of the lengths.
+
+    Rounding to 16 bits leaves lengths (b, n) near 1, in float32; those of zero vectors count as 1.
+    """
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     x = torch.nan_to_num(features.float(), nan=0.0, posinf=0.0, neginf=0.0)
     x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)  # squares of huge or tiny values stay in range
-    return F.normalize(x, dim=-1).to(dtype)
+    x = F.normalize(x, dim=-1).to(dtype)
+    length = x.float().norm(dim=-1)
+    return x, torch.where(length > 0.5, length, 1)
 
 
-def _cosines(x: Tensor, rows: slice = slice(None)) -> Tensor:
-    """Products in float32 of the unit vectors x (b, n, d): some ``rows`` of a matrix (b, n, n)."""
+def _cosines(x: Tensor, length: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Some ``rows`` of the cosines (b, n, n), in float32, of vectors (b, n, d) of about unit ``length`` (b, n)."""
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             product = torch.bmm(x[:, rows], x.mT, out_dtype=torch.float32)
         else:
             product = x[:, rows].float() @ x.float().mT
-    length = x.float().norm(dim=-1).clamp(min=0.5)  # rounding to 16 bits has changed it a little; zeros stay zeros
     return product / (length[:, rows, None] * length[:, None, :])
 
 
@@ -156,13 +161,14 @@ def normalized_cut(affinity: Tensor, eps: float = 1e-5, steps: int = 24) -> Tens
     return _cut(lambda v: torch.bmm(v, w), w.sum(dim=-1), steps)
 
 
-def _blockwise_cut(x: Tensor, blocks: list[slice], eps: float = 1e-5, steps: int = 24) -> Tensor:
-    """The same from unit vectors (b, n, d), holding but one of the ``blocks`` of rows of the similarities at a time."""
+def _blockwise_cut(unit: tuple[Tensor, Tensor], blocks: list[slice], eps: float = 1e-5, steps: int = 24) -> Tensor:
+    """The same from what _unit() gives, holding but one of the ``blocks`` of rows of the similarities at a time."""
 
     def multiply(v: Tensor) -> Tensor:
-        return torch.cat([torch.bmm(v, _cosines(x, rows).clamp(min=eps).mT) for rows in blocks], dim=2)
+        with torch.autocast(v.device.type, enabled=False):
+            return torch.cat([torch.bmm(v, _cosines(*unit, rows).clamp(min=eps).mT) for rows in blocks], dim=2)
 
-    return _cut(multiply, multiply(x.new_ones(len(x), 1, x.shape[1], dtype=torch.float32))[:, 0], steps)
+    return _cut(multiply, multiply(torch.ones_like(unit[1])[:, None])[:, 0], steps)
 
 
 @torch.no_grad()
@@ -179,8 +185,8 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
     basis = torch.zeros(b, steps + 1, n, device=device)  # orthonormal rows
     basis[:, 0] = F.normalize(degree.sqrt(), dim=1)
     tridiagonal = torch.zeros(b, steps, steps, device=device)
-    k = torch.arange(1, n + 1, dtype=torch.float64, device=device)
-    x = ((k * k * 0.6180339887498949) % 1 - 0.5).float() * (scale > 0)  # (b, 1, n): some vector without a pattern
+    k = torch.arange(1, n + 1, device=device)
+    x = ((k * k * 40503 % 65536) / 65536 - 0.5) * (scale > 0)  # (b, 1, n): some vector without a pattern
     with torch.autocast(device.type, enabled=False):
         for j in range(steps):
             known = basis[:, : j + 1]

@@ -53,7 +53,8 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, title:
     else:
         plain = masks.informed_mask(relevance, guide.ratio, "none", noise=noise)
         k = masks.hint_count(h * w, guide.ratio, guide.hint, guide.hint_ratio)
-        candidates = patches(relevance.topk(plain.masked.shape[1] + k, dim=1).indices)
+        candidates = (plain.masked.shape[1] + k) / (h * w)
+        candidates = masks.informed_mask(relevance, candidates, "none", noise=noise).masked if candidates < 1 else None
         hinted = f"informed mask,\n{k} hints ({guide.hint})"
         columns |= {
             "bi-partition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
@@ -62,7 +63,8 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, title:
             hinted: covered(mask),
             "reconstruction\nfrom hints + rest": rebuilt / 255,
         }
-        framed[hinted] = candidates & patches(mask.visible)
+        shown = patches(mask.visible)
+        framed[hinted] = shown if candidates is None else shown & patches(candidates)
     masked = mask.masked.shape[1] / (h * w)
     note = "; brightness and contrast of a rebuilt patch are the input's" if model.normalize_pixels else ""
     return contact_sheet(

@@ -15,7 +15,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -332,14 +332,12 @@ class SMAE(nn.Module):
         return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, 1:]
 
     @torch.no_grad()
-    def decoder_attention(self, images: Tensor, mask) -> list[Tensor]:
-        """Attention in every decoder block, (b, heads, t, t) in float32: t tokens, CLS, visible and masked patches."""
+    def decoder_attention(self, images: Tensor, mask) -> Iterator[Tensor]:
+        """Attention of CLS, visible and masked patches in each decoder block in turn: (b, heads, t, t), float32."""
         x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
-        maps = []
         for block in self.decoder_blocks:
-            maps.append(block.attention.weights(block.norm1(x)))
+            yield block.attention.weights(block.norm1(x))
             x = block(x)
-        return maps
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
         """What the decoder should predict: the pixels (b, m, p * p * c) of the masked patches, normalised if asked."""

@@ -12,12 +12,12 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, set_seed
@@ -28,7 +28,7 @@ import data
 import masks
 import pictures
 import smae
-from guide import Guide, exploitation
+from guide import Guide
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     dataset="imagenet-1k",
@@ -118,11 +118,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def epochs_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    if text == "auto" or text.lstrip("-").isdigit():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of epochs nor auto")
 
 
 def block(text: str) -> int | str:
-    return text if text.startswith("decoder-") else int(text)
+    if re.fullmatch(r"(decoder-)?\d+", text):
+        return int(text) if text.isdigit() else text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither a number (of an encoder block) nor decoder-1, decoder-2, ..."
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser):
@@ -186,7 +192,7 @@ def complete(args: argparse.Namespace):
         raise ValueError(f"--guide-start must not be negative, got {args.guide_start}")
     if args.guide is None:
         args.guide = "cached" if args.mask == "amt" and not args.streaming else "online"
-    if args.guide == "cached" and args.streaming:
+    if args.guide == "cached" and args.streaming and args.mask != "random":
         raise ValueError("a stream has no index to keep maps by: with --streaming the guide must be --guide online")
     if args.guide_every is None:
         args.guide_every = max(1, args.epochs // 10)
@@ -243,7 +249,7 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE) -> Guide:
         amt_ratio=args.amt_ratio,
         throw_ratio=args.throw_ratio,
         compile=args.compile,
-        start=None if args.guide_start == "auto" else args.guide_start,
+        start=args.epochs if args.mask == "random" else None if args.guide_start == "auto" else args.guide_start,
     )
     args.guide_layer = made.layer
     return made
@@ -342,6 +348,7 @@ def stop_if_too_many_are_bad(batches: data.TrainBatches):
 
 def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: data.TrainBatches):
     """Say what is about to be trained, on what, and how."""
+    when = "when mask tokens overtake visible ones" if args.guide_start == "auto" else f"epoch {args.guide_start + 1}"
     world, parameters = accelerator.num_processes, sum(p.numel() for p in model.parameters())
     accelerator.print(
         f"{args.dataset}: {batches.length} images; {args.init_from or args.model}: {parameters / 1e6:.1f} M "
@@ -350,35 +357,18 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMA
         f"effective batch {args.batch_size} = {world} processes x {args.accumulate} micro-batches "
         f"x {args.batch_size // world // args.accumulate}; learning rate {args.lr:g}\n"
         f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks"
-        + (f" ({args.guide} guide) after epoch {args.guide_start}" if args.mask != "random" else "")
+        + (f" ({args.guide} guide), start: {when}" if args.mask != "random" else "")
     )
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and "MASTER_ADDR" in os.environ and world == 1:  # several were asked for
         accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
 
 
-def measure(guide: Guide, samples: Tensor) -> dict:
-    """How far the decoder lives on mask tokens and on visible ones: the exploitation rates of its blocks."""
-    model = guide.model
-    images = data.normalize(samples.to(model.positions.device), model.config["mean"], model.config["std"])
-    noise = data.uniform((0, data.MASKS), np.arange(len(images)), model.patch_count)
-    mask = masks.random_mask(*noise.shape, guide.ratio, noise=data.to_device(noise, images.device))
-    masked, visible = exploitation(model, images, mask)
-    return dict(exploitation_masked=masked.tolist(), exploitation_visible=visible.tolist())
-
-
-def ready(history: list[dict]) -> bool:
-    """Whether mask tokens, on the average of the decoder's blocks, have overtaken the visible ones.
-
-    An untrained decoder looks everywhere alike, and mask tokens are many: their lead at the start does not count.
-    """
-    ahead = [sum(record["exploitation_masked"]) > sum(record["exploitation_visible"]) for record in history]
-    return ahead[-1] and not all(ahead)
-
-
-def draw(args: argparse.Namespace, epoch: int, guide: Guide, samples: Tensor):
-    """Refresh masks.png and loss.png."""
-    pictures.mask_sheet(guide, samples, title=f"epoch {epoch}: ").savefig(args.out / "masks.png")
+def draw(args: argparse.Namespace, epoch: int, guide: Guide, samples: Tensor, objects: Tensor | None):
+    """Refresh masks.png, of eight of the samples, and loss.png."""
+    few = torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()
+    objects = objects if objects is None else objects[few]
+    pictures.mask_sheet(guide, samples[few], objects, f"epoch {epoch}: ").savefig(args.out / "masks.png")
     pictures.loss_curve(args.out / "metrics.jsonl").savefig(args.out / "loss.png")
 
 
@@ -405,11 +395,11 @@ def main():
             args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
         )
         batches = train_batches(args, accelerator, dataset)
-        samples = data.sample_pictures(dataset, 32, args.image_size)  # to measure on; a quarter of them to draw
+        samples, objects = data.sample_pictures(dataset, 32, args.image_size)
         optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
 
     if args.compile:
-        model.forward = torch.compile(model.forward, fullgraph=True)
+        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
     trained, optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one, on the device
     accelerator.register_for_checkpointing(guide)
 
@@ -422,13 +412,15 @@ def main():
     patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
     bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
     trained.train()
-    step, history = 0, []
+    step = 0
     for epoch in range(1, args.epochs + 1):
-        guided = args.mask != "random" and guide.start is not None and epoch > guide.start
+        guided = guide.start is not None and epoch > guide.start
         phase = args.mask if guided else "random"
         total, start = torch.zeros((), device=accelerator.device), time.perf_counter()
         with one_line_errors(data.TooManyBadImages, Diverged, ranks="any"):
             if guided and args.guide == "cached" and (epoch - guide.start - 1) % args.guide_every == 0:
+                if accelerator.is_main_process:
+                    bar.write(f"looking at {batches.length} whole pictures, for the masks of the next epochs")
                 guide.remember(batches, accelerator)
             for batch in batches.epoch(epoch):
                 images = data.normalize(batch.images, model.config["mean"], model.config["std"])
@@ -475,12 +467,12 @@ def main():
             bad_images=len(batches.bad),
         )
         with accelerator.autocast():
-            history.append(measure(guide, samples))
-        if guide.start is None and broadcast_object_list([ready(history)])[0]:  # the same for all processes
+            images = data.normalize(samples.to(accelerator.device), model.config["mean"], model.config["std"])
+            guide.measure(images)
+        learned_before = bool(args.init_from) and not args.fresh_decoder
+        if guide.start is None and broadcast_object_list([guide.ready(learned_before)])[0]:  # in all processes
             guide.start = epoch
-            accelerator.print(
-                f"mask tokens have overtaken visible ones in the decoder: the guide starts after epoch {epoch}"
-            )
+            accelerator.print(f"mask tokens have overtaken visible ones: the guide starts after epoch {epoch}")
         accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
         if accelerator.is_main_process:
             if epoch == 1:  # whatever a run before left stays until there is something to put in its place
@@ -488,7 +480,7 @@ def main():
                 for name in RUN_FILES:
                     (args.out / name).unlink(missing_ok=True)
             with open(args.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record | history[-1]) + "\n")
+                file.write(json.dumps(record | guide.history[-1]) + "\n")
             bar.write(
                 f"epoch {epoch}/{args.epochs}  {phase:10}  loss {mean:.4f}  lr {lr:.2e}  "
                 f"{record['images_per_second']:.0f} images/s"
@@ -496,11 +488,11 @@ def main():
             if epoch % args.save_every == 0 or epoch in (guide.start, args.epochs):
                 smae.save(model, args.out, config)
                 with accelerator.autocast():
-                    draw(args, epoch, guide, samples[:: math.ceil(len(samples) / 8)])
+                    draw(args, epoch, guide, samples, objects)
     bar.close()
     accelerator.end_training()
     if guide.start is None:
-        accelerator.print("the guide never started: mask tokens have not overtaken visible ones (see loss.png)")
+        accelerator.print("the guide never started: mask tokens never overtook visible ones (see loss.png)")
 
     for description in batches.bad.values():
         accelerator.print(f"skipped a broken image: {description}")

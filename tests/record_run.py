@@ -16,7 +16,7 @@ import train
 
 record = {"indices": [], "masked": []}
 folder = Path(sys.argv.pop(1))
-read, choose, build = data.TrainBatches.epoch, train.choose_mask, train.build_model
+read, choose, build, guide = data.TrainBatches.epoch, train.choose_mask, train.build_model, train.build_guide
 
 
 def noted_epoch(self, epoch):
@@ -36,10 +36,17 @@ def noted_model(args):
     return record["model"]
 
 
+def noted_guide(*arguments):
+    record["guide"] = guide(*arguments)
+    return record["guide"]
+
+
 data.TrainBatches.epoch, train.choose_mask, train.build_model = noted_epoch, noted_choice, noted_model
+train.build_guide = noted_guide
 train.main()
 state = PartialState()
 record["weights"] = record.pop("model").state_dict()
+record["guide"] = record["guide"].state_dict()
 record["world"] = state.num_processes
 folder.mkdir(exist_ok=True)
 torch.save(record, folder / f"{state.process_index}.pt")

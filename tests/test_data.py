@@ -484,7 +484,8 @@ def test_shapes_are_drawn_the_same_each_time(shapes):
 
 
 def test_sample_pictures_come_from_all_over_the_data_past_broken_ones():
-    samples = data.sample_pictures(with_bad(40, (0, 20)), 4, 16)
+    samples, objects = data.sample_pictures(with_bad(40, (0, 20)), 4, 16)
+    assert objects is None
     expected = [data.center_crop(picture(seed=i), 16) for i in range(40)]
     found = [next(i for i in range(40) if torch.equal(expected[i], sample)) for sample in samples]
     assert len(samples) == 4 and found[0] < 10 and found[-1] == 39

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.pairwise import cosine_similarity
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import masks
 
@@ -199,27 +200,35 @@ def test_the_cut_is_found_whatever_the_rest_of_the_spectrum_looks_like():
         assert share_of_same_side(y, scipy_cut(matrix)) == 1
 
 
-def test_the_cut_does_without_the_solvers_that_wait_for_the_device(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("waits for the device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dense", [2**28, 4 * 64 * 63])
+def test_nothing_on_the_way_to_a_mask_waits_for_the_device(dtype, dense, monkeypatch):
+    """Fake tensors have shapes but no values: whatever wants to know a value fails, as eigh or item() would."""
+    monkeypatch.setattr(masks, "DENSE", dense)
+    with FakeTensorMode():
+        for device in ("cuda", "cpu"):
+            features, noise = torch.empty(4, 64, 16, device=device, dtype=dtype), torch.empty(4, 64, device=device)
+            for foreground, scoring, hint in (("border", "contrast", "random"), ("peak", "foreground", "similar")):
+                mask = masks.self_guided_mask(features, GRID, 0.75, hint, 0.05, foreground, scoring, noise=noise)
+                assert mask.masked.shape == (4, 48) and mask.masked.device.type == device
+            assert masks.amt_mask(noise, noise=noise).visible.shape == (4, 9)
+            assert masks.cluster(features, 3).shape == (4, 64)
 
-    for name in ("eigh", "eigvalsh", "svd", "qr", "solve"):
-        monkeypatch.setattr(torch.linalg, name, refuse)
-    assert masks.normalized_cut(masks.similarity(object_features()[0])).isfinite().all()
 
-
-def test_many_patches_are_cut_block_by_block_with_the_same_result(monkeypatch):
-    features, inside = object_features()
-    expected = masks.find_object(features, GRID, scoring="contrast")
-    made, cosines = [], masks._cosines
-    monkeypatch.setattr(masks, "_cosines", lambda x, rows: made.append(cosines(x, rows)) or made[-1])
-    monkeypatch.setattr(masks, "DENSE", 20)
-    relevance, side = masks.find_object(features, GRID, scoring="contrast")
-    assert len(made) > 24 and max(block.shape[1] for block in made) == 20
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_many_patches_are_cut_block_by_block_with_the_same_result(dtype, monkeypatch):
+    """With cosines close to 1, as those of an early model: rounding any of it to 16 bits would ruin the cut."""
+    features, inside = object_features(d=64)
+    features = features + 4 * torch.randn(64)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        expected = masks.find_object(features, GRID)
+        made, cosines = [], masks._cosines
+        monkeypatch.setattr(masks, "_cosines", lambda *arguments: made.append(cosines(*arguments)) or made[-1])
+        monkeypatch.setattr(masks, "DENSE", 3 * 64 * 60)
+        relevance, side = masks.find_object(features, GRID)
+    assert len(made) > 24 and max(block.shape[1] for block in made) == 15
     assert torch.equal(side, expected[1]) and torch.equal(side, inside)
     torch.testing.assert_close(relevance, expected[0], rtol=1e-4, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(masks.find_object(features, GRID)[1], inside)
 
 
 # ------------------------------------------------------------------------------------------- clusters

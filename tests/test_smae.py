@@ -333,7 +333,7 @@ def test_decoder_attention_is_that_of_the_pass_that_decodes(small_model):
     with torch.no_grad():
         small_model(images, mask)
         expected = [module.weights(x) for module, x in inputs]
-        maps = small_model.decoder_attention(images, mask)
+        maps = list(small_model.decoder_attention(images, mask))
     assert len(maps) == 2 and maps[0].shape == (2, 2, 17, 17)
     for x, y in zip(maps, expected, strict=True):
         torch.testing.assert_close(x, y)

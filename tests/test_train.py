@@ -80,6 +80,7 @@ def test_masks_png_shows_the_way_to_a_mask_for_eight_pictures(monkeypatch, tmp_p
     assert all(axis.images for axis in axes)
     assert [len(axis.patches) for axis in axes[5::7]] == [2] * 8  # a frame around each hint
     assert all(not axis.patches for i, axis in enumerate(axes) if i % 7 != 5)
+    assert [len(axis.collections) for axis in axes] == [1, 0, 0, 0, 0, 0, 0] * 8  # the outline of the object
     for row in range(8):  # a quarter of the 4 x 4 patches shows the picture, the rest hides it
         picture = axes[7 * row].images[0].get_array()
         for column in (1, 4, 5):
@@ -125,7 +126,8 @@ def test_training_learns_something(monkeypatch, tmp_path):
         pytest.param(["--compile"], marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
         ["--log-with", "tensorboard", "--save-every", "1", "--crop-scale", "0.5", "1"],
         ["--mask", "amt"],
-        ["--mask", "amt", "--streaming"],
+        ["--mask", "amt", "--streaming", "--hint-ratio", "0.9"],
+        ["--mask", "random", "--streaming", "--guide", "cached"],
         ["--guide", "cached", "--preload", "--guide-debias", "--relevance", "contrast"],
         ["--guide-layer", "decoder-1", "--precision", "bf16"],
     ],
@@ -290,6 +292,8 @@ def photos(tmp_path):
         ("--guide-layer 3", "--guide-layer 3: there are 1, 2, decoder-1"),
         ("--guide-layer decoder-2", "--guide-layer decoder-2: there are 1, 2, decoder-1"),
         ("--guide-every 0", "--guide-every must be at least 1"),
+        ("--guide-start soon", "'soon' is neither a number of epochs nor auto"),
+        ("--guide-layer last", "'last' is neither a number"),
         ("--mask amt --amt-ratio 0.6 --throw-ratio 0.4", "leaves no visible patch"),
         ("--mask-ratio 0", "between 0 and 1"),
         ("--mask-ratio 1.2", "between 0 and 1"),
