@@ -654,15 +654,14 @@ class TrainBatches:
     def whole(self, count: int | None = None) -> Iterator[Batch]:
         """This process's share of all pictures (or the first ``count``), each whole and squeezed to a square.
 
-        Process r of w gets pictures r, r + w, r + 2w, ..., from the beginning again where some processes would get one
-        more than others. Raises ValueError for a stream, whose pictures have no index to tell them apart.
+        Process r of w gets pictures r, r + w, r + 2w, ... Raises ValueError for a stream, whose pictures have no index
+        to tell them apart.
         """
         if isinstance(self.crops, StreamCrops):
             raise ValueError("a stream has no index to keep something for each picture by")
-        count = min(count or self.length, self.length)
-        mine = np.arange(self.share.rank, math.ceil(count / self.share.world) * self.share.world, self.share.world)
+        mine = np.arange(self.share.rank, min(count or self.length, self.length), self.share.world)
         size = self.batch_size // self.share.world // self.accumulate
-        return self._read([(None, mine[i : i + size] % count) for i in range(0, len(mine), size)])
+        return self._read([(None, mine[i : i + size]) for i in range(0, len(mine), size)])
 
     def _read(self, requests: list[tuple[int | None, np.ndarray]]) -> Iterator[Batch]:
         if isinstance(self.crops, StreamCrops):

@@ -7,6 +7,7 @@ made from, what is kept of it from one step to the next, and when a model is rea
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor
@@ -131,7 +132,9 @@ class Guide:
             with accelerator.autocast():
                 mine.append(self._compact(self.look(images)[0]))
         world, (h, w) = accelerator.num_processes, self._grid()
-        parts = torch.cat(mine).split(2**16)  # not all at once through the device
+        mine = torch.cat(mine)
+        mine = F.pad(mine, (0, 0, 0, -(-batches.length // world) - len(mine)))  # some processes have one picture less
+        parts = mine.split(2**16)  # not all at once through the device
         parts = [accelerator.gather(part.to(accelerator.device)).cpu() for part in parts]
         parts = [rearrange(part, "(world k) (h w) -> (k world) h w", world=world, h=h, w=w) for part in parts]
         self.maps = torch.cat(parts)[: batches.length]
