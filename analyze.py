@@ -185,38 +185,46 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
         yield f"model, {layer}", features_of(model, images, layer), None
 
 
+def prepare(args: argparse.Namespace) -> tuple[smae.SMAE, list[int | str], Pictures]:
+    """The model, the layers to look at, and the pictures; raises ValueError where the arguments make no sense."""
+    train.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
+    model = smae.load(args.checkpoint)
+    model = (model.encoder if isinstance(model, smae.Classifier) else model).eval()
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    depth, decoder = len(model.blocks), model.config["decoder_depth"]
+    usual = [max(1, depth // 2), max(1, depth - 1), depth, *[f"decoder-{decoder}"] * bool(decoder)]
+    layers = list(dict.fromkeys(args.layers or usual))
+    for layer in layers:
+        if layer not in model.layers:
+            raise ValueError(f"--layers {layer}: there are {', '.join(map(str, model.layers))}")
+    size = args.image_size or model.config["image_size"][0]
+    h, w = model.grid(torch.empty(0, model.config["channels"], size, size))
+    masks.masked_count(h * w, args.mask_ratio)
+
+    split = args.split or ("test" if args.dataset == "shapes" else "train")
+    dataset = data.load_images(args.dataset, split, args.image_column, "", max_images=args.max_images)
+    if args.mask_column not in dataset.column_names:
+        names = ", ".join(dataset.column_names)
+        raise ValueError(f"{args.dataset} has no column {args.mask_column!r}; name one with --mask-column: {names}")
+    if not isinstance(dataset.features[args.mask_column], datasets.Image):
+        raise ValueError(f"column {args.mask_column!r} of {args.dataset} does not hold masks")
+    return model, layers, Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
+
+
 def analyze_masks(args: argparse.Namespace):
     with train.one_line_errors(ValueError, OSError):
-        train.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
-        model = smae.load(args.checkpoint)
-        model = (model.encoder if isinstance(model, smae.Classifier) else model).eval()
-        model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-        depth, decoder = len(model.blocks), model.config["decoder_depth"]
-        usual = [max(1, depth // 2), max(1, depth - 1), depth, *[f"decoder-{decoder}"] * bool(decoder)]
-        layers = list(dict.fromkeys(args.layers or usual))
-        for layer in layers:
-            if layer not in model.layers:
-                raise ValueError(f"--layers {layer}: there are {', '.join(map(str, model.layers))}")
-        size = args.image_size or model.config["image_size"][0]
-        grid = model.grid(torch.empty(0, model.config["channels"], size, size))
-        masks.masked_count(grid[0] * grid[1], args.mask_ratio)
-        split = args.split or ("test" if args.dataset == "shapes" else "train")
-        dataset = data.load_images(args.dataset, split, args.image_column, "", max_images=args.max_images)
-        if args.mask_column not in dataset.column_names:
-            raise ValueError(
-                f"{args.dataset} has no column {args.mask_column!r}; name one with --mask-column: "
-                f"{', '.join(dataset.column_names)}"
-            )
-        if not isinstance(dataset.features[args.mask_column], datasets.Image):
-            raise ValueError(f"column {args.mask_column!r} of {args.dataset} does not hold masks")
-        seen = Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
-    share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=grid[0], w=grid[1])
+        model, layers, seen = prepare(args)
+    h, w = grid = model.grid(seen.images)
+    share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
     groups = {"all": torch.ones(len(share), dtype=torch.bool)}
     for name in sorted(set(seen.groups)):
         if len(set(seen.groups)) > 1:
             groups[name] = torch.tensor([group == name for group in seen.groups])
     groups["off-centre"] = seen.off_centre()
 
+    last_but_one = max(1, len(model.blocks) - 1)
+    shown = last_but_one if last_but_one in layers else layers[0]  # one layer is enough to look at
+    wanted = dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)
     rows, drawn, made, pixels = [], {}, {}, smae.patchify(data.normalize(seen.images), model.patch_size)
     for name, features, relevance in contestants(model, seen.images, layers, args.seed):
         if features is not None and name != "raw pixels":
@@ -225,19 +233,18 @@ def analyze_masks(args: argparse.Namespace):
             results = measure(scores, side, share, args.mask_ratio)
             found = {group: summary(results, of, seen.units) for group, of in groups.items() if of.any()}
             rows.append(dict(source=name, **how, **found))
-            if how in ({}, dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)):
+            if how in ({}, wanted) and (not name.startswith("model") or name == f"model, {shown}"):
                 drawn[name] = scores, side, features
+
     counts = {group: int(of.sum()) for group, of in groups.items()}
     print(f"{args.dataset}: {len(share)} pictures with an object of {share.mean():.0%}, {seen.skipped} left out")
-    print(report(rows, counts))
-    print("\nwhat the features are made of")
+    print(report(rows, counts), "\n\nwhat the features are made of")
     for name, shares in made.items():
         print(f"{name:18}" + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     args.out.mkdir(parents=True, exist_ok=True)
-    result = dict(arguments={k: str(v) for k, v in vars(args).items() if k != "run"}, pictures=counts)
-    (args.out / "result.json").write_text(
-        json.dumps(result | dict(measures=MEASURES, rows=rows, made_of=made), indent=1)
-    )
+    arguments = {name: str(value) for name, value in vars(args).items() if name != "run"}
+    result = dict(arguments=arguments, pictures=counts, measures=MEASURES, rows=rows, made_of=made)
+    (args.out / "result.json").write_text(json.dumps(result, indent=1))
     draw(seen, grid, drawn, args).savefig(args.out / "masks.png")
     print(f"wrote result.json and masks.png to {args.out}")
 
