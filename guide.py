@@ -104,7 +104,8 @@ class Guide:
         """Take what all looks of a step, in all processes, have learned into the running mean of the features."""
         if self._seen is not None:
             total, count = self._seen
-            new = accelerator.reduce(total, "sum") / accelerator.reduce(torch.tensor(count, device=total.device), "sum")
+            count = torch.full((), float(count), device=total.device)
+            new = accelerator.reduce(total, "sum") / accelerator.reduce(count, "sum")
             self.mean = new if self.mean is None else MOMENTUM * self.mean + (1 - MOMENTUM) * new
             self._seen = None
 
@@ -193,7 +194,7 @@ class Guide:
 def exploitation(model: smae.SMAE, images: Tensor, mask: masks.Mask, residual: bool = False) -> tuple[Tensor, Tensor]:
     """How far the decoder lives on mask tokens, and how far on visible ones: two shares for each block, (layers,).
 
-    The paper's exploitation rate (arXiv 2507.19773, section 3.3), by attention rollout (Abnar & Zuidema, ACL 2020):
+    The paper's exploitation rate (arXiv 2507.19773, figure 4), by attention rollout (Abnar & Zuidema, ACL 2020):
     with A_l the attention of block l, averaged over heads, and R_l = A_l R_(l-1), R_0 = 1, the shares are the sums of
     R_l over the mask tokens and over the visible patches, averaged over the rows of all mask tokens and over images.
     What is missing to 1 is the CLS token's. ``residual`` puts (A_l + 1) / 2 in the place of A_l.

@@ -339,7 +339,7 @@ def informed_mask(
 def attention_weights(attention: Tensor) -> Tensor:
     """AMT's weights (b, n) of the patches from the attention (b, heads, n) of the CLS token to them.
 
-    Each head is scaled to 0 ... 1, then the heads are averaged (arXiv 2211.15362, section 3).
+    Each head is scaled to 0 ... 1, then the heads are averaged (arXiv 2211.15362).
     """
     low, high = attention.float().aminmax(dim=-1, keepdim=True)
     return ((attention.float() - low) / (high - low).clamp(min=1e-12)).mean(dim=1)
@@ -347,7 +347,7 @@ def attention_weights(attention: Tensor) -> Tensor:
 
 @torch.no_grad()
 def amt_mask(weights: Tensor, ratio: float = 0.45, throw_ratio: float = 0.4, *, noise: Tensor | None = None) -> Mask:
-    """Attention-driven masking and throwing: weights (b, n), not negative, to a Mask (arXiv 2211.15362, section 3).
+    """Attention-driven masking and throwing: weights (b, n), not negative, to a Mask (arXiv 2211.15362).
 
     Patches are drawn without replacement, each with a probability in proportion to its weight: the first
     ``masked_count(n, ratio)`` are masked, the next round(throw_ratio * n) thrown away, the rest visible. Patches of

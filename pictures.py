@@ -157,9 +157,9 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
         epochs, losses = zip(*((r["epoch"], r["loss"]) for r in records if r["phase"] == phase))
         loss.plot(epochs, losses, marker=".", label=f"{phase} masks")
     loss.set(ylabel="loss on masked patches")
-    for tokens in ("masked", "visible"):
+    for name, tokens in (("mask", "masked"), ("visible", "visible")):
         shares = [np.mean(record[f"exploitation_{tokens}"]) for record in records]
-        rates.plot([record["epoch"] for record in records], shares, marker=".", label=f"{tokens} patches")
+        rates.plot([record["epoch"] for record in records], shares, marker=".", label=f"{name} tokens")
     rates.set(xlabel="epoch", ylabel="exploitation by\nthe decoder of", ylim=(0, 1))
     for axis in (loss, rates):
         axis.grid(alpha=0.3)

@@ -203,10 +203,16 @@ def test_the_cut_is_found_whatever_the_rest_of_the_spectrum_looks_like():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dense", [2**28, 4 * 64 * 63])
 def test_nothing_on_the_way_to_a_mask_waits_for_the_device(dtype, dense, monkeypatch):
-    """Fake tensors have shapes but no values: whatever wants to know a value fails, as eigh or item() would."""
+    """Fake tensors have shapes but no values: whatever wants to know a value fails, as item() would."""
     monkeypatch.setattr(masks, "DENSE", dense)
+    for name in ("eigh", "eigvalsh", "svd", "qr", "solve"):  # these check their results
+        monkeypatch.delattr(torch.linalg, name)
     with FakeTensorMode():
-        for device in ("cuda", "cpu"):
+        try:
+            devices = [torch.empty(2, device="cuda")[:1].device.type, "cpu"]
+        except RuntimeError:  # some versions of torch want a driver even for fake tensors
+            devices = ["cpu"]
+        for device in devices:
             features, noise = torch.empty(4, 64, 16, device=device, dtype=dtype), torch.empty(4, 64, device=device)
             for foreground, scoring, hint in (("border", "contrast", "random"), ("peak", "foreground", "similar")):
                 mask = masks.self_guided_mask(features, GRID, 0.75, hint, 0.05, foreground, scoring, noise=noise)
