@@ -96,7 +96,7 @@ def contact_sheet(
             axis.spines[:].set_visible(False)
             if framed and name in framed:
                 outline_patches(axis, framed[name][row], height // framed[name].shape[1])
-            if outlined and outlined.get(name) is not None:
+            if outlined and outlined.get(name) is not None and outlined[name][row].any():
                 axis.contour(outlined[name][row].cpu().numpy(), levels=[0.5], colors=GREEN, linewidths=1.2)
     for row, label in enumerate(labels or []):
         axes[row, 0].set_ylabel(label, fontsize=9)
