@@ -208,6 +208,7 @@ def prepare(args: argparse.Namespace) -> tuple[smae.SMAE, list[int | str], Pictu
         raise ValueError(f"{args.dataset} has no column {args.mask_column!r}; name one with --mask-column: {names}")
     if not isinstance(dataset.features[args.mask_column], datasets.Image):
         raise ValueError(f"column {args.mask_column!r} of {args.dataset} does not hold masks")
+    dataset = dataset.cast_column(args.mask_column, datasets.Image(decode=False))  # some may be broken
     return model, layers, Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
 
 

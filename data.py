@@ -403,11 +403,13 @@ def sample_pictures(
     And, if there is a column ``mask``, where their objects are: (k, size, size) bool. Raises ValueError if no picture
     can be decoded.
     """
+    known = isinstance((dataset.features or {}).get("mask"), datasets.Image)
     if isinstance(dataset, datasets.IterableDataset):
         records = iter(dataset.take(2 * count))
     else:
+        dataset = dataset.select_columns(["image", "mask"] if known else ["image"])
+        dataset = dataset.cast_column("mask", datasets.Image(decode=False)) if known else dataset  # some may be broken
         records = (dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(2 * count, len(dataset))))
-    known = isinstance((dataset.features or {}).get("mask"), datasets.Image)
     images, objects = [], []
     for record in records:
         with contextlib.suppress(Exception):  # a broken picture; training counts and reports it

@@ -502,6 +502,25 @@ def test_groups_are_named_and_masks_of_any_kind_understood(monkeypatch, tmp_path
         assert (np.asarray(data.object_of(row["truth"])) > 0).sum() == 600
 
 
+def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
+    import datasets
+
+    smae.save(small_model, tmp_path / "model")
+    shapes = data.load_shapes("test").select(range(6))
+    blobs = [image_bytes(mask) for mask in shapes["mask"]]
+    blobs[2] = b"not a picture"
+    table = datasets.Dataset.from_dict(
+        dict(image=list(shapes["image"]), mask=[dict(bytes=blob, path=None) for blob in blobs]),
+        datasets.Features(image=datasets.Image(), mask=datasets.Image()),
+    )
+    table.to_parquet(tmp_path / "data.parquet")
+    arguments = ["--checkpoint", tmp_path / "model", "--dataset", tmp_path / "data.parquet", "--layers", 2]
+    text = judge(monkeypatch, capsys, *arguments, "--out", tmp_path / "out")
+    assert "5 pictures with an object" in text and "1 left out" in text
+    images, objects = data.sample_pictures(data.load_images(str(tmp_path / "data.parquet")), 6, 32)
+    assert len(images) == 6 and [bool(shape.any()) for shape in objects] == [True, True, False, True, True, True]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
