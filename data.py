@@ -16,7 +16,8 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -176,6 +177,25 @@ def load_tests(name_or_path: str, split: str | None, *options) -> datasets.Datas
     raise ValueError(f"{name_or_path} has no split validation, val or test to test on: name one with --test-split")
 
 
+def fingerprint(dataset: datasets.Dataset | datasets.IterableDataset, count: int = 16) -> list[str]:
+    """What tells a data set from others: hashes of ``count`` pictures from all over it (of a stream: the first ones).
+
+    Of their files as they are, undecoded; "" for one that cannot be read.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        records = dataset.take(count)
+    else:
+        records = dataset.select(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))
+    hashes = []
+    for record in records.select_columns(["image"]):
+        try:
+            blob = record["image"]["bytes"] or Path(record["image"]["path"]).read_bytes()
+            hashes.append(hashlib.sha256(blob).hexdigest()[:16])
+        except Exception:  # a broken picture, or one that has vanished
+            hashes.append("")
+    return hashes
+
+
 def length_of(dataset: datasets.Dataset | datasets.IterableDataset, limit: int | None = None) -> int | None:
     """How many pictures there are; of a stream: ``limit``, or what its description promises, if it does."""
     if isinstance(dataset, datasets.Dataset):
@@ -275,6 +295,10 @@ class BadImage(NamedTuple):
     description: str
 
 
+class NothingToRead(ValueError):
+    """A process has no share of a stream."""
+
+
 class TooManyBadImages(ValueError):
     """More pictures than allowed could not be decoded."""
 
@@ -286,12 +310,12 @@ def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[I
     """
     bad = []
     for i in range(index, index + tries):
-        i %= len(dataset)
-        record = dataset[i]
+        i, record = i % len(dataset), {}
         try:
+            record = dataset[i]
             return decode(record["image"]), record.get("label", 0), bad
         except Exception as error:  # a decoder raises anything on a broken file; whatever it is, it is reported
-            bad.append(describe_bad(i, record["image"], error))
+            bad.append(describe_bad(i, record.get("image"), error))
     return Image.new("RGB", (1, 1)), 0, bad
 
 
@@ -391,6 +415,9 @@ def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, beyon
 
 def center_crop(image: Image.Image, size: int, short_side: int | None = None) -> Tensor:
     """Resize the short side (to ``size`` by default), cut out the centre: (3, size, size) uint8, for evaluation."""
+    limit = 8 * min(image.size)  # a slip of 1 x 10,000 pixels would become enormous
+    if max(image.size) > limit:
+        image = TF.center_crop(image, [min(image.height, limit), min(image.width, limit)])
     image = TF.resize(image, short_side or size, InterpolationMode.BICUBIC)
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
@@ -538,62 +565,93 @@ class PreloadedCrops:
 class StreamCrops(torch.utils.data.IterableDataset):
     """Endless crops of a stream, pass after pass, each shuffled anew; every process and worker reads its own share.
 
-    A stream has no index, so here the order of the data does depend on the number of processes and workers.
+    A stream has no index, so here the order of the data does depend on the number of processes and workers; given
+    these, it is a function of seed and ``epoch``. To go on in the middle of one, the stream is read again from its
+    start: the first ``done`` batches of this process are not decoded (their places are taken by empty ones), but for
+    pictures known to be ``bad`` records count as before. A worker whose share is empty gives None for ever.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch: int, share: Share):
-        dataset = dataset.shuffle(seed=options.seed, buffer_size=1000)
-        self.dataset = split_dataset_by_node(dataset, share.rank, share.world)
-        self.options, self.batch, self.share = options, batch, share
+        self.dataset, self.options, self.batch, self.share = dataset, options, batch, share
+        self.epoch, self.done, self.bad = 0, 0, set()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | None]:
         place, stride = _seat(self.share)
+        again = self.done // (stride // self.share.world) * self.batch  # good pictures of this worker, known before
         tensors, indices, labels, where, bad = [], [], [], [], []
+
+        def whole() -> Batch:
+            crops = Crops(*map(np.concatenate, zip(*where))) if where else Crops(np.empty((0, 4)), np.empty(0, bool))
+            images = torch.stack(tensors) if tensors else torch.empty(0, 3, self.options.size, self.options.size)
+            images = self.options.finish(images, self.epoch, np.array(indices)) if tensors else images
+            return Batch(images, np.array(indices, np.int64), bad, np.array(labels), crops)
+
         for index, record in enumerate(self._records()):
             index = index * stride + place
+            if again:
+                again -= index not in self.bad
+                if again % self.batch == 0 and index not in self.bad:
+                    yield whole()
+                continue
             try:
+                if isinstance(record, Exception):
+                    raise record
                 picture = decode(record["image"])
             except Exception as error:
-                bad.append(describe_bad(index, record["image"], error))
+                bad.append(describe_bad(index, None if isinstance(record, Exception) else record["image"], error))
                 if len(bad) == self.options.tries:  # no need to fill a batch: these are reason enough to stop
-                    yield Batch(torch.empty(0, 3, 0, 0), np.array(indices), bad, np.array(labels), Crops([], []))
+                    tensors, where = [], []
+                    yield whole()
                     return
                 continue
             size = np.array([(picture.height, picture.width)])
-            crops = self.options.draw(size, 0, np.array([index]))
+            crops = self.options.draw(size, self.epoch, np.array([index]))
             tensors.append(crop(picture, crops.boxes[0], crops.flips[0], self.options.size))
             where.append(_shares(crops, size))
             indices.append(index)
             labels.append(record.get("label", 0))
             if len(tensors) == self.batch:
-                images = self.options.finish(torch.stack(tensors), 0, np.array(indices))
-                crops = Crops(*map(np.concatenate, zip(*where)))
-                yield Batch(images, np.array(indices), bad, np.array(labels), crops)
+                yield whole()
                 tensors, indices, labels, where, bad = [], [], [], [], []
+        while True:
+            yield None
 
-    def _records(self) -> Iterator[dict]:
+    def _records(self) -> Iterator[dict | Exception]:
+        """This worker's records, again and again; an exception where the stream breaks, after which it starts anew."""
         for number in itertools.count():
-            self.dataset.set_epoch(number)
-            empty = True
-            for example in self.dataset:
+            order = np.random.default_rng((self.options.seed, self.epoch, number))
+            dataset, empty = self.dataset.shuffle(generator=order, buffer_size=1000), True
+            try:
+                for record in split_dataset_by_node(dataset, *self.share):
+                    empty = False
+                    yield record
+            except Exception as error:
                 empty = False
-                yield example
-            if empty:  # fewer shards than workers: this one has nothing to read
+                yield error
+            if empty:
                 return
+
+
+def _leave_signals_to_the_main_process(worker: int):
+    """Whoever signals a whole process group wants the run to stop in order, which takes the workers until it has."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainBatches:
     """Shuffled, cropped batches of a data set: ``for batch in batches.epoch(e)``, epochs counted from 1.
 
-    Every step takes ``batch_size`` pictures, divided over the processes and then into ``accumulate`` micro-batches;
-    one item is this process's part of one micro-batch, a :class:`Batch` with the crops on the device. The last
-    pictures of an epoch's permutation that do not fill a step are left out. ``labels`` reads the labels too.
-    ``preload`` ("host", "device" or None) names where decoded pictures are kept. For a stream, ``length`` is the
-    number of pictures that make an epoch (default: what its description says). ``augment``: see CropOptions.
+    To go on in the middle of an epoch, of which some pictures are ``seen``: ``batches.epoch(e, seen)``. Every step
+    takes ``batch_size`` pictures, divided over the processes and then into ``accumulate`` micro-batches; one item is
+    this process's part of one micro-batch, a :class:`Batch` with the crops on the device. The last pictures of an
+    epoch's permutation that do not fill a step are left out. ``labels`` reads the labels too. ``preload`` ("host",
+    "device" or None) names where decoded pictures are kept. For a stream, ``length`` is the number of pictures that
+    make an epoch (default: what its description says). ``augment``: see CropOptions.
 
-    ``bad`` names the pictures met so far that cannot be decoded, by index; more than the share ``max_bad`` raise
-    TooManyBadImages, at once or, with several processes, when they are added up by :meth:`check_bad`. Raises ValueError
-    if a step does not divide evenly or asks for more pictures than there are.
+    ``bad`` names the pictures met so far that cannot be decoded, by index (of a stream: in this epoch), and ``told``
+    is how many of them have been; more than the share ``max_bad`` raise TooManyBadImages, at once or, with several
+    processes, when they are added up by :meth:`check_bad`. Raises ValueError if a step does not divide evenly or asks
+    for more pictures than there are.
     """
 
     def __init__(
@@ -617,7 +675,7 @@ class TrainBatches:
         streaming = isinstance(dataset, datasets.IterableDataset)
         self.length = length_of(dataset, length)
         self.batch_size, self.accumulate, self.seed, self.share = batch_size, accumulate, seed, share
-        self.device, self.max_bad, self.bad = torch.device(device), max_bad, {}
+        self.device, self.max_bad, self.bad, self.told = torch.device(device), max_bad, {}, 0
         if batch_size % (share.world * accumulate):
             raise ValueError(
                 f"the batch size ({batch_size}) must be a multiple of processes x accumulation steps "
@@ -633,25 +691,33 @@ class TrainBatches:
         dataset = dataset.select_columns(["image", "label"] if labels else ["image"])
         options = CropOptions(size, scale, seed, int(max_bad * self.length) + 1, augment)
         pin = self.device.type == "cuda"
-        loader = dict(batch_size=None, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0)
-        if streaming:
+        loader = dict(batch_size=None, num_workers=workers, pin_memory=pin)
+        loader["worker_init_fn"] = _leave_signals_to_the_main_process
+        if streaming:  # its workers start anew in each epoch
             self.crops = StreamCrops(dataset, options, batch_size // (share.world * accumulate), share)
-            self.loader = iter(torch.utils.data.DataLoader(self.crops, **loader))
+            self.loader = torch.utils.data.DataLoader(self.crops, **loader)
         elif preload:
             self.crops = PreloadedCrops(dataset, options, workers, "cpu" if preload == "host" else device, self.device)
             self.bad.update(self.crops.bad)
             self.check_bad()
         else:
             self.crops, self.order = MapCrops(dataset, options), []
+            loader["persistent_workers"] = workers > 0
             self.loader = torch.utils.data.DataLoader(self.crops, sampler=self.order, **loader)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.length // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """This process's micro-batches of an epoch: steps_per_epoch * accumulate of them."""
-        return self._read(self.requests(epoch))
+    def steps_left(self, seen: int) -> int:
+        """Steps of an epoch of which some pictures are ``seen``."""
+        return (self.length - seen) // self.batch_size
+
+    def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
+        """This process's micro-batches of what is left of an epoch: steps_left(seen) * accumulate of them."""
+        if isinstance(self.crops, StreamCrops):
+            return self._deliver(self._stream(epoch, seen))
+        return self._read(self.requests(epoch, seen))
 
     def whole(self, count: int | None = None) -> Iterator[Batch]:
         """This process's share of all pictures (or the first ``count``), each whole and squeezed to a square.
@@ -665,34 +731,65 @@ class TrainBatches:
         size = self.batch_size // self.share.world // self.accumulate
         return self._read([(None, mine[i : i + size]) for i in range(0, len(mine), size)])
 
+    def whole_batches(self, count: int | None = None) -> int:
+        """How many batches :meth:`whole` gives at most; to some processes it gives one less."""
+        largest = -(-min(count or self.length, self.length) // self.share.world)
+        return -(-largest * self.share.world * self.accumulate // self.batch_size)
+
     def _read(self, requests: list[tuple[int | None, np.ndarray]]) -> Iterator[Batch]:
-        if isinstance(self.crops, StreamCrops):
-            self.bad.clear()  # the next pass meets the same ones under other indices
-            batches = itertools.islice(self.loader, len(requests))
-        elif isinstance(self.crops, PreloadedCrops):
-            batches = map(self.crops.__getitem__, requests)
-        else:
-            self.order[:] = requests  # what the loader goes through
-            batches = self.loader
+        if isinstance(self.crops, PreloadedCrops):
+            return self._deliver(map(self.crops.__getitem__, requests))
+        self.order[:] = requests  # what the loader goes through
+        return self._deliver(self.loader)
+
+    def _stream(self, epoch: int, seen: int) -> Iterator[Batch]:
+        """What is left of an epoch of a stream."""
+        if not seen:
+            self.bad.clear()  # this pass meets the same ones under other indices
+            self.told = 0
+        done, wanted = seen * self.accumulate // self.batch_size, self.steps_left(seen) * self.accumulate
+        self.crops.epoch, self.crops.done, self.crops.bad = epoch, done, set(self.bad)
+        idle = 0
+        for batch in self.loader if wanted else ():
+            idle = idle + 1 if batch is None else 0
+            if idle > self.loader.num_workers:
+                raise NothingToRead(
+                    f"process {self.share.rank} of {self.share.world} has nothing to read: there are fewer shards with "
+                    "pictures in the stream than processes"
+                )
+            if batch is not None and done:
+                done -= 1
+            elif batch is not None:
+                yield batch
+                wanted -= 1
+                if not wanted:
+                    return
+
+    def _deliver(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
             self.bad.update(batch.bad)
             if self.share.world == 1 or not len(batch.images):  # several processes stop together: see check_bad
                 self.check_bad()
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 
-    def requests(self, epoch: int) -> list[tuple[int, np.ndarray]]:
-        """What this process reads in an epoch: (epoch, indices (b,)) for every micro-batch."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+    def requests(self, epoch: int, seen: int = 0) -> list[tuple[int, np.ndarray]]:
+        """What this process reads in the rest of an epoch: (epoch, indices (b,)) for every micro-batch."""
+        order, steps = np.random.default_rng((self.seed, epoch)).permutation(self.length), self.steps_left(seen)
         rows = rearrange(
-            order[: self.steps_per_epoch * self.batch_size],
+            order[seen : seen + steps * self.batch_size],
             "(step micro rank b) -> rank (step micro) b",
-            step=self.steps_per_epoch,
+            step=steps,
             micro=self.accumulate,
             rank=self.share.world,
         )
         return [(epoch, indices) for indices in rows[self.share.rank]]
 
-    def check_bad(self, met_elsewhere: list[BadImage] = ()):
+    def news(self) -> list[str]:
+        """The bad pictures not told of before."""
+        told, self.told = self.told, len(self.bad)
+        return list(self.bad.values())[told:]
+
+    def check_bad(self, met_elsewhere: Iterable[BadImage] = ()):
         """Raise TooManyBadImages if too many bad pictures were met, here and by the other processes."""
         self.bad.update(met_elsewhere)
         if len(self.bad) > self.max_bad * self.length:

@@ -106,21 +106,30 @@ class Guide:
             total, count = self._seen
             count = torch.full((), float(count), device=total.device)
             new = accelerator.reduce(total, "sum") / accelerator.reduce(count, "sum")
-            self.mean = new if self.mean is None else MOMENTUM * self.mean + (1 - MOMENTUM) * new
+            if self.mean is None:
+                self.mean = new.nan_to_num(0, 0, 0)
+            else:  # what is not finite would stay for ever
+                self.mean = torch.where(new.isfinite(), MOMENTUM * self.mean + (1 - MOMENTUM) * new, self.mean)
             self._seen = None
 
     # ---------------------------------------------------------------------------------------------- remembering
 
     @torch.no_grad()
-    def remember(self, batches: data.TrainBatches, accelerator: Accelerator):
+    def remember(self, batches: data.TrainBatches, accelerator: Accelerator, after_each: Callable = lambda: None):
         """Look at every picture of the data, whole and not augmented, and keep its relevance: one pass, shared out.
 
-        With ``debias``, another one over the first MEAN_OVER of them before, for the mean.
+        With ``debias``, another one over the first MEAN_OVER of them before, for the mean. ``after_each`` is
+        called after every batch, as often in each process; should it raise, the whole pass is to be done again.
         """
 
         def whole(count: int | None = None) -> Iterator[Tensor]:
+            calls = batches.whole_batches(count)
             for batch in batches.whole(count):
                 yield data.normalize(batch.images, self.model.config["mean"], self.model.config["std"])
+                after_each()
+                calls -= 1
+            for _ in range(calls):
+                after_each()
 
         if self.debias and self.kind == "selfguided":
             self.mean = None
@@ -180,11 +189,17 @@ class Guide:
 
     def state_dict(self) -> dict:
         """All that is kept from one step to the next."""
-        return dict(maps=self.maps, mean=self.mean, start=self.start, history=self.history)
+        return dict(maps=self.maps, mean=self.mean, start=self.start, history=self.history, look=self._way_to_look())
 
     def load_state_dict(self, state: dict):
-        self.maps, self.start, self.history = state["maps"], state["start"], state["history"]
-        self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
+        """Go on from there; but a start that was asked for stays, and maps made in another way are left."""
+        self.start, self.history = state["start"] if self.start is None else self.start, list(state["history"])
+        if state["look"] == self._way_to_look():
+            self.maps = state["maps"]
+            self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
+
+    def _way_to_look(self) -> list:
+        return [self.kind, self.layer, self.foreground, self.scoring, self.debias]
 
 
 # -------------------------------------------------------------------------------------------------- when to start

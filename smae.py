@@ -10,12 +10,15 @@ Sources: MAE (He et al., CVPR 2022, arXiv 2111.06377); ViT (Dosovitskiy et al., 
 """
 
 import argparse
+import errno
+import io
 import json
 import math
 import os
-import pickle
+import pickletools
 import re
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -32,6 +35,22 @@ PRESETS = {
     "huge": dict(width=1280, depth=32, heads=16, decoder_width=512, decoder_depth=8, decoder_heads=16, patch_size=14),
 }
 
+LIMITS = {  # of the arguments of SMAE: more than the first number, at most the second; beyond them nothing is a model
+    "width": (0, 2**16),
+    "depth": (0, 256),
+    "heads": (0, 2**16),
+    "decoder_width": (0, 2**16),
+    "decoder_depth": (-1, 256),
+    "decoder_heads": (0, 2**16),
+    "patch_size": (0, 2**12),
+    "channels": (0, 2**12),
+    "mlp_ratio": (0, 1000),
+    "norm_eps": (0, 1),
+    "mean": (-1e6, 1e6),
+    "std": (0, 1e6),
+}
+MOST_PATCHES = 2**16
+
 
 def sincos_positions(h: int, w: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine position embeddings of an (h, w) patch grid: (h * w, width), float32.
@@ -45,10 +64,10 @@ def sincos_positions(h: int, w: int, width: int) -> Tensor:
 
     def encode(positions: Tensor) -> Tensor:  # (length,) -> (length, width / 2)
         angles = positions[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
     columns, rows = encode(torch.arange(w).double()), encode(torch.arange(h).double())
-    return torch.cat([repeat(columns, "w d -> (h w) d", h=h), repeat(rows, "h d -> (h w) d", w=w)], dim=1).float()
+    return torch.cat([repeat(columns, "w d -> (h w) d", h=h), repeat(rows, "h d -> (h w) d", w=w)], dim=1)
 
 
 def position_table(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
@@ -121,6 +140,38 @@ class Block(nn.Module):
         return branch * (kept / (1 - self.drop_path)).to(branch.dtype)
 
 
+def _check(config: dict):
+    """Raise ValueError where an argument of SMAE() is of a wrong type or beyond its limits."""
+    for name, (low, high) in LIMITS.items():
+        several = name in ("mean", "std")
+        kinds, kind = (
+            ((int, float), "a number") if several or name in ("mlp_ratio", "norm_eps") else (int, "an integer")
+        )
+        values = config[name] if several else [config[name]]
+        if several and not (isinstance(values, (list, tuple)) and len(values) in (3, config["channels"])):
+            raise ValueError(f"{name} must be a list of 3 numbers, or one for each channel, got {_told(values)}")
+        for value in values:
+            if not isinstance(value, kinds) or isinstance(value, bool) or not low < value <= high:
+                raise ValueError(f"{name} must be {kind} above {low} and at most {high}, got {_told(value)}")
+    for name in ("normalize_pixels", "class_token", "learned_positions"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name} must be true or false, got {_told(config[name])}")
+
+
+def _sides(image_size) -> tuple[int, int]:
+    """Height and width of an image size, a side or a pair. Raises ValueError if it is neither."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+        raise ValueError(f"image_size must be a side or a pair of sides, in pixels, got {_told(image_size)}")
+    return tuple(sides)
+
+
+def _told(value) -> str:
+    """What was received, for a message: short, whatever it is."""
+    plain = value is None or isinstance(value, (int, float, str))
+    return repr(value)[:60] if plain else f"a {type(value).__name__}"
+
+
 class SMAE(nn.Module):
     """A ViT masked autoencoder: ``SMAE(**PRESETS["base"])``.
 
@@ -133,7 +184,7 @@ class SMAE(nn.Module):
     position embeddings parameters, interpolated for other grids; ``mean`` and ``std`` say how the images (RGB in
     0 ... 1) are to be normalised by whoever feeds them. ``prefix`` is the number of tokens before the patches, 1 or 0.
 
-    Raises ValueError where widths, heads, image and patch size do not divide.
+    Raises ValueError where widths, heads, image and patch size do not divide, for wrong types, and beyond ``LIMITS``.
     """
 
     def __init__(
@@ -157,7 +208,7 @@ class SMAE(nn.Module):
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ):
         super().__init__()
-        height, width_px = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width_px = _sides(image_size)
         self.config = dict(
             width=width,
             depth=depth,
@@ -173,17 +224,18 @@ class SMAE(nn.Module):
             normalize_pixels=normalize_pixels,
             class_token=class_token,
             learned_positions=learned_positions,
-            mean=list(mean),
-            std=list(std),
+            mean=mean,
+            std=std,
         )
-        for name in "width depth heads decoder_width decoder_heads patch_size channels mlp_ratio norm_eps".split():
-            if self.config[name] <= 0:
-                raise ValueError(f"{name} must be positive, got {self.config[name]}")
-        if decoder_depth < 0:
-            raise ValueError(f"decoder_depth must not be negative, got {decoder_depth}")
+        _check(self.config)
+        self.config |= dict(mean=list(mean), std=list(std))
         for name, d, count in (("heads", width, heads), ("decoder_heads", decoder_width, decoder_heads)):
             if d % count:
                 raise ValueError(f"{name} ({count}) must divide the width ({d})")
+            if not round(d * mlp_ratio):
+                raise ValueError(f"mlp_ratio ({mlp_ratio}) leaves nothing of a width of {d}")
+        if height * width_px > MOST_PATCHES * patch_size**2:
+            raise ValueError(f"an image of {height}x{width_px} has more than {MOST_PATCHES} patches of {patch_size}")
         self.patch_size, self.normalize_pixels, self.prefix = patch_size, normalize_pixels, int(class_token)
         grid = self.grid(torch.empty(0, channels, height, width_px, device="meta"))
         self.patch_count = grid[0] * grid[1]
@@ -205,10 +257,14 @@ class SMAE(nn.Module):
             self.decoder_norm = nn.LayerNorm(decoder_width, eps=norm_eps)
             self.head = nn.Linear(decoder_width, patch_dim)
             self._add_positions("decoder_positions", grid, decoder_width)
-        self._initialise()
+        if not self.norm.weight.is_meta:
+            self._initialise()
 
     def _add_positions(self, name: str, grid: tuple[int, int], width: int):
-        table = position_table(grid, width, self.prefix)
+        if self.norm.weight.is_meta:  # only names and shapes are wanted
+            table = torch.empty(self.prefix + grid[0] * grid[1], width)
+        else:
+            table = position_table(grid, width, self.prefix)
         if self.config["learned_positions"]:
             self.register_parameter(name, nn.Parameter(table))
         else:
@@ -383,10 +439,20 @@ class Classifier(nn.Module):
 
     Tokens are pooled before the last norm, which then starts anew if they are averaged (MAE, fine-tuning).
     ``drop_path`` grows linearly over the blocks, from 0 to the value given. ``encoder`` loses its decoder.
+
+    Raises ValueError for classes that are no names, a pooling that the encoder has not, or a ``drop_path`` not in 0 ... 1.
     """
 
     def __init__(self, encoder: SMAE, classes: Sequence[str], pool: str = "mean", drop_path: float = 0.0):
         super().__init__()
+        named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+        if not named or not classes:
+            raise ValueError(f"classes must be a list of names, got {_told(classes)}")
+        known = ["mean", "cls"] if encoder.prefix else ["mean"]
+        if pool not in known:
+            raise ValueError(f"cannot pool by {_told(pool)}, but by {' or '.join(known)}")
+        if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be a number from 0 to below 1, got {_told(drop_path)}")
         self.encoder = SMAE(**encoder.config | dict(decoder_depth=0))
         weights = encoder.state_dict()
         self.encoder.load_state_dict({name: weights[name] for name in self.encoder.state_dict()})
@@ -496,8 +562,12 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     if format == "mae":
         path.parent.mkdir(parents=True, exist_ok=True)
         args = {name: value for name, value in _foreign_config(encoder).items() if name in TOLD_BY_MAE}
-        torch.save({"model": weights, "args": args}, f"{path}.part")
-        return os.replace(f"{path}.part", path)
+
+        def write(part: Path):
+            with open(part, "wb") as file:  # given a path, torch.save would not tell the reason of a failure
+                torch.save({"model": weights, "args": args}, file)
+
+        return _write({path: write})
     if format == "timm":
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(("decoder_", "mask_token"))}
         return _write_folder(path, weights, {"config.json": _timm_config(model)})
@@ -510,11 +580,45 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _write_folder(folder: Path, weights: dict[str, Tensor], texts: dict[str, dict]):
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, folder / "model.safetensors.part", metadata={"format": "pt"})
+    writers = {
+        folder / "model.safetensors": lambda part: safetensors.torch.save_file(weights, part, metadata={"format": "pt"})
+    }
     for name, content in texts.items():
-        (folder / f"{name}.part").write_text(json.dumps(content, indent=2) + "\n")
-    for name in ("model.safetensors", *texts):
-        os.replace(folder / f"{name}.part", folder / name)
+        text = json.dumps(content, indent=2) + "\n"
+        writers[folder / name] = lambda part, text=text: part.write_text(text)
+    _write(writers)
+
+
+def _write(writers: dict[Path, Callable[[Path], object]]):
+    """Let each file of a folder be written beside its name, and name them when all are whole and on the disk.
+
+    Raises OSError, and leaves nothing behind, where that fails: safetensors and torch have errors of their own.
+    """
+    parts = {path: path.with_name(f"{path.name}.part") for path in writers}
+    try:
+        for path, write in writers.items():
+            write(parts[path])
+            flush(parts[path])
+        for path, part in parts.items():
+            os.replace(part, path)
+        flush(path.parent)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # by safetensors; torch.save hides it in the context
+        code = int(told[1]) if told else getattr(error, "errno", getattr(error.__context__, "errno", None))
+        reason = os.strerror(code) if code else " ".join(str(error).split())[:300]
+        raise OSError(*filter(None, [code]), f"{path} could not be written: {reason}") from error
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def flush(path: str | os.PathLike):
+    """Wait until a file, or the names in a folder, are on the disk: what was written before outlives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
@@ -608,20 +712,50 @@ def load(
     small one of MoCo v3: 32), a decoder of 32, the grid is square unless ``image_size`` (H, W) is given, and images
     are normalised as ImageNet's.
 
-    Nothing but tensors and plain values is ever unpickled. Raises FileNotFoundError if there is nothing to read,
-    ValueError if it is not such a model, with the names of tensors that are missing, unexpected or of another shape.
+    Nothing but tensors and plain values is ever unpickled, and whatever the files hold, memory and time stay in
+    proportion to their size. Raises FileNotFoundError if there is nothing to read, ValueError if it is not such a
+    model, with the names of tensors that are missing, unexpected or of another shape.
     """
     path = Path(path)
+    try:
+        model = _load(path, heads, image_size)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a broken or hostile file leads to; one printable line that names the file
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        text = kind + " ".join(str(error)[:2000].split())
+        text = text if str(path) in text else f"{path} cannot be loaded: {text}"
+        text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:1000])
+        raise ValueError(text) from (error if kind else None)
+    return model.eval().to(device)
+
+
+def _load(path: Path, heads: int | None, image_size: tuple[int, int] | None) -> SMAE | Classifier:
     config, weights = _read(path)
     if "model" in config:
-        model = SMAE(**config["model"])
-        if "classifier" in config:
-            model = Classifier(model, **config["classifier"])
+        arguments, classifier = _part(config, "model"), _part(config, "classifier")
     else:
         arguments, weights = _adopt(path, config, weights, heads, image_size)
+        classifier = {}
+
+    def build() -> SMAE | Classifier:
         model = SMAE(**arguments)
-    _fill(model, weights, path)
-    return model.eval().to(device)
+        return Classifier(model, **classifier) if classifier else model
+
+    with torch.device("meta"):  # takes no memory, however large the configuration says that the model is
+        expected = build().state_dict()
+    _compare(expected, weights, path)
+    model = build()
+    model.load_state_dict(weights)
+    return model
+
+
+def _part(config: dict, name: str) -> dict:
+    """The part of a configuration that ``name`` says, {} without one. Raises ValueError if it is no dictionary."""
+    part = config.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"the configuration should hold a dictionary as {name}, not {_told(part)}")
+    return part
 
 
 def initialise(model: SMAE, source: SMAE, decoder: bool = True):
@@ -643,7 +777,12 @@ def initialise(model: SMAE, source: SMAE, decoder: bool = True):
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], source):
     """load_state_dict with an error that names what does not fit."""
-    own = model.state_dict()
+    _compare(model.state_dict(), weights, source)
+    model.load_state_dict(weights)
+
+
+def _compare(own: dict[str, Tensor], weights: dict[str, Tensor], source):
+    """Raise ValueError, with names, unless the weights are those of a model's ``own`` state, name and shape."""
     problems = {
         "missing": [name for name in own if name not in weights],
         "unexpected": [name for name in weights if name not in own],
@@ -660,7 +799,6 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], source):
     ]
     if texts:
         raise ValueError(f"{source} does not fit; " + "; ".join(texts))
-    model.load_state_dict(weights)
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -676,29 +814,120 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
                 raise FileNotFoundError(f"{path} is not a run folder or checkpoint: it has no {needed.name}")
         for name in ("preprocessor_config.json", "config.json"):
             if (path / name).is_file():
-                config |= json.loads((path / name).read_text())
+                config |= _read_json(path / name)
     elif not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         if file.suffix == ".safetensors":
             return config, safetensors.torch.load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of MAE hold their options
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = _read_pickle(file)
+    except Exception as error:  # the libraries have no common one
         raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
-    while isinstance(content, dict):
-        args = content.get("args", {})
+    for _ in range(4):  # a dictionary can be made to hold itself
+        if not isinstance(content, dict):
+            break
+        args = content.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args
-        config |= {name: args[name] for name in TOLD_BY_MAE if name in args}
+        config |= {name: args[name] for name in TOLD_BY_MAE if isinstance(args, dict) and name in args}
         inner = [content[key] for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), dict)]
         if not inner:
             break
         content = inner[0]
     content = content if isinstance(content, dict) else {}
-    weights = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    weights = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not weights:
         raise ValueError(f"{file} holds no model: neither tensors nor a 'model' or 'state_dict' of them")
+    # a stride of 0 shows one number as many
+    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > file.stat().st_size:
+        raise ValueError(f"{file} claims more numbers than it holds")
     return config, weights
+
+
+LARGEST_TEXT = 2**22  # bytes of a configuration, or of the pickle that tells names and shapes
+MAKE_TENSORS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch device")
+MAKE_DICTIONARIES = ("collections OrderedDict", "argparse Namespace")
+CONTAINERS = (pickletools.pylist, pickletools.pydict, pickletools.pyset, pickletools.anyobject)
+
+
+def _read_json(file: Path) -> dict:
+    with open(file, "rb") as opened:
+        text = opened.read(LARGEST_TEXT + 1)
+    if len(text) > LARGEST_TEXT:
+        raise ValueError(f"{file} is larger than any configuration ({LARGEST_TEXT} bytes)")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} should hold a JSON object, not {_told(content)}")
+    return content
+
+
+def _read_pickle(file: Path):
+    """What ``torch.save`` wrote to a file, if that is tensors and plain values alone. Raises ValueError and others."""
+    with open(file, "rb") as opened:
+        zipped = opened.read(4) == b"PK\3\4"
+        opened.seek(0)
+        if zipped:
+            archive = zipfile.ZipFile(opened)
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
+            found = [record for record in archive.infolist() if record.filename.lower().endswith("data.pkl")]
+            if len(found) != 1:
+                raise ValueError(f"it is a zip archive with {len(found)} pickles, not one")
+            text, pickles = io.BytesIO(archive.open(found[0]).read(LARGEST_TEXT)), 1
+        else:  # as written before PyTorch 1.6: magic number, version, system, content, keys; then the numbers
+            text, pickles = io.BytesIO(opened.read(LARGEST_TEXT)), 5
+            if not text.getvalue().startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
+                raise ValueError("it does not begin like one")
+        for _ in range(pickles):
+            _inspect(text)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of MAE hold their options
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)  # mapped: no size is believed
+
+
+def _inspect(text: io.BytesIO):
+    """Follow a pickle without making anything of it. Raises ValueError for what could cost more than in proportion.
+
+    ``weights_only`` sees to it that nothing but tensors and plain values is made. But it makes as many as it is told
+    (``bytearray(10**12)``), copies a large dictionary a million times, and hashes tuples of tuples of tuples, each
+    used twice. So here nothing is called but what tensors and their dictionaries need, and only what is small, or a
+    tensor, is used again. On the stack are weights: 1 for a plain value, their sum for a tuple.
+    """
+    small, container, most = 32, 100, 5000
+    stack, marks, memo = [], [], {}
+    for op, arg, _ in pickletools.genops(text):
+        before, name = op.stack_before, op.name
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        if pickletools.markobject in before:
+            start = marks.pop() - before.index(pickletools.markobject)
+        else:
+            start = len(stack) - len(before)
+        taken = stack[max(0, start) :]
+        del stack[max(0, start) :]
+        made = container if op.stack_after and op.stack_after[0] in CONTAINERS else 1
+        if name == "GLOBAL":
+            made = arg if arg in MAKE_TENSORS + MAKE_DICTIONARIES else 1
+        elif name.endswith("TUPLE") or name[:-1] == "TUPLE":
+            made = 1 + sum(1 if isinstance(weight, str) else weight for weight in taken)
+            if made > most:
+                raise ValueError("it holds a tuple of too many values")
+        elif name.endswith("PUT"):
+            memo[arg] = stack[-1]
+        elif name.endswith("GET"):
+            made = memo[arg]
+            if not isinstance(made, str) and made > small:
+                raise ValueError("it uses a container twice")
+        elif name in ("REDUCE", "NEWOBJ"):
+            call, arguments = taken
+            if call not in MAKE_TENSORS and (call not in MAKE_DICTIONARIES or arguments != 1):
+                raise ValueError("it calls what makes no tensor")
+            made = 1 if call in MAKE_TENSORS else container
+        elif name.startswith(("LONG", "INT")) and abs(arg) >= 2**64:  # such can be chosen to collide in a dictionary
+            raise ValueError("it holds an integer of more than 64 bits")
+        stack += [made] * len(op.stack_after)
 
 
 def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) -> tuple[dict, dict[str, Tensor]]:
@@ -722,7 +951,7 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
         if all(part in weights for part in parts):
             weights[name.replace("query", "qkv")] = torch.cat([weights.pop(part) for part in parts])
-    if weights["embed.weight"].ndim != 4 or "positions" not in weights:
+    if weights["embed.weight"].ndim != 4 or weights.get("positions", torch.empty(0)).ndim < 2:
         raise ValueError(f"{path} is not a ViT known here: it has no absolute positions, or no convolution of patches")
     for name in {"cls_token", "mask_token"} & weights.keys():
         weights[name] = weights[name].flatten()
@@ -731,17 +960,19 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
     if others := {"dist_token", "reg_token"} & weights.keys():
         raise ValueError(f"{path} has tokens that are not known here: {', '.join(others)}")
     width, channels, p, _ = weights["embed.weight"].shape
+    if not weights["embed.weight"].numel():
+        raise ValueError(f"{path} is not a ViT known here: its patches hold nothing")
     weights["embed.weight"] = rearrange(weights["embed.weight"], "d c p1 p2 -> d (p1 p2 c)")
 
     cls, rows = "cls_token" in weights, len(weights["positions"])
-    model_args, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    model_args, pretrained = _part(config, "model_args"), _part(config, "pretrained_cfg")
     image_size = image_size or config.get("image_size") or model_args.get("img_size")
     if image_size is None:
         side = math.isqrt(rows)  # rows of the table: the patches of a square grid, and perhaps the CLS token
         if rows not in (side * side, side * side + cls):
             raise ValueError(f"{path} has {rows} positions, no square grid: image_size=(H, W) is needed")
         image_size = side * p
-    height, width_px = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width_px = _sides(image_size)
     grid = height // p, width_px // p
     if cls and rows == grid[0] * grid[1]:  # the CLS token has no position of its own
         weights["positions"] = F.pad(weights["positions"], (0, 0, 1, 0))
@@ -772,12 +1003,17 @@ def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) ->
             arguments[name] = value
 
     tables = [name for name in ("positions", "decoder_positions") if name in weights]
-    fixed = [position_table(grid, weights[name].shape[1], cls) for name in tables]
-    if all(torch.equal(table, weights[name]) for name, table in zip(tables, fixed)):
+    if all(_is_fixed(weights[name], grid, cls) for name in tables):
         weights = {name: tensor for name, tensor in weights.items() if name not in tables}
     else:
         arguments["learned_positions"] = True
     return arguments, weights
+
+
+def _is_fixed(table: Tensor, grid: tuple[int, int], prefix: int) -> bool:
+    """Whether position embeddings (prefix + n, width) are MAE's. None are made for a grid that the table has not."""
+    fits = table.ndim == 2 and len(table) == prefix + grid[0] * grid[1] and table.shape[1] % 4 == 0
+    return fits and torch.equal(table, position_table(grid, table.shape[1], prefix))
 
 
 def _usual_heads(width: int, prefix: str) -> int:

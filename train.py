@@ -4,7 +4,11 @@
     accelerate launch train.py --dataset PATH_OR_HUB_NAME ...     # your own pictures
     accelerate launch train.py --preset paper                     # the paper's ImageNet recipe (8 GPUs)
 
-Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png and loss.png.
+    accelerate launch train.py ... --resume auto                  # go on where it stopped, if it has begun
+
+Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png, loss.png and the
+last checkpoints. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end it after the step at hand with a checkpoint and exit code
+128 + signal; a second one ends it at once.
 """
 
 import argparse
@@ -13,8 +17,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -24,6 +32,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoint
 import data
 import masks
 import pictures
@@ -111,7 +120,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    group.add_argument("--save-every", type=int, help="epochs between weights and pictures (default: a tenth)")
+    group.add_argument(
+        "--resume", help="go on from a checkpoint, or the newest of a run folder; auto: of --out, if there is one"
+    )
+    group.add_argument(
+        "--save-every", type=int, help="epochs between checkpoints, with weights and pictures (default: a tenth)"
+    )
+    group.add_argument("--save-every-steps", type=int, help="steps between further checkpoints (default: none)")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest")
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
 
     return parser
@@ -202,8 +218,9 @@ def complete(args: argparse.Namespace):
         args.lr = args.blr * args.batch_size / 256
     if args.save_every is None:
         args.save_every = math.ceil(args.epochs / 10)
-    if args.save_every < 1:
-        raise ValueError(f"--save-every must be at least 1, got {args.save_every}")
+    for name in ("save_every", "save_every_steps", "keep"):
+        if (getattr(args, name) or (1 if name == "save_every_steps" else 0)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.precision == "auto":
         args.precision = best_precision()
 
@@ -214,9 +231,13 @@ def sizes(args: argparse.Namespace) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def build_model(args: argparse.Namespace) -> smae.SMAE:
-    """The model that the arguments describe."""
-    if args.init_from:
+def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.SMAE:
+    """The model that the arguments describe; ``resumed``: the sizes of one to go on with, in place of --init-from."""
+    source = None
+    if args.init_from and resumed:
+        config = dict(resumed)
+        args.image_size = args.image_size or config["image_size"][0]
+    elif args.init_from:
         source = smae.load(args.init_from, heads=args.heads)
         source = source.encoder if isinstance(source, smae.Classifier) else source
         fresh = args.fresh_decoder or not source.config["decoder_depth"]
@@ -228,7 +249,7 @@ def build_model(args: argparse.Namespace) -> smae.SMAE:
         args.image_size = args.image_size or 64
     config |= sizes(args) | dict(image_size=args.image_size)
     model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
-    if args.init_from:
+    if source:
         smae.initialise(model, source, decoder=not fresh)
     args.patch_size = model.patch_size
     return model
@@ -306,10 +327,6 @@ def one_line_errors(*kinds: type[Exception], ranks: str = "first"):
 # ------------------------------------------------------------------------------------------------- training
 
 
-class Diverged(ArithmeticError):
-    """The loss is no longer a finite number."""
-
-
 def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, **options) -> data.TrainBatches:
     """This process's batches of the data set, as the arguments have them."""
     return data.TrainBatches(
@@ -342,8 +359,19 @@ def choose_mask(
 def stop_if_too_many_are_bad(batches: data.TrainBatches):
     """Add up the bad pictures of all processes; if they are too many, all stop together."""
     everywhere = gather_object(list(batches.bad.items()))
-    with one_line_errors(data.TooManyBadImages):
+    with together(data.TooManyBadImages):
         batches.check_bad(everywhere)
+
+
+@contextlib.contextmanager
+def together(*kinds: type[Exception]):
+    """What every process meets at the same time is for the first of them to report; the others just end."""
+    try:
+        yield
+    except kinds:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(1)
 
 
 def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: data.TrainBatches):
@@ -368,8 +396,332 @@ def draw(args: argparse.Namespace, epoch: int, guide: Guide, samples: Tensor, ob
     """Refresh masks.png, of eight of the samples, and loss.png."""
     few = torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()
     objects = objects if objects is None else objects[few]
-    pictures.mask_sheet(guide, samples[few], objects, f"epoch {epoch}: ").savefig(args.out / "masks.png")
-    pictures.loss_curve(args.out / "metrics.jsonl").savefig(args.out / "loss.png")
+    sheet = pictures.mask_sheet(guide, samples[few], objects, f"epoch {epoch}: ")
+    for name, figure in (("masks.png", sheet), ("loss.png", pictures.loss_curve(args.out / "metrics.jsonl"))):
+        figure.savefig(args.out / f"{name}.part", format="png")
+        os.replace(args.out / f"{name}.part", args.out / name)
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """A process was told to stop, by the signal of this number."""
+
+
+class Mishap(RuntimeError):
+    """What befalls a run from outside."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: in ``epoch``, of which ``seen`` images are done, after ``step`` steps in all."""
+
+    total: Tensor  # of the losses of all images of the epoch that this process has seen
+    epoch: int = 1
+    seen: int = 0
+    step: int = 0
+    seconds: float = 0.0  # of the epoch
+    records: list[dict] = field(default_factory=list)  # of metrics.jsonl
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)  # for trackers
+
+
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """What --resume names, if anything. Raises ValueError if it is not there or would cost another run."""
+    answer = [None, None]
+    if args.resume and accelerator.is_main_process:
+        try:
+            answer[0] = checkpoint.find(args.out if args.resume == "auto" else Path(args.resume), accelerator.print)
+            if args.resume != "auto" and answer[0] is None:
+                raise ValueError(f"--resume {args.resume}: there is no checkpoint")
+            newer = [folder.name for folder in checkpoint.folders(args.out) if answer[0] and folder > answer[0]]
+            if answer[0] and answer[0].parent.resolve() == args.out.resolve():
+                if newer and not args.overwrite and args.resume != "auto":
+                    raise ValueError(f"{', '.join(newer)} of {args.out} would be lost; if they may be, add --overwrite")
+            else:  # what is left of a run stopped before its first checkpoint is not worth a question
+                check_folder(args.out, args.overwrite, RUN_FILES if args.resume != "auto" else ("model.safetensors",))
+        except ValueError as error:
+            answer[1] = str(error)
+    elif not args.resume:
+        check_folder(args.out, args.overwrite)
+    folder, problem = broadcast_object_list(answer)
+    if problem:
+        raise ValueError(problem)
+    return folder
+
+
+FREE = {"out", "overwrite", "resume", "save_every", "save_every_steps", "keep", "log_with", "max_bad_images"}
+FREE |= {"preset", "init_from", "fresh_decoder", "model", *smae.PRESETS["base"], "image_size", "patch_size"}
+
+
+def compare(state: dict, config: dict, processes: int) -> list[str]:
+    """What is not as it was when a checkpoint was written, where that may be. Raises ValueError where it may not."""
+    then, now = (json.loads(json.dumps(x)) for x in (state["config"], config))
+    if then["model"] != now["model"]:
+        other = [f"{key} {then['model'].get(key)}, now {now['model'][key]}" for key in now["model"]]
+        other = [text for text, key in zip(other, now["model"]) if then["model"].get(key) != now["model"][key]]
+        raise ValueError(f"cannot go on with another model: it had {'; '.join(other)}")
+    pairs = [(a, b) for a, b in zip(then["data"]["pictures"], now["data"]["pictures"]) if a and b]
+    if then["data"]["images"] != now["data"]["images"] or 2 * sum(a != b for a, b in pairs) > len(pairs):
+        raise ValueError(
+            f"cannot go on with another data set: it was {then['train']['dataset']}, {then['data']['images']} images, "
+            f"and is {now['train']['dataset']}, {now['data']['images']} images"
+        )
+    if then["train"]["seed"] != now["train"]["seed"]:
+        raise ValueError(f"cannot go on with another seed, on which order and crops hang: {then['train']['seed']}")
+    free = FREE | (set() if now["train"]["streaming"] else {"workers"})
+    changed = [(f"--{name.replace('_', '-')}", then["train"].get(name), now["train"][name]) for name in now["train"]]
+    changed = [change for change in changed if change[1] != change[2] and change[0][2:].replace("-", "_") not in free]
+    changed += [("processes", len(state["processes"]), processes)]
+    return [f"{name} {before} -> {after}" for name, before, after in changed if before != after]
+
+
+@contextlib.contextmanager
+def mishaps(world: int) -> Iterator[None]:
+    """Turn the errors by which torch reports the death of another process into a Mishap."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = data.one_line(error)
+        if "DataLoader worker" in text:
+            raise Mishap(f"a process that reads pictures died, for want of memory perhaps ({text})") from None
+        if world > 1 and re.search("gloo|nccl|closed by peer|reset by peer|broken pipe", text, re.IGNORECASE):
+            raise Mishap(f"another process of the run is gone ({text})") from None
+        raise
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """A pre-training with all that changes while it goes on."""
+
+    def __init__(self, args, accelerator, model, optimizer, guide, batches, samples, objects, config):
+        self.args, self.accelerator, self.model, self.guide, self.batches = args, accelerator, model, guide, batches
+        self.samples, self.objects, self.config = samples, objects, config
+        self.trained, self.optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one
+        self.progress = Progress(torch.zeros((), device=accelerator.device))
+        self.peers, self.signals = checkpoint.Peers(accelerator.num_processes), checkpoint.Signals()
+        self.losses: list[tuple[int, Tensor, list[int]]] = []  # step, loss, images: not yet known to be finite
+        self.saved, self.replaces = None, True  # the step of the last checkpoint; what lies in --out is another run
+        self.bar = tqdm(
+            total=args.epochs * batches.steps_per_epoch,
+            disable=not accelerator.is_main_process,
+            unit="step",
+            mininterval=1 if sys.stderr.isatty() else 30,  # seconds between updates
+        )
+
+    def place(self) -> int:
+        """Steps of the schedule that are done."""
+        return (self.progress.epoch - 1) * self.batches.steps_per_epoch + self.progress.seen // self.args.batch_size
+
+    # ---------------------------------------------------------------------------------------------- one epoch
+
+    def train_epoch(self):
+        """What is left of the epoch, up to its last step. Raises Interrupted before, if a signal asks for it."""
+        args, guide, progress = self.args, self.guide, self.progress
+        self.clock = time.perf_counter() - progress.seconds
+        guided = guide.start is not None and progress.epoch > guide.start
+        self.phase = args.mask if guided else "random"
+        if guided and args.guide == "cached":
+            due = not progress.seen and (progress.epoch - guide.start - 1) % args.guide_every == 0
+            if due or guide.maps is None:
+                self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
+                guide.remember(self.batches, self.accelerator, after_each=self.stop_if_asked)
+        self.trained.train()
+        for batch in self.batches.epoch(progress.epoch, progress.seen):
+            self.learn(batch)
+            if not self.accelerator.sync_gradients:
+                continue
+            guide.end_step(self.accelerator)
+            progress.step += 1
+            progress.seen += args.batch_size
+            self.bar.update()
+            if progress.step % 10 == 0:  # this waits for the device: not at every step
+                self.check_losses()
+            if self.batches.steps_left(progress.seen):  # else the end of the epoch does as much
+                if args.save_every_steps and progress.step % args.save_every_steps == 0:
+                    self.save()
+                self.stop_if_asked()
+
+    def learn(self, batch: data.Batch):
+        """Forward, backward and, at the end of a step, update."""
+        args, accelerator, model, progress = self.args, self.accelerator, self.model, self.progress
+        images = data.normalize(batch.images, model.config["mean"], model.config["std"])
+        noise = data.uniform((args.seed, progress.epoch, data.MASKS), batch.indices, model.patch_count)
+        with accelerator.autocast():
+            noise = data.to_device(noise, images.device)
+            mask = choose_mask(args, self.phase, batch, images, self.guide, noise)
+        steps = args.epochs * self.batches.steps_per_epoch
+        lr = learning_rate(self.place(), steps, args.warmup_epochs * self.batches.steps_per_epoch, args.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with accelerator.accumulate(self.trained):
+            loss = self.trained(images, mask)
+            accelerator.backward(loss)
+            if args.clip_grad and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(self.trained.parameters(), args.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        progress.total += loss.detach() * len(images)
+        self.losses.append((progress.step + 1, loss.detach(), batch.indices))
+
+    def end_epoch(self):
+        """Take stock of an epoch that is through; save what is due."""
+        args, accelerator, guide, progress = self.args, self.accelerator, self.guide, self.progress
+        self.check_losses()
+        seconds, epoch = time.perf_counter() - self.clock, progress.epoch
+        record = dict(
+            epoch=epoch,
+            phase=self.phase,
+            loss=accelerator.reduce(progress.total, "sum").item() / progress.seen,
+            lr=self.optimizer.param_groups[0]["lr"],
+            images_per_second=progress.seen / seconds,
+            seconds=seconds,
+            bad_images=len(self.batches.bad),
+        )
+        with accelerator.autocast():
+            mean, std = self.model.config["mean"], self.model.config["std"]
+            guide.measure(data.normalize(self.samples.to(accelerator.device), mean, std))
+        learned_before = bool(args.init_from) and not args.fresh_decoder
+        if guide.start is None and broadcast_object_list([guide.ready(learned_before)])[0]:  # in all processes
+            guide.start = epoch
+            self.say(f"mask tokens have overtaken visible ones: the guide starts after epoch {epoch}")
+        accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
+        progress.records.append(record | guide.history[-1])
+        self.say(
+            f"epoch {epoch}/{args.epochs}  {self.phase:10}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+        due = epoch % args.save_every == 0 or epoch in (guide.start, args.epochs)
+        due = due or (bool(args.save_every_steps) and progress.step % args.save_every_steps == 0)
+        progress.epoch, progress.seen, progress.seconds = epoch + 1, 0, 0.0
+        progress.total.zero_()
+        self.clock = time.perf_counter()
+        self.write(self.write_metrics)
+        if due:
+            self.save()
+            self.write(lambda: self.write_results(epoch))
+        if epoch < args.epochs:
+            self.stop_if_asked()
+
+    # ---------------------------------------------------------------------------------------------- looking out
+
+    def say(self, text: str):
+        if self.accelerator.is_main_process:
+            self.bar.write(text)
+
+    def stop_if_asked(self):
+        """Raise Interrupted in all processes if one was told to stop; make known which broken pictures one has met."""
+        number, news = self.peers.largest(self.signals.caught, len(self.batches.bad) - self.batches.told)
+        if news:
+            stop_if_too_many_are_bad(self.batches)
+            for description in self.batches.news():
+                self.say(f"skipped a broken image: {description}")
+        if number:
+            raise Interrupted(number)
+
+    def check_losses(self):
+        """Raise Diverged, in all processes, if a loss since the last call was not finite."""
+        values = torch.stack([loss for _, loss, _ in self.losses]).tolist() if self.losses else []
+        wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if self.peers.largest(wrong is not None)[0]:
+            rank, found = self.accelerator.process_index, []
+            if wrong is not None:
+                step, _, images = self.losses[wrong]
+                found = [(step, rank, values[wrong], [int(i) for i in images])]
+            step, rank, value, images = min(gather_object(found))
+            with together(Diverged):
+                raise Diverged(
+                    f"the loss is {value} in epoch {self.progress.epoch}, step {step} of the run, {self.phase} masks, "
+                    f"images {', '.join(map(str, images))} of the data; the checkpoints are from before it: --resume "
+                    "auto goes on from there, with a lower --blr perhaps, or --clip-grad 1"
+                )
+        if values and self.progress.step:
+            text = f"{self.phase}, loss {values[-1]:.4f}, lr {self.optimizer.param_groups[0]['lr']:.2e}"
+            speed = self.progress.seen / (time.perf_counter() - self.clock)
+            self.bar.set_postfix_str(f"{text}, {speed:.0f} images/s", refresh=False)
+        self.losses.clear()
+
+    # ---------------------------------------------------------------------------------------------- saving
+
+    def write(self, how: Callable) -> bool:
+        """Write something, in the main process; a full disk is no reason to lose what has been learned."""
+        if not self.accelerator.is_main_process:
+            return True
+        try:
+            if self.replaces:  # until there is something to put in its place
+                for name in RUN_FILES:
+                    (self.args.out / name).unlink(missing_ok=True)
+                checkpoint.remove_all(self.args.out)
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            self.replaces = False
+            how()
+        except OSError as error:
+            self.say(f"WARNING: {data.one_line(error)}; training goes on, the last checkpoint stays")
+            return False
+        return True
+
+    def write_metrics(self):
+        text = "".join(json.dumps(record) + "\n" for record in self.progress.records)
+        (self.args.out / "metrics.jsonl.part").write_text(text)
+        os.replace(self.args.out / "metrics.jsonl.part", self.args.out / "metrics.jsonl")
+
+    def write_results(self, epoch: int):
+        smae.save(self.model, self.args.out, self.config)
+        with self.accelerator.autocast():
+            draw(self.args, epoch, self.guide, self.samples, self.objects)
+
+    def save(self):
+        """Write a checkpoint of this very moment, unless there is one. Raises Diverged where it would be of no use."""
+        progress, accelerator = self.progress, self.accelerator
+        if self.saved == progress.step:
+            return
+        self.check_losses()
+        with together(Diverged):
+            if not checkpoint.all_finite(self.model, self.optimizer):
+                raise Diverged(
+                    f"weights or moments of the optimizer are no longer finite in epoch {progress.epoch}, step "
+                    f"{progress.step} of the run ({self.phase} masks): go on from a checkpoint before it"
+                )
+        progress.seconds = time.perf_counter() - self.clock
+        mine = dict(random=checkpoint.random_states(), total=progress.total.item())
+        state = dict(
+            config=self.config,
+            progress={name: value for name, value in vars(progress).items() if name != "total"},
+            processes=gather_object([mine]),
+            optimizer=self.optimizer.state_dict(),
+            scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+            guide=self.guide.state_dict(),
+            bad=dict(self.batches.bad),
+        )
+        if self.write(lambda: checkpoint.write(self.args.out, progress.step, self.model, state, self.args.keep)):
+            self.saved = progress.step
+
+    def restore(self, state: dict, folder: Path):
+        """Go on from a checkpoint: all but the weights, which the model has already."""
+        progress, accelerator, rank = self.progress, self.accelerator, self.accelerator.process_index
+        for name, value in state["progress"].items():
+            setattr(progress, name, value)
+        totals = [process["total"] for process in state["processes"]]
+        if len(totals) != accelerator.num_processes:
+            totals = [sum(totals)] + [0.0] * (accelerator.num_processes - 1)
+        progress.total.fill_(totals[rank])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        self.guide.load_state_dict(state["guide"])
+        self.batches.bad.update(state["bad"])
+        self.batches.told = len(self.batches.bad)
+        if rank < len(state["processes"]):
+            checkpoint.set_random_states(state["processes"][rank]["random"])
+        if folder.parent.resolve() == self.args.out.resolve():
+            self.saved, self.replaces = progress.step, False
+        self.bar.update(self.place())
 
 
 def main():
@@ -377,7 +729,6 @@ def main():
 
     with one_line_errors(ValueError, OSError):
         complete(args)
-        check_folder(args.out, args.overwrite)
         accelerator = make_accelerator(
             mixed_precision=args.precision,
             gradient_accumulation_steps=args.accumulate,
@@ -386,8 +737,10 @@ def main():
         )
         if args.log_with and not accelerator.log_with:
             raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")
+        folder = find_checkpoint(args, accelerator)
+        state = checkpoint.read(folder) if folder else None
         set_seed(args.seed)
-        model = build_model(args)
+        model = build_model(args, state and state["config"]["model"])
         guide = build_guide(args, model)
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
@@ -397,105 +750,59 @@ def main():
         batches = train_batches(args, accelerator, dataset)
         samples, objects = data.sample_pictures(dataset, 32, args.image_size)
         optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
+        config = dict(
+            model=model.config,
+            train={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            data=dict(images=batches.length, pictures=data.fingerprint(dataset)),
+        )
+        changes = compare(state, config, accelerator.num_processes) if state else []
 
     if args.compile:
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
-    trained, optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one, on the device
-    accelerator.register_for_checkpointing(guide)
-
-    steps = args.epochs * batches.steps_per_epoch
-    warmup = args.warmup_epochs * batches.steps_per_epoch
-    config = dict(train={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()})
-    accelerator.init_trackers("smae", config={key: str(value) for key, value in config["train"].items()})
+    if state:
+        model.load_state_dict(state["model"])
+    run = Run(args, accelerator, model, optimizer, guide, batches, samples, objects, config)
+    if state:
+        run.restore(state, folder)
+    progress = run.progress
+    accelerator.init_trackers(
+        "smae",
+        config={key: str(value) for key, value in config["train"].items()},
+        init_kwargs=dict(  # trackers go on, too: what came after the checkpoint, will come again
+            tensorboard=dict(purge_step=progress.epoch) if state else {},
+            wandb=dict(id=progress.name, resume="allow"),
+        ),
+    )
     announce(args, accelerator, model, batches)
+    if state:
+        accelerator.print(f"going on from {folder}: epoch {progress.epoch}, {progress.seen} images of it done")
+        for change in changes:
+            accelerator.print(f"changed: {change}")
+    del state
 
-    patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    bar = tqdm(total=steps, disable=not accelerator.is_main_process, unit="step", mininterval=patience)
-    trained.train()
-    step = 0
-    for epoch in range(1, args.epochs + 1):
-        guided = guide.start is not None and epoch > guide.start
-        phase = args.mask if guided else "random"
-        total, start = torch.zeros((), device=accelerator.device), time.perf_counter()
-        with one_line_errors(data.TooManyBadImages, Diverged, ranks="any"):
-            if guided and args.guide == "cached" and (epoch - guide.start - 1) % args.guide_every == 0:
-                if accelerator.is_main_process:
-                    bar.write(f"looking at {batches.length} whole pictures, for the masks of the next epochs")
-                guide.remember(batches, accelerator)
-            for batch in batches.epoch(epoch):
-                images = data.normalize(batch.images, model.config["mean"], model.config["std"])
-                noise = data.uniform((args.seed, epoch, data.MASKS), batch.indices, model.patch_count)
-                with accelerator.autocast():
-                    mask = choose_mask(args, phase, batch, images, guide, data.to_device(noise, images.device))
-                lr = learning_rate(step, steps, warmup, args.lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-
-                with accelerator.accumulate(trained):
-                    loss = trained(images, mask)
-                    accelerator.backward(loss)
-                    if args.clip_grad and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trained.parameters(), args.clip_grad)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                total += loss.detach()
-                if accelerator.sync_gradients:
-                    guide.end_step(accelerator)
-                    step += 1
-                    bar.update()
-                    if step % 10 == 0:  # these wait for the device and the other processes: not at every step
-                        stop_if_too_many_are_bad(batches)
-                        speed = (step % batches.steps_per_epoch or batches.steps_per_epoch) * args.batch_size
-                        speed /= time.perf_counter() - start
-                        text = f"{phase}, loss {loss.item():.4f}, lr {lr:.2e}, {speed:.0f} images/s"
-                        bar.set_postfix_str(text, refresh=False)
-
-            mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
-            seconds = time.perf_counter() - start
-            stop_if_too_many_are_bad(batches)
-            if not math.isfinite(mean):
-                raise Diverged(
-                    f"the loss is {mean} in epoch {epoch} ({phase} masks): try a lower --blr or --clip-grad 1"
-                )
-        record = dict(
-            epoch=epoch,
-            phase=phase,
-            loss=mean,
-            lr=lr,
-            images_per_second=batches.steps_per_epoch * args.batch_size / seconds,
-            seconds=seconds,
-            bad_images=len(batches.bad),
-        )
-        with accelerator.autocast():
-            images = data.normalize(samples.to(accelerator.device), model.config["mean"], model.config["std"])
-            guide.measure(images)
-        learned_before = bool(args.init_from) and not args.fresh_decoder
-        if guide.start is None and broadcast_object_list([guide.ready(learned_before)])[0]:  # in all processes
-            guide.start = epoch
-            accelerator.print(f"mask tokens have overtaken visible ones: the guide starts after epoch {epoch}")
-        accelerator.log({key: value for key, value in record.items() if key not in ("epoch", "phase")}, step=epoch)
-        if accelerator.is_main_process:
-            if epoch == 1:  # whatever a run before left stays until there is something to put in its place
-                args.out.mkdir(parents=True, exist_ok=True)
-                for name in RUN_FILES:
-                    (args.out / name).unlink(missing_ok=True)
-            with open(args.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record | guide.history[-1]) + "\n")
-            bar.write(
-                f"epoch {epoch}/{args.epochs}  {phase:10}  loss {mean:.4f}  lr {lr:.2e}  "
-                f"{record['images_per_second']:.0f} images/s"
-            )
-            if epoch % args.save_every == 0 or epoch in (guide.start, args.epochs):
-                smae.save(model, args.out, config)
-                with accelerator.autocast():
-                    draw(args, epoch, guide, samples, objects)
-    bar.close()
+    stopped_by = 0
+    errors = (data.TooManyBadImages, data.NothingToRead, Diverged, Mishap)
+    with one_line_errors(*errors, ranks="any"), mishaps(accelerator.num_processes), run.signals:
+        try:
+            while progress.epoch <= args.epochs:
+                run.train_epoch()
+                run.end_epoch()
+        except Interrupted as interrupted:
+            stopped_by = interrupted.args[0]
+            run.save()
+    run.bar.close()
     accelerator.end_training()
+
+    if run.saved != progress.step:
+        sys.exit("train.py: error: the last checkpoint could not be written; --resume auto goes on from the one before")
+    if stopped_by:
+        accelerator.print(
+            f"stopped by {signal.Signals(stopped_by).name}: epoch {progress.epoch}, after step {progress.step} of the "
+            "run, with a checkpoint: the same command with --resume auto goes on"
+        )
+        sys.exit(128 + stopped_by)
     if guide.start is None:
         accelerator.print("the guide never started: mask tokens never overtook visible ones (see loss.png)")
-
-    for description in batches.bad.values():
-        accelerator.print(f"skipped a broken image: {description}")
     accelerator.print(
         f"wrote {', '.join(RUN_FILES)} to {args.out}; next: look at {args.out / 'masks.png'}, use the encoder with "
         f'smae.load("{args.out}"), or train on your own pictures with --dataset FOLDER --out runs/mine'

@@ -1,0 +1,192 @@
+"""What a run needs to survive: whole checkpoints, all random states, signals, word from the other processes.
+
+A checkpoint is a folder ``checkpoint-STEP`` of a run: ``model.safetensors`` and ``config.json``, which ``smae.load``
+reads as those of the run itself, and ``state.pt``, the rest of what is needed to go on. Written here rather than by
+Accelerate's ``save_state``, which writes in place, from every process, and unpickles custom states without
+``weights_only``.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+import smae
+
+STATE, WEIGHTS = "state.pt", "model.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------- writing, reading
+
+
+def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int = 2):
+    """Write ``checkpoint-STEP`` into the folder ``out``, and leave no other but the ``keep`` - 1 before it.
+
+    It is written aside, flushed to the disk, then renamed: at any moment what goes by the name of a checkpoint is
+    whole. ``state`` holds tensors and plain values, "config" what goes to config.json. Raises OSError if the disk does
+    not take it; the checkpoints before it then stay.
+    """
+    final = out / f"checkpoint-{step:08d}"
+    part = final.with_suffix(".part")
+    try:
+        for left_over in (*out.glob("checkpoint-*.part"), *out.glob("checkpoint-*.old")):
+            shutil.rmtree(left_over)
+        part.mkdir(parents=True)
+        smae.save(model, part, state["config"])
+        with open(part / STATE, "wb") as file:
+            torch.save(state | dict(crc=_crc(part / WEIGHTS)), file)
+        smae.flush(part / STATE)
+        smae.flush(part)
+        if final.exists():
+            _remove(final)
+        os.rename(part, final)
+        smae.flush(out)
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from None
+    for other in folders(out):
+        if other > final or other in folders(out)[keep:]:
+            _remove(other)
+
+
+def _remove(folder: Path):
+    """Remove a checkpoint; should this be cut short, what is left does not look like one."""
+    shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+
+
+def remove_all(out: Path):
+    """Remove all checkpoints of a run."""
+    for folder in folders(out):
+        _remove(folder)
+
+
+def folders(out: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[11:]), reverse=True)
+
+
+def read(folder: Path) -> dict:
+    """The state of a checkpoint, with its weights under "model". Raises ValueError if it is not whole."""
+    try:
+        with zipfile.ZipFile(folder / STATE) as file:
+            if broken := file.testzip():
+                raise ValueError(f"{broken} in {STATE} is damaged")
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+        if state["crc"] != _crc(folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} is damaged")
+        return state | dict(model=safetensors.torch.load_file(folder / WEIGHTS))
+    except Exception as error:  # whatever is wrong with a file, it is not one to go on from
+        raise ValueError(f"{folder} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
+
+
+def find(place: Path, say: Callable = print) -> Path | None:
+    """The checkpoint ``place``, or the newest whole one of the run in that folder (None: it has none at all).
+
+    Says which broken ones were passed over. Raises ValueError if all are broken, or ``place`` itself is.
+    """
+    if (place / STATE).exists() and not folders(place):
+        read(place)
+        return place
+    problems = []
+    for folder in folders(place):
+        try:
+            read(folder)
+        except ValueError as error:
+            problems.append(str(error))
+            say(f"passed over a broken checkpoint: {error}")
+        else:
+            return folder
+    if problems:
+        raise ValueError(f"no checkpoint of {place} is whole ({problems[0]}): --overwrite starts anew without --resume")
+    return None
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def all_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights, and all moments of the optimizer, are finite numbers."""
+    moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    device = next(model.parameters()).device
+    finite = [tensor.detach().isfinite().all().to(device) for tensor in (*model.parameters(), *moments)]
+    return bool(torch.stack(finite).all())
+
+
+# ------------------------------------------------------------------------------------------------- random states
+
+
+def random_states() -> dict:
+    """All generators of this process: Python's, NumPy's, torch's on the CPU and on its GPU. Plain values, tensors."""
+    kind, key, *rest = np.random.get_state()
+    states = dict(python=random.getstate(), numpy=(kind, key.tolist(), *rest), torch=torch.get_rng_state())
+    return states | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
+
+
+def set_random_states(states: dict):
+    random.setstate(states["python"])
+    kind, key, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(key, np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# ------------------------------------------------------------------------------------------------- signals, processes
+
+
+class Signals:
+    """``with Signals() as signals``: ``signals.caught`` is the number of a signal that asks to stop, or 0.
+
+    A second one ends the process at once, unless it comes within a second: launchers repeat what a terminal has sent
+    to everybody already.
+    """
+
+    ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.caught, self._when = 0, 0.0
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._note) for number in self.ASK_TO_STOP}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame):
+        if self.caught and time.monotonic() > self._when + 1:
+            os._exit(128 + number)
+        if not self.caught:
+            self.caught, self._when = number, time.monotonic()
+
+
+class Peers:
+    """What the processes of a run tell one another at every step, without waiting for their devices."""
+
+    def __init__(self, world: int):
+        self.group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of what the processes give, for each of the values. Raises RuntimeError if one is gone."""
+        if self.group is None:
+            return list(values)
+        numbers = torch.tensor(values)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=self.group)
+        return numbers.tolist()
