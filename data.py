@@ -14,9 +14,11 @@ import hashlib
 import inspect
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -617,25 +619,40 @@ class StreamCrops(torch.utils.data.IterableDataset):
             yield None
 
     def _records(self) -> Iterator[dict | Exception]:
-        """This worker's records, again and again; an exception where the stream breaks, after which it starts anew."""
+        """This worker's records, pass after pass; an exception where the stream breaks, after which it starts anew.
+
+        Shards are dealt out anew in each pass: it ends only after 20 passes in which there was nothing for this worker.
+        """
+        empty = 0
         for number in itertools.count():
             order = np.random.default_rng((self.options.seed, self.epoch, number))
-            dataset, empty = self.dataset.shuffle(generator=order, buffer_size=1000), True
+            dataset, empty = self.dataset.shuffle(generator=order, buffer_size=1000), empty + 1
             try:
                 for record in split_dataset_by_node(dataset, *self.share):
-                    empty = False
+                    empty = 0
                     yield record
             except Exception as error:
-                empty = False
+                empty = 0
                 yield error
-            if empty:
+            if empty == 20:
                 return
 
 
-def _leave_signals_to_the_main_process(worker: int):
-    """Whoever signals a whole process group wants the run to stop in order, which takes the workers until it has."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+def _heed_the_main_process_only(worker: int):
+    """Whoever signals a whole process group wants a run to stop in order, for which it needs its workers a little."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    main = multiprocessing.parent_process().pid
+
+    def listen():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 class TrainBatches:
@@ -692,7 +709,8 @@ class TrainBatches:
         options = CropOptions(size, scale, seed, int(max_bad * self.length) + 1, augment)
         pin = self.device.type == "cuda"
         loader = dict(batch_size=None, num_workers=workers, pin_memory=pin)
-        loader["worker_init_fn"] = _leave_signals_to_the_main_process
+        loader["generator"] = torch.Generator()  # or every epoch, and every resumption, would draw from the global one
+        loader["worker_init_fn"] = _heed_the_main_process_only
         if streaming:  # its workers start anew in each epoch
             self.crops = StreamCrops(dataset, options, batch_size // (share.world * accumulate), share)
             self.loader = torch.utils.data.DataLoader(self.crops, **loader)

@@ -17,9 +17,11 @@ import math
 import os
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -44,10 +46,10 @@ LIMITS = {  # of the arguments of SMAE: more than the first number, at most the 
     "decoder_heads": (0, 2**16),
     "patch_size": (0, 2**12),
     "channels": (0, 2**12),
-    "mlp_ratio": (0, 1000),
-    "norm_eps": (0, 1),
+    "mlp_ratio": (0.0, 1000.0),
+    "norm_eps": (0.0, 1.0),
     "mean": (-1e6, 1e6),
-    "std": (0, 1e6),
+    "std": (0.0, 1e6),
 }
 MOST_PATCHES = 2**16
 
@@ -144,9 +146,7 @@ def _check(config: dict):
     """Raise ValueError where an argument of SMAE() is of a wrong type or beyond its limits."""
     for name, (low, high) in LIMITS.items():
         several = name in ("mean", "std")
-        kinds, kind = (
-            ((int, float), "a number") if several or name in ("mlp_ratio", "norm_eps") else (int, "an integer")
-        )
+        kinds, kind = (int, "an integer") if isinstance(high, int) else ((int, float), "a number")
         values = config[name] if several else [config[name]]
         if several and not (isinstance(values, (list, tuple)) and len(values) in (3, config["channels"])):
             raise ValueError(f"{name} must be a list of 3 numbers, or one for each channel, got {_told(values)}")
@@ -161,7 +161,7 @@ def _check(config: dict):
 def _sides(image_size) -> tuple[int, int]:
     """Height and width of an image size, a side or a pair. Raises ValueError if it is neither."""
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+    if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)):
         raise ValueError(f"image_size must be a side or a pair of sides, in pixels, got {_told(image_size)}")
     return tuple(sides)
 
@@ -440,7 +440,7 @@ class Classifier(nn.Module):
     Tokens are pooled before the last norm, which then starts anew if they are averaged (MAE, fine-tuning).
     ``drop_path`` grows linearly over the blocks, from 0 to the value given. ``encoder`` loses its decoder.
 
-    Raises ValueError for classes that are no names, a pooling that the encoder has not, or a ``drop_path`` not in 0 ... 1.
+    Raises ValueError for classes that are no names, a pooling that the encoder has not, a ``drop_path`` out of range.
     """
 
     def __init__(self, encoder: SMAE, classes: Sequence[str], pool: str = "mean", drop_path: float = 0.0):
@@ -617,6 +617,9 @@ def flush(path: str | os.PathLike):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems of networks cannot do it for a folder
+            raise
     finally:
         os.close(handle)
 
@@ -739,8 +742,9 @@ def _load(path: Path, heads: int | None, image_size: tuple[int, int] | None) -> 
         classifier = {}
 
     def build() -> SMAE | Classifier:
-        model = SMAE(**arguments)
-        return Classifier(model, **classifier) if classifier else model
+        if classifier:
+            return Classifier(SMAE(**arguments | dict(decoder_depth=0)), **classifier)
+        return SMAE(**arguments)
 
     with torch.device("meta"):  # takes no memory, however large the configuration says that the model is
         expected = build().state_dict()
@@ -823,9 +827,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         content = _read_pickle(file)
     except Exception as error:  # the libraries have no common one
         raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
-    for _ in range(4):  # a dictionary can be made to hold itself
-        if not isinstance(content, dict):
-            break
+    while isinstance(content, dict):
         args = content.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         config |= {name: args[name] for name in TOLD_BY_MAE if isinstance(args, dict) and name in args}
@@ -834,7 +836,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             break
         content = inner[0]
     content = content if isinstance(content, dict) else {}
-    weights = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    weights = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
     if not weights:
         raise ValueError(f"{file} holds no model: neither tensors nor a 'model' or 'state_dict' of them")
     # a stride of 0 shows one number as many
@@ -843,7 +845,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return config, weights
 
 
-LARGEST_TEXT = 2**22  # bytes of a configuration, or of the pickle that tells names and shapes
+LARGEST_TEXT = 2**21  # bytes of a configuration, or of the pickle of names and shapes: those of 10,000 tensors
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # that files of PyTorch begin with which are no zip archives
 MAKE_TENSORS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch device")
 MAKE_DICTIONARIES = ("collections OrderedDict", "argparse Namespace")
 CONTAINERS = (pickletools.pylist, pickletools.pydict, pickletools.pyset, pickletools.anyobject)
@@ -869,21 +872,40 @@ def _read_pickle(file: Path):
         zipped = opened.read(4) == b"PK\3\4"
         opened.seek(0)
         if zipped:
+            _check_directory(opened)
             archive = zipfile.ZipFile(opened)
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-            found = [record for record in archive.infolist() if record.filename.lower().endswith("data.pkl")]
+            found = [record for record in archive.infolist() if record.orig_filename.lower().endswith("data.pkl")]
             if len(found) != 1:
                 raise ValueError(f"it is a zip archive with {len(found)} pickles, not one")
-            text, pickles = io.BytesIO(archive.open(found[0]).read(LARGEST_TEXT)), 1
-        else:  # as written before PyTorch 1.6: magic number, version, system, content, keys; then the numbers
-            text, pickles = io.BytesIO(opened.read(LARGEST_TEXT)), 5
-            if not text.getvalue().startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
+            if found[0].file_size > LARGEST_TEXT:
+                raise ValueError(f"its pickle is larger than any of a model ({LARGEST_TEXT} bytes)")
+            text, pickles = io.BytesIO(archive.read(found[0])), 1
+        else:  # as written before PyTorch 1.6: magic number; version, system, content, keys; then the numbers
+            if opened.read(len(MAGIC)) != MAGIC:
                 raise ValueError("it does not begin like one")
+            text, pickles = io.BytesIO(opened.read(LARGEST_TEXT)), 4
         for _ in range(pickles):
             _inspect(text)
     with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of MAE hold their options
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)  # mapped: no size is believed
+
+
+def _check_directory(archive: BinaryIO):
+    """Raise ValueError unless the directory of a zip archive is at its end, so that zipfile and torch see the same."""
+    length = archive.seek(0, os.SEEK_END)
+    archive.seek(max(0, length - 98))
+    tail = archive.read().rjust(98, b"\0")
+    signature, size, start, comment = struct.unpack("<4s8x2IH", tail[-22:])
+    end, places = length - 22, (size, start)
+    if tail[56:60] == b"PK\6\7":  # a directory for large archives, that torch.save always writes
+        end, places = length - 98, struct.unpack("<2Q", tail[40:56])
+        there = tail[:4] == b"PK\6\6" and struct.unpack("<Q", tail[64:72]) == (end,)
+        if not there or any(old not in (new, 2**32 - 1) for old, new in zip((size, start), places)):
+            raise ValueError("its directory is in two places")
+    if signature != b"PK\5\6" or comment or sum(places) != end:
+        raise ValueError("it does not end with the directory of a zip archive")
 
 
 def _inspect(text: io.BytesIO):
@@ -892,7 +914,7 @@ def _inspect(text: io.BytesIO):
     ``weights_only`` sees to it that nothing but tensors and plain values is made. But it makes as many as it is told
     (``bytearray(10**12)``), copies a large dictionary a million times, and hashes tuples of tuples of tuples, each
     used twice. So here nothing is called but what tensors and their dictionaries need, and only what is small, or a
-    tensor, is used again. On the stack are weights: 1 for a plain value, their sum for a tuple.
+    tensor, is used again. On the stack are weights: 1 for a plain value, their sum for a tuple; or what is called.
     """
     small, container, most = 32, 100, 5000
     stack, marks, memo = [], [], {}
@@ -909,7 +931,7 @@ def _inspect(text: io.BytesIO):
         del stack[max(0, start) :]
         made = container if op.stack_after and op.stack_after[0] in CONTAINERS else 1
         if name == "GLOBAL":
-            made = arg if arg in MAKE_TENSORS + MAKE_DICTIONARIES else 1
+            made = arg
         elif name.endswith("TUPLE") or name[:-1] == "TUPLE":
             made = 1 + sum(1 if isinstance(weight, str) else weight for weight in taken)
             if made > most:
@@ -919,11 +941,13 @@ def _inspect(text: io.BytesIO):
         elif name.endswith("GET"):
             made = memo[arg]
             if not isinstance(made, str) and made > small:
-                raise ValueError("it uses a container twice")
+                raise ValueError("it uses something large twice")
+        elif isinstance(arg, (str, bytes)):
+            made = 1 + len(arg) // 32
         elif name in ("REDUCE", "NEWOBJ"):
             call, arguments = taken
             if call not in MAKE_TENSORS and (call not in MAKE_DICTIONARIES or arguments != 1):
-                raise ValueError("it calls what makes no tensor")
+                raise ValueError(f"it calls {call if isinstance(call, str) else 'a value'}, which makes no tensor")
             made = 1 if call in MAKE_TENSORS else container
         elif name.startswith(("LONG", "INT")) and abs(arg) >= 2**64:  # such can be chosen to collide in a dictionary
             raise ValueError("it holds an integer of more than 64 bits")

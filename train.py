@@ -219,7 +219,7 @@ def complete(args: argparse.Namespace):
     if args.save_every is None:
         args.save_every = math.ceil(args.epochs / 10)
     for name in ("save_every", "save_every_steps", "keep"):
-        if (getattr(args, name) or (1 if name == "save_every_steps" else 0)) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.precision == "auto":
         args.precision = best_precision()
@@ -486,11 +486,11 @@ def mishaps(world: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = data.one_line(error)
+        text = f"({data.one_line(error)}): --resume auto goes on from the last checkpoint"
         if "DataLoader worker" in text:
-            raise Mishap(f"a process that reads pictures died, for want of memory perhaps ({text})") from None
+            raise Mishap(f"a process that reads pictures died, for want of memory perhaps {text}") from None
         if world > 1 and re.search("gloo|nccl|closed by peer|reset by peer|broken pipe", text, re.IGNORECASE):
-            raise Mishap(f"another process of the run is gone ({text})") from None
+            raise Mishap(f"another process of the run is gone {text}") from None
         raise
 
 
@@ -531,7 +531,7 @@ class Run:
             due = not progress.seen and (progress.epoch - guide.start - 1) % args.guide_every == 0
             if due or guide.maps is None:
                 self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
-                guide.remember(self.batches, self.accelerator, after_each=self.stop_if_asked)
+                guide.remember(self.batches, self.accelerator, after_each=self.listen)
         self.trained.train()
         for batch in self.batches.epoch(progress.epoch, progress.seen):
             self.learn(batch)
@@ -543,10 +543,10 @@ class Run:
             self.bar.update()
             if progress.step % 10 == 0:  # this waits for the device: not at every step
                 self.check_losses()
-            if self.batches.steps_left(progress.seen):  # else the end of the epoch does as much
-                if args.save_every_steps and progress.step % args.save_every_steps == 0:
-                    self.save()
-                self.stop_if_asked()
+            last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does all that
+            if args.save_every_steps and progress.step % args.save_every_steps == 0 and not last:
+                self.save()
+            self.listen(stop=not last)
 
     def learn(self, batch: data.Batch):
         """Forward, backward and, at the end of a step, update."""
@@ -606,8 +606,7 @@ class Run:
         if due:
             self.save()
             self.write(lambda: self.write_results(epoch))
-        if epoch < args.epochs:
-            self.stop_if_asked()
+        self.listen(stop=epoch < args.epochs)
 
     # ---------------------------------------------------------------------------------------------- looking out
 
@@ -615,14 +614,14 @@ class Run:
         if self.accelerator.is_main_process:
             self.bar.write(text)
 
-    def stop_if_asked(self):
-        """Raise Interrupted in all processes if one was told to stop; make known which broken pictures one has met."""
+    def listen(self, stop: bool = True):
+        """Raise Interrupted in all processes if one was told to ``stop``; say which broken pictures one has met."""
         number, news = self.peers.largest(self.signals.caught, len(self.batches.bad) - self.batches.told)
         if news:
             stop_if_too_many_are_bad(self.batches)
             for description in self.batches.news():
                 self.say(f"skipped a broken image: {description}")
-        if number:
+        if number and stop:
             raise Interrupted(number)
 
     def check_losses(self):

@@ -19,8 +19,8 @@ folder = Path(sys.argv.pop(1))
 read, choose, build, guide = data.TrainBatches.epoch, train.choose_mask, train.build_model, train.build_guide
 
 
-def noted_epoch(self, epoch):
-    for batch in read(self, epoch):
+def noted_epoch(self, epoch, seen=0):
+    for batch in read(self, epoch, seen):
         record["indices"].append((epoch, batch.indices.tolist()))
         yield batch
 
@@ -31,8 +31,8 @@ def noted_choice(*arguments):
     return mask
 
 
-def noted_model(args):
-    record["model"] = build(args)
+def noted_model(*arguments):
+    record["model"] = build(*arguments)
     return record["model"]
 
 

@@ -197,14 +197,25 @@ def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
     guide.look(torch.randn(4, 3, 32, 32), learn=True)
     guide.end_step(accelerator)
     guide.maps, guide.start, guide.history = torch.rand(5, 4, 4).half(), 7, [dict(exploitation_masked=[0.5])]
-    accelerator.register_for_checkpointing(guide)
-    accelerator.save_state(tmp_path / "checkpoint")
-    expected = guide.state_dict()
-    guide.load_state_dict(Guide(small_model).state_dict())
-    assert guide.maps is None and guide.mean is None and guide.start is None
-    accelerator.load_state(tmp_path / "checkpoint")
-    assert torch.equal(guide.maps, expected["maps"]) and torch.equal(guide.mean, expected["mean"])
-    assert guide.start == 7 and guide.history == [dict(exploitation_masked=[0.5])]
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    state = torch.load(tmp_path / "guide.pt", weights_only=True)
+    again = Guide(small_model, debias=True)
+    again.load_state_dict(state)
+    assert torch.equal(guide.maps, again.maps) and torch.equal(guide.mean, again.mean)
+    assert again.start == 7 and again.history == [dict(exploitation_masked=[0.5])]
+    for other in (dict(debias=False), dict(layer=1), dict(foreground="peak"), dict(kind="amt")):
+        changed = Guide(small_model, **dict(debias=True) | other, start=3)
+        changed.load_state_dict(state)
+        assert changed.maps is None and changed.mean is None and changed.start == 3
+
+
+def test_a_picture_whose_features_are_no_numbers_does_not_spoil_the_mean_for_ever(accelerator, small_model):
+    guide = Guide(small_model, debias=True)
+    for images in (torch.full((2, 3, 32, 32), torch.nan), torch.randn(2, 3, 32, 32), torch.full((2, 3, 32, 32), 1e38)):
+        guide.look(images, learn=True)
+        guide.end_step(accelerator)
+        assert guide.mean.isfinite().all()
+    assert guide.mean.abs().max() > 0
 
 
 # ------------------------------------------------------------------------------------------- in training
@@ -213,7 +224,7 @@ def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
 def test_maps_are_refreshed_every_so_many_epochs_and_used_by_all_alike(monkeypatch, tmp_path):
     """Worker processes that outlive an epoch have no copy of the maps that could be stale."""
     passes, remember = [], Guide.remember
-    monkeypatch.setattr(Guide, "remember", lambda self, *args: passes.append(remember(self, *args)))
+    monkeypatch.setattr(Guide, "remember", lambda self, *args, **kw: passes.append(remember(self, *args, **kw)))
     arguments = [*QUICK, "--epochs", 6, "--lr", 1e-3, "--guide-start", 1, "--guide", "cached", "--guide-every", 2]
     for name, extra in (("a", []), ("b", ["--workers", 2]), ("c", ["--guide-every", 5])):
         train_here(monkeypatch, *arguments, *extra, "--out", tmp_path / name)

@@ -36,6 +36,11 @@ def train_here(monkeypatch, *arguments):
     train.main()
 
 
+def contents(folder) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def records(out) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -47,7 +52,8 @@ def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
     out = tmp_path / "run"
     result = run(*QUICK, "--guide-start", 1, "--out", out)
     assert result.returncode == 0, result.stderr
-    assert sorted(file.name for file in out.iterdir()) == sorted(train.RUN_FILES)
+    checkpoints = ["checkpoint-00000002", "checkpoint-00000004"]
+    assert sorted(file.name for file in out.iterdir()) == sorted([*train.RUN_FILES, *checkpoints])
     first, second = records(out)
     assert {"epoch", "phase", "loss", "lr", "images_per_second", "seconds"} <= set(first)
     assert (first["epoch"], first["phase"], second["epoch"], second["phase"]) == (1, "random", 2, "selfguided")
@@ -367,11 +373,11 @@ def test_an_empty_split_is_refused(monkeypatch, tmp_path, capfd):
 def test_another_run_is_not_overwritten_unless_told(monkeypatch, tmp_path, capfd):
     out = tmp_path / "run"
     train_here(monkeypatch, *QUICK, "--out", out)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = contents(out)
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *QUICK, "--out", out, "--seed", 1)
     assert "holds another run" in capfd.readouterr().err
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert contents(out) == before
     train_here(monkeypatch, *QUICK, "--out", out, "--seed", 1, "--overwrite")
     assert (out / "model.safetensors").read_bytes() != before["model.safetensors"]
     assert len(records(out)) == 2
@@ -396,13 +402,13 @@ def test_too_many_broken_pictures_stop_the_run_with_their_paths(processes, tmp_p
 
 def test_too_many_broken_pictures_leave_the_run_before_as_it_was(monkeypatch, tmp_path, photos, capfd):
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    before = contents(tmp_path / "run")
     arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--overwrite"]
     for extra in ([], ["--preload"], ["--streaming"]):
         with pytest.raises(SystemExit):
             train_here(monkeypatch, *arguments, "--out", tmp_path / "run", *extra)
         assert "17.png" in capfd.readouterr().err
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):

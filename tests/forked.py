@@ -1,0 +1,64 @@
+"""Real processes that run train.py, started in a moment: forked from a server that has imported it already."""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+
+
+def start(log, *arguments, world: int = 1, largest_file: int | None = None, patches: str | None = None) -> list:
+    """Start ``world`` processes of ``train.py arguments``; what they print goes to ``log``-RANK.
+
+    ``largest_file``: bytes beyond which no file can grow, in place of a full disk. ``patches``: a module of tests/
+    whose ``apply()`` is called first.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+        if world > 1:
+            environment |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+            environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        job = [str(x) for x in arguments], {key: str(value) for key, value in environment.items()}
+        processes.append(context.Process(target=_run, args=(*job, f"{log}-{rank}", largest_file, patches)))
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _run(arguments, environment, log, largest_file, patches):
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as on any Linux before Python 3.14
+    os.setpgrp()  # with its workers, a group to be signalled
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    import train
+
+    if patches:
+        importlib.import_module(patches).apply()
+    sys.argv = ["train.py", *arguments]
+    train.main()
+
+
+def finish(processes: list, seconds: float = 120) -> list[int]:
+    """Wait for them; their exit codes. Kills what does not end in time, with an AssertionError."""
+    for process in processes:
+        process.join(seconds)
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+    assert not late, f"{len(late)} processes did not end within {seconds} s"
+    return [process.exitcode for process in processes]

@@ -1,0 +1,649 @@
+"""A run that is interrupted, by whatever, and resumed ends as one that never was: to the bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import forked
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_train import SMALL, records, train_here
+
+import checkpoint
+import data
+import smae
+import train
+
+BRIEF = [*SMALL, *"--max-images 40 --batch-size 8 --epochs 4 --guide-start 2 --lr 1e-3".split()]
+BRIEF += "--workers 0 --precision no --save-every-steps 1 --keep 99".split()  # 5 steps an epoch, a checkpoint each
+
+
+@pytest.fixture
+def quick_drawing(monkeypatch):
+    """The pictures of a run take longer than the run."""
+    monkeypatch.setattr(train, "draw", lambda args, *_: (args.out / "masks.png").write_text("drawn"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """40 pictures, four of them broken."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, row in enumerate(data.draw_shapes("test", 40, 32)):
+        row["image"].save(folder / f"{i:02d}.png")
+    for i in (3, 17, 18, 31):
+        (folder / f"{i:02d}.png").write_bytes(b"not a picture")
+    return folder
+
+
+def outcome(out, step: int | None = None) -> dict:
+    """All that a run has come to (after a step), but for times, names and where it lies."""
+    name = f"checkpoint-{step:08d}" if step else checkpoint.folders(out)[0].name
+    state = checkpoint.read(out / name)
+    for key in ("config", "crc"):
+        del state[key]
+    for key in ("seconds", "name"):
+        del state["progress"][key]
+    for record in state["progress"]["records"]:
+        del record["seconds"], record["images_per_second"]
+    return state
+
+
+def differences(a, b, path="") -> list[str]:
+    """Where two nests of dicts, lists, tensors and plain values differ."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [text for key in a for text in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [text for i, (x, y) in enumerate(zip(a, b)) for text in differences(x, y, f"{path}/{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    return [] if a == b else [f"{path}: {a} is not {b}"]
+
+
+def end_alike(whole, resumed, step: int | None = None):
+    assert differences(outcome(whole, step), outcome(resumed, step)) == []
+    if step is None:
+        assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+        timeless = [
+            [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in records(out)]
+            for out in (whole, resumed)
+        ]
+        assert timeless[0] == timeless[1] and len(timeless[0]) == timeless[0][-1]["epoch"]
+
+
+# ------------------------------------------------------------------------------------------- exact resume
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "",
+        "--workers 2",
+        "--preload",
+        "--accumulate 2 --clip-grad 0.5 --raw-pixels",
+        "--guide cached --guide-debias --guide-every 1",
+        "--guide cached --guide-every 5 --preload host",
+        "--guide-debias --guide-layer decoder-1 --hint similar",
+        "--mask amt --streaming",
+        "--mask amt --save-every-steps 3",
+        "--guide-start auto",
+        "--streaming",
+        "--streaming --workers 3",
+        "--dataset PHOTOS --max-bad-images 0.2",
+        "--dataset PHOTOS --max-bad-images 0.2 --workers 2",
+        "--dataset PHOTOS --max-bad-images 0.2 --streaming --workers 2",
+    ],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(extra, quick_drawing, monkeypatch, tmp_path, photos, capfd):
+    """Interrupted within an epoch, where the masks change, where the guide looks again, before the last step."""
+    arguments = [*BRIEF, *extra.replace("PHOTOS", str(photos)).split()]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
+    steps = 3 if "--save-every-steps 3" in extra else 1
+    for point in (3, 10, 13, 19) if steps == 1 else (9, 15):
+        out = tmp_path / f"from {point}"
+        random.seed(9), np.random.seed(9), torch.manual_seed(9)
+        resume = tmp_path / "whole" / f"checkpoint-{point:08d}"
+        train_here(monkeypatch, *arguments, "--out", out, "--resume", resume)
+        assert f"going on from {resume}: epoch {point // 5 + 1}, {point % 5 * 8} images" in capfd.readouterr().out
+        assert steps > 1 or len(checkpoint.folders(out)) == 20 - point
+        end_alike(tmp_path / "whole", out)
+
+
+def test_a_different_point_in_the_data_would_be_noticed(quick_drawing, monkeypatch, tmp_path):
+    """The comparison above can fail: a resumed run that begins the epoch anew ends elsewhere."""
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "whole")
+    epoch = data.TrainBatches.epoch
+    monkeypatch.setattr(
+        data.TrainBatches, "epoch", lambda self, number, seen: list(epoch(self, number, 0))[seen // 8 :]
+    )
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "same", "--resume", tmp_path / "whole" / "checkpoint-00000003")
+    end_alike(tmp_path / "whole", tmp_path / "same")
+    monkeypatch.setattr(
+        data.TrainBatches, "epoch", lambda self, number, seen: list(epoch(self, number, 0))[: 5 - seen // 8]
+    )
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "other", "--resume", tmp_path / "whole" / "checkpoint-00000003")
+    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "other"))
+
+
+def test_all_random_states_are_kept():
+    def draw() -> list:
+        return [random.random(), np.random.rand(), np.random.normal(), torch.rand(()).item()]
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    np.random.normal()  # leaves a second one behind, which belongs to the state
+    states = checkpoint.random_states()
+    first = draw()
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert draw() != first
+    checkpoint.set_random_states(states)
+    assert draw() == first
+
+
+# ------------------------------------------------------------------------------------------- signals and killing
+
+LONG = [*SMALL, *"--max-images 40 --batch-size 8 --epochs 12 --guide-start 4 --lr 1e-3".split()]
+LONG += "--guide cached --guide-every 3 --guide-debias --workers 0 --precision no --save-every 5".split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 60 steps that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert forked.finish(forked.start(folder / "log", *LONG, "--out", folder / "run", patches="slow_steps")) == [0]
+    return folder / "run"
+
+
+def wait_for_step(out, step: int, processes: list, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not any(int(folder.name[11:]) >= step for folder in checkpoint.folders(out)):
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_and_a_code(number, whole, tmp_path):
+    arguments = [*LONG, "--save-every-steps", 4, "--out", tmp_path / "run", "--resume", "auto"]
+    processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
+    wait_for_step(tmp_path / "run", 8, processes)
+    os.kill(processes[0].pid, number)
+    assert forked.finish(processes, 10) == [128 + number]
+    text = (tmp_path / "log-0").read_text()
+    assert f"stopped by {number.name}: epoch" in text and "--resume auto goes on" in text
+    last = checkpoint.folders(tmp_path / "run")[0]
+    assert 8 < int(last.name[11:]) < 60 and f"after step {int(last.name[11:])} of the run" in text
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
+    end_alike(whole, tmp_path / "run")
+    assert f"going on from {last}" in (tmp_path / "log-0").read_text()
+
+
+def test_a_signal_to_the_whole_group_does_not_take_the_workers_before_the_step_is_done(whole, tmp_path):
+    """torch ends a main process, at any place, as soon as a worker is killed."""
+    arguments = [*LONG, "--workers", 2, "--save-every-steps", 4, "--out", tmp_path / "run", "--resume", "auto"]
+    for step, number in ((8, signal.SIGTERM), (20, signal.SIGINT)):
+        processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
+        wait_for_step(tmp_path / "run", step, processes)
+        os.killpg(processes[0].pid, number)
+        assert forked.finish(processes, 20) == [128 + number]
+        assert f"stopped by {number.name}" in (tmp_path / "log-0").read_text()
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
+    end_alike(whole, tmp_path / "run")
+
+
+def test_a_signal_repeated_by_a_launcher_counts_once_and_a_second_one_ends_the_run_at_once(tmp_path):
+    code = """if True:
+        import os, signal, time, checkpoint
+        with checkpoint.Signals() as signals:
+            for pause in (0, 0, 1.2):
+                time.sleep(pause)
+                print(signals.caught, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+            print("never")"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["0", "15", "15"] and result.returncode == 128 + signal.SIGTERM
+    before = signal.getsignal(signal.SIGTERM)
+    with checkpoint.Signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def kill_again_and_again(times: int, whole, tmp_path, seed: int = 0):
+    """SIGKILL at random moments of a run that saves at every step, resumed each time: it ends as if it had not been."""
+    rng, reached, torn = random.Random(seed), 0, 0
+    out, arguments = tmp_path / "run", [*LONG, "--save-every-steps", 1, "--resume", "auto", "--out", tmp_path / "run"]
+    for _ in range(times):
+        processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
+        wait_for_step(out, reached + 1, processes)
+        time.sleep(rng.uniform(0, 0.1))
+        processes[0].kill()
+        assert forked.finish(processes) == [-signal.SIGKILL]
+        torn += bool(list(out.glob("*.part")) + list(out.glob("*.old")))
+        whole_ones = [folder for folder in checkpoint.folders(out) if checkpoint.read(folder)]
+        assert whole_ones == checkpoint.folders(out) and 1 <= len(whole_ones) <= 3
+        reached = int(whole_ones[0].name[11:])
+        if reached > 50:  # from the start again
+            shutil.rmtree(out)
+            reached = 0
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
+    end_alike(whole, out)
+    assert not list(out.glob("checkpoint-*.*")) and len(checkpoint.folders(out)) == 2
+    return torn
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_is_not(whole, tmp_path):
+    kill_again_and_again(5, whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_forty_kills_lose_nothing(whole, tmp_path):
+    assert kill_again_and_again(40, whole, tmp_path, seed=1) > 0  # some of them while it was writing
+
+
+# ------------------------------------------------------------------------------------------- disks
+
+
+def test_a_disk_that_takes_no_more_stops_nothing_and_breaks_nothing(whole, tmp_path):
+    """No file may grow beyond 40 kB, which a checkpoint needs more than; the metrics still fit."""
+    out = tmp_path / "run"
+    arguments = [*LONG, "--out", out, "--resume", "auto", "--save-every-steps", 4]
+    processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
+    wait_for_step(out, 8, processes)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert forked.finish(processes) == [128 + signal.SIGTERM]
+    before = {file: file.read_bytes() for file in out.rglob("checkpoint-*/*")}
+    processes = forked.start(tmp_path / "log", *arguments, largest_file=40_000, patches="slow_steps")
+    assert forked.finish(processes) == [1]
+    text = (tmp_path / "log-0").read_text()
+    assert "WARNING: cannot write" in text and "checkpoint-00000060" in text and "File too large" in text
+    assert "error: the last checkpoint could not be written" in text and "Traceback" not in text
+    assert {file: file.read_bytes() for file in out.rglob("checkpoint-*/*")} == before
+    assert len(records(out)) == 12 and not list(out.rglob("*.part"))
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
+    end_alike(whole, out)
+
+
+@pytest.mark.slow
+def test_a_full_file_system_loses_nothing(whole, tmp_path):
+    """A file system that has room for one checkpoint, not for the next beside it; then for both."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(file.stat().st_size for file in checkpoint.folders(whole)[0].iterdir())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(1.9 * size)}", "none", disk], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode()}")
+    try:
+        arguments = [*LONG, "--out", disk / "run", "--resume", "auto", "--save-every-steps", 4]
+        processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
+        assert forked.finish(processes) == [1]
+        text = (tmp_path / "log-0").read_text()
+        assert "No space left on device" in text and "Traceback" not in text
+        assert [folder.name for folder in checkpoint.folders(disk / "run")] == ["checkpoint-00000004"]
+        subprocess.run(["mount", "-o", f"remount,size={10 * size}", disk], check=True)
+        assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
+        assert "going on from" in (tmp_path / "log-0").read_text()
+        end_alike(whole, disk / "run")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def damage(folder, how: str):
+    state, weights = folder / "state.pt", folder / "model.safetensors"
+    if how == "gone":
+        state.unlink()
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "empty":
+        state.write_bytes(b"")
+    elif how == "short":
+        state.write_bytes(state.read_bytes()[:-1000])
+    else:
+        file = weights if how == "flipped weight" else state
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["gone", "no weights", "empty", "short", "flipped", "flipped weight"])
+def test_a_broken_checkpoint_is_passed_over_with_a_warning(how, quick_drawing, monkeypatch, tmp_path, capfd):
+    train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for name in ("checkpoint-00000009", "checkpoint-00000010"):
+        damage(tmp_path / "run" / name, how)
+    with pytest.raises(SystemExit):
+        resume = tmp_path / "run" / "checkpoint-00000010"
+        train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "new", "--resume", resume)
+    errors = capfd.readouterr().err
+    assert "checkpoint-00000010" in errors and (
+        "not a whole checkpoint" in errors or "there is no checkpoint" in errors
+    )
+    train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto")
+    printed = capfd.readouterr().out
+    assert printed.count("passed over a broken checkpoint") == 2 and "going on from" in printed
+    assert "checkpoint-00000008: epoch 2, 24 images" in printed
+    end_alike(tmp_path / "whole", tmp_path / "run")
+    for folder in checkpoint.folders(tmp_path / "run"):
+        damage(folder, how)
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto")
+    assert "no checkpoint of" in (errors := capfd.readouterr().err) and "is whole" in errors
+
+
+# ------------------------------------------------------------------------------------------- what may change
+
+
+def test_the_newest_checkpoints_are_kept_and_the_others_go(quick_drawing, monkeypatch, tmp_path):
+    for keep, left in ((1, [10]), (3, [10, 9, 8])):
+        train_here(monkeypatch, *BRIEF, "--epochs", 2, "--keep", keep, "--out", tmp_path / str(keep))
+        names = [folder.name for folder in checkpoint.folders(tmp_path / str(keep))]
+        assert names == [f"checkpoint-{step:08d}" for step in left]
+        model = smae.load(tmp_path / str(keep) / names[0])  # a checkpoint is as good as a run
+        again = smae.load(tmp_path / str(keep))
+        assert differences(dict(model.state_dict()), dict(again.state_dict())) == []
+        config, its = (json.loads((tmp_path / str(keep) / x / "config.json").read_text()) for x in ("", names[0]))
+        assert config == its and config["train"]["keep"] == keep
+
+
+def test_auto_begins_a_run_that_has_not_begun_and_ends_one_that_is_done(quick_drawing, monkeypatch, tmp_path, capfd):
+    arguments = [*BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # stopped before its first checkpoint
+    train_here(monkeypatch, *arguments)
+    assert len(records(tmp_path / "run")) == 2
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    train_here(monkeypatch, *arguments)
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+    assert "epoch 3, 0 images" in capfd.readouterr().out
+    for folder in checkpoint.folders(tmp_path / "run"):
+        shutil.rmtree(folder)
+    with pytest.raises(SystemExit):  # a result without checkpoints is no run to go on with, nor one to lose
+        train_here(monkeypatch, *arguments)
+    assert "holds another run" in capfd.readouterr().err
+
+
+def test_going_back_to_an_older_checkpoint_must_be_meant(quick_drawing, monkeypatch, tmp_path, capfd):
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    back = [*BRIEF, "--out", tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint-00000017"]
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *back)
+    assert "checkpoint-00000020, checkpoint-00000019, checkpoint-00000018 of" in capfd.readouterr().err
+    assert len(checkpoint.folders(tmp_path / "run")) == 20
+    train_here(monkeypatch, *back, "--overwrite", "--lr", 2e-3)
+    assert "changed: --lr 0.001 -> 0.002" in capfd.readouterr().out
+    assert differences(outcome(tmp_path / "whole", 17), outcome(tmp_path / "run", 17)) == []
+    for step in (18, 20):
+        assert differences(outcome(tmp_path / "whole", step), outcome(tmp_path / "run", step))
+
+
+def test_another_batch_size_goes_on_with_the_pictures_not_yet_seen_and_says_so(
+    quick_drawing, monkeypatch, tmp_path, capfd
+):
+    arguments = [*BRIEF, "--blr", 0.032, "--epochs", 3]
+    del arguments[arguments.index("--lr") : arguments.index("--lr") + 2]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
+    seen, epoch = [], data.TrainBatches.epoch
+
+    def noted(self, number, start):
+        for batch in epoch(self, number, start):
+            seen.append((number, [int(i) for i in batch.indices]))
+            yield batch
+
+    monkeypatch.setattr(data.TrainBatches, "epoch", noted)
+    resume = ["--resume", tmp_path / "whole" / "checkpoint-00000002"]
+    train_here(monkeypatch, *arguments, "--batch-size", 4, "--out", tmp_path / "run", *resume)
+    printed = capfd.readouterr().out
+    assert "changed: --batch-size 8 -> 4" in printed and "changed: --lr 0.001 -> 0.0005" in printed
+    order = np.random.default_rng((0, 1)).permutation(40)
+    assert [i for number, indices in seen if number == 1 for i in indices] == order[16:].tolist()
+    assert len(seen) == 6 + 10 + 10
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("whole", "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
+    rates = [records(tmp_path / name)[-1]["lr"] for name in ("whole", "run")]
+    assert rates[1] < rates[0] / 2
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ("--width 64", "cannot go on with another model: it had width 32, now 64"),
+        ("--raw-pixels", "cannot go on with another model: it had normalize_pixels True, now False"),
+        ("--image-size 64", "another model: it had image_size [32, 32], now [64, 64]"),
+        ("--dataset PHOTOS", "cannot go on with another data set: it was shapes, 40 images, and is"),
+        ("--max-images 39", "another data set: it was shapes, 40 images, and is shapes, 39"),
+        ("--split test", "another data set"),
+        ("--seed 1", "cannot go on with another seed"),
+        ("--resume nowhere", "--resume nowhere: there is no checkpoint"),
+        ("--keep 0", "--keep must be at least 1"),
+        ("--save-every-steps 0", "--save-every-steps must be at least 1"),
+    ],
+)
+def test_another_model_or_data_set_is_refused(changed, message, started, monkeypatch, tmp_path, photos, capfd):
+    arguments = [*BRIEF, "--resume", started / "checkpoint-00000003", "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *arguments, *changed.replace("PHOTOS", str(photos)).split())
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0] and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A run of one epoch, with a checkpoint at each of its five steps."""
+    folder = tmp_path_factory.mktemp("started")
+    arguments = [*BRIEF, "--epochs", 1, "--warmup-epochs", 0, "--out", folder / "run"]
+    assert forked.finish(forked.start(folder / "log", *arguments)) == [0]
+    return folder / "run"
+
+
+def test_data_that_has_moved_are_the_same_data_even_if_a_picture_broke(
+    quick_drawing, monkeypatch, tmp_path, photos, capfd
+):
+    arguments = [*BRIEF, "--epochs", 2, "--max-bad-images", 0.3]
+    train_here(monkeypatch, *arguments, "--dataset", photos, "--out", tmp_path / "whole")
+    photos = photos.rename(tmp_path / "elsewhere")
+    (photos / "05.png").write_bytes(b"broken since")
+    resume = ["--resume", tmp_path / "whole" / "checkpoint-00000003"]
+    train_here(monkeypatch, *arguments, "--dataset", photos, "--out", tmp_path / "run", *resume)
+    assert "changed: --dataset" in capfd.readouterr().out and len(records(tmp_path / "run")) == 2
+
+
+def test_a_run_that_started_from_another_goes_on_without_it(quick_drawing, monkeypatch, tmp_path, capfd):
+    train_here(monkeypatch, *BRIEF, "--epochs", 1, "--out", tmp_path / "first")
+    arguments = ["--init-from", tmp_path / "first", *BRIEF[len(SMALL) :], "--guide-start", "auto"]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "first")
+    for point in (3, 13):
+        resume = ["--resume", tmp_path / "whole" / f"checkpoint-{point:08d}"]
+        train_here(monkeypatch, *arguments, "--out", tmp_path / str(point), *resume)
+        end_alike(tmp_path / "whole", tmp_path / str(point))
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *arguments, "--depth", 5, "--out", tmp_path / "other", *resume)
+    assert "another model: it had depth 2, now 5" in capfd.readouterr().err
+
+
+def test_trackers_go_on_where_the_run_does(quick_drawing, monkeypatch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [*BRIEF, "--log-with", "tensorboard", "--out", tmp_path / "run"]
+    train_here(monkeypatch, *arguments)
+    resume = ["--resume", tmp_path / "run" / "checkpoint-00000013", "--overwrite"]
+    train_here(monkeypatch, *arguments, *resume)
+    events = EventAccumulator(str(tmp_path / "run" / "smae"))
+    events.Reload()
+    scalars = events.Scalars("loss")
+    assert [scalar.step for scalar in scalars] == [1, 2, 3, 4]
+    assert [scalar.value for scalar in scalars] == pytest.approx(
+        [record["loss"] for record in records(tmp_path / "run")]
+    )
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+def test_the_scaler_of_fp16_is_part_of_a_checkpoint(quick_drawing, monkeypatch, tmp_path):
+    """On a CPU, Accelerate has none: one of torch stands in its place."""
+    scalers, make = [], train.make_accelerator
+
+    def with_scaler(**options):
+        accelerator = make(**options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=4)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", with_scaler)
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "whole")
+    assert outcome(tmp_path / "whole")["scaler"]["scale"] == 8.0 * 2**5
+    for point in (6, 11):
+        resume = ["--resume", tmp_path / "whole" / f"checkpoint-{point:08d}"]
+        train_here(monkeypatch, *BRIEF, "--out", tmp_path / str(point), *resume)
+        end_alike(tmp_path / "whole", tmp_path / str(point))
+
+
+def poisoned_forward(monkeypatch, call: int, value: float, gradient: bool = False):
+    """The loss of the n-th batch that is learned from becomes ``value``, or only its gradient does."""
+    forward, calls = smae.SMAE.forward, []
+
+    def poisoned(self, images, mask):
+        loss = forward(self, images, mask)
+        calls.append(1)
+        if len(calls) == call and gradient:
+            loss.register_hook(lambda slope: slope * value)
+        return loss * value if len(calls) == call and not gradient else loss
+
+    monkeypatch.setattr(smae.SMAE, "forward", poisoned)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_with_step_images_and_masks_and_spoils_no_checkpoint(
+    value, quick_drawing, monkeypatch, tmp_path, capfd
+):
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        poisoned_forward(patch, 14, value)
+        with pytest.raises(SystemExit) as stopped:
+            train_here(patch, *BRIEF, "--out", tmp_path / "run")
+    assert stopped.value.code == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    wrong = np.random.default_rng((0, 3)).permutation(40)[24:32].tolist()
+    assert len(errors) == 1 and f"the loss is {value} in epoch 3, step 14 of the run, selfguided masks" in errors[0]
+    assert f"images {', '.join(map(str, wrong))} of the data" in errors[0] and "--resume auto" in errors[0]
+    assert checkpoint.folders(tmp_path / "run")[0].name == "checkpoint-00000013"
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run", "--resume", "auto")
+    end_alike(tmp_path / "whole", tmp_path / "run")
+
+
+def test_weights_that_are_no_numbers_are_not_saved(quick_drawing, monkeypatch, tmp_path, capfd):
+    """The loss still is a number when a gradient is not."""
+    poisoned_forward(monkeypatch, 14, float("nan"), gradient=True)
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run")
+    errors = capfd.readouterr().err
+    assert "no longer finite in epoch 3, step 14 of the run (selfguided masks)" in errors
+    assert checkpoint.folders(tmp_path / "run")[0].name == "checkpoint-00000013"
+
+
+def test_a_loss_that_is_no_number_is_found_without_a_checkpoint_being_due(quick_drawing, monkeypatch, tmp_path, capfd):
+    arguments = BRIEF[: BRIEF.index("--save-every-steps")]
+    poisoned_forward(monkeypatch, 3, float("nan"))
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *arguments, "--keep", 1, "--save-every", 4, "--out", tmp_path / "run")
+    assert "the loss is nan in epoch 1, step 3 of the run, random masks" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_resume_to_the_bit_and_stop_together(tmp_path):
+    arguments = [*LONG, "--save-every-steps", 4]
+    processes = forked.start(tmp_path / "log", *arguments, "--out", tmp_path / "whole", world=2, patches="slow_steps")
+    assert forked.finish(processes) == [0, 0]
+    arguments += ["--out", tmp_path / "run", "--resume", "auto"]
+    for step, rank, number in ((8, 1, signal.SIGTERM), (24, 0, signal.SIGUSR1)):
+        processes = forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")
+        wait_for_step(tmp_path / "run", step, processes)
+        os.kill(processes[rank].pid, number)  # one of them only
+        assert forked.finish(processes, 20) == [128 + number] * 2
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")) == [0, 0]
+    end_alike(tmp_path / "whole", tmp_path / "run")
+
+    arguments = [*LONG, "--resume", tmp_path / "run" / checkpoint.folders(tmp_path / "run")[1].name]
+    arguments += ["--out", tmp_path / "one"]
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
+    assert "changed: processes 2 -> 1" in (tmp_path / "log-0").read_text()
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("whole", "one")]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and len(losses[1]) == 12
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_process_is_killed_the_other_stops_with_a_message_and_the_run_can_be_resumed(rank, tmp_path):
+    arguments = [*LONG, "--save-every-steps", 4, "--out", tmp_path / "run", "--resume", "auto"]
+    processes = forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")
+    wait_for_step(tmp_path / "run", 8, processes)
+    processes[rank].kill()
+    codes = forked.finish(processes, 60)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
+    text = (tmp_path / f"log-{1 - rank}").read_text()
+    assert "error: another process of the run is gone" in text and "Traceback" not in text
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")) == [0, 0]
+    assert "going on from" in (tmp_path / "log-0").read_text() and len(records(tmp_path / "run")) == 12
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_dead_worker_ends_the_run_with_a_message(kill, monkeypatch, tmp_path, photos):
+    arguments = [*LONG, "--workers", 2, "--save-every-steps", 4, "--out", tmp_path / "run", "--resume", "auto"]
+    processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
+    wait_for_step(tmp_path / "run", 4, processes)
+    children = subprocess.run(["pgrep", "-P", str(processes[0].pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) >= 2
+    os.kill(int(children[-1]), signal.SIGKILL if kill else signal.SIGSEGV)
+    assert forked.finish(processes, 60) == [1]
+    text = (tmp_path / "log-0").read_text()
+    assert "error: a process that reads pictures died" in text and "--resume auto" in text
+    assert checkpoint.find(tmp_path / "run")
+
+
+@pytest.mark.parametrize("extra", ["", "--batch-size 64", "--streaming"])
+def test_fewer_pictures_than_processes_need_end_in_a_line(extra, tmp_path):
+    arguments = [*LONG[: LONG.index("--guide")], "--max-images", 1, *extra.split(), "--out", tmp_path / "run"]
+    codes = forked.finish(forked.start(tmp_path / "log", *arguments, world=2), 60)
+    assert codes == [1, 1]
+    assert "there are only 1" in (tmp_path / "log-0").read_text()
+
+
+def write_shards(folder, sizes):
+    folder.mkdir()
+    row = next(data.draw_shapes("test", 1, 32))["image"]
+    row.save(folder.parent / "picture.png")
+    blob = (folder.parent / "picture.png").read_bytes()
+    import datasets
+
+    features = datasets.Features(image=datasets.Image())
+    for i, size in enumerate(sizes):
+        shard = datasets.Dataset.from_dict({"image": [dict(bytes=blob, path=None)] * size}, features)
+        shard.to_parquet(folder / f"train-{i:05d}-of-{len(sizes):05d}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("sizes, workers", [([20, 0], 0), ([20, 0, 20, 0], 1), ([20, 0, 0], 2), ([3, 40], 2)])
+def test_empty_and_uneven_shards_of_a_stream_never_hang(sizes, workers, tmp_path):
+    folder = write_shards(tmp_path / "shards", sizes)
+    arguments = [*LONG[: LONG.index("--guide")], "--streaming", "--dataset", folder, "--max-images", 20, "--epochs", 3]
+    arguments += ["--workers", workers, "--precision", "no", "--out", tmp_path / "run"]
+    codes = forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps"), 90)
+    assert codes == [0, 0] and len(records(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_process_with_no_share_of_a_stream_says_so(workers, monkeypatch):
+    stream = data.load_images("shapes", streaming=True, max_images=20)
+    monkeypatch.setattr(data.StreamCrops, "_records", lambda self: iter(()))
+    batches = data.TrainBatches(stream, 32, 4, length=20, workers=workers, share=data.Share(1, 2))
+    with pytest.raises(data.NothingToRead, match="process 1 of 2 has nothing to read"):
+        list(batches.epoch(1))
