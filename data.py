@@ -14,11 +14,9 @@ import hashlib
 import inspect
 import itertools
 import math
-import multiprocessing
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -570,12 +568,13 @@ class StreamCrops(torch.utils.data.IterableDataset):
     A stream has no index, so here the order of the data does depend on the number of processes and workers; given
     these, it is a function of seed and ``epoch``. To go on in the middle of one, the stream is read again from its
     start: the first ``done`` batches of this process are not decoded (their places are taken by empty ones), but for
-    pictures known to be ``bad`` records count as before. A worker whose share is empty gives None for ever.
+    pictures known to be ``bad`` records count as before. A worker whose share is empty gives None for ever; ``alone``
+    reads as if there were no other process.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch: int, share: Share):
         self.dataset, self.options, self.batch, self.share = dataset, options, batch, share
-        self.epoch, self.done, self.bad = 0, 0, set()
+        self.epoch, self.done, self.bad, self.alone = 0, 0, set(), False
 
     def __iter__(self) -> Iterator[Batch | None]:
         place, stride = _seat(self.share)
@@ -628,7 +627,7 @@ class StreamCrops(torch.utils.data.IterableDataset):
             order = np.random.default_rng((self.options.seed, self.epoch, number))
             dataset, empty = self.dataset.shuffle(generator=order, buffer_size=1000), empty + 1
             try:
-                for record in split_dataset_by_node(dataset, *self.share):
+                for record in dataset if self.alone else split_dataset_by_node(dataset, *self.share):
                     empty = 0
                     yield record
             except Exception as error:
@@ -638,21 +637,14 @@ class StreamCrops(torch.utils.data.IterableDataset):
                 return
 
 
-def _heed_the_main_process_only(worker: int):
-    """Whoever signals a whole process group wants a run to stop in order, for which it needs its workers a little."""
+def _bear_a_signal(worker: int):
+    """Whoever signals a whole process group wants a run to stop in order, for which it needs its workers a little.
+
+    They go with the second SIGTERM; the main process, when it ends, sends as many as it takes.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    main = multiprocessing.parent_process().pid
-
-    def listen():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
 
 
 class TrainBatches:
@@ -710,7 +702,7 @@ class TrainBatches:
         pin = self.device.type == "cuda"
         loader = dict(batch_size=None, num_workers=workers, pin_memory=pin)
         loader["generator"] = torch.Generator()  # or every epoch, and every resumption, would draw from the global one
-        loader["worker_init_fn"] = _heed_the_main_process_only
+        loader["worker_init_fn"] = _bear_a_signal
         if streaming:  # its workers start anew in each epoch
             self.crops = StreamCrops(dataset, options, batch_size // (share.world * accumulate), share)
             self.loader = torch.utils.data.DataLoader(self.crops, **loader)
@@ -767,21 +759,21 @@ class TrainBatches:
             self.told = 0
         done, wanted = seen * self.accumulate // self.batch_size, self.steps_left(seen) * self.accumulate
         self.crops.epoch, self.crops.done, self.crops.bad = epoch, done, set(self.bad)
-        idle = 0
-        for batch in self.loader if wanted else ():
-            idle = idle + 1 if batch is None else 0
-            if idle > self.loader.num_workers:
-                raise NothingToRead(
-                    f"process {self.share.rank} of {self.share.world} has nothing to read: there are fewer shards with "
-                    "pictures in the stream than processes"
-                )
-            if batch is not None and done:
-                done -= 1
-            elif batch is not None:
-                yield batch
-                wanted -= 1
+        for self.crops.alone in (False, True):  # a process without a share of the shards reads those of others
+            idle = 0
+            for batch in self.loader if wanted else ():
+                idle = idle + 1 if batch is None else 0
+                if idle > self.loader.num_workers:
+                    break
+                if batch is not None and done:
+                    done -= 1
+                elif batch is not None:
+                    yield batch
+                    wanted -= 1
                 if not wanted:
                     return
+        if wanted:
+            raise NothingToRead(f"process {self.share.rank} of {self.share.world} has nothing to read in the stream")
 
     def _deliver(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
@@ -806,6 +798,10 @@ class TrainBatches:
         """The bad pictures not told of before."""
         told, self.told = self.told, len(self.bad)
         return list(self.bad.values())[told:]
+
+    def close(self):
+        """End the worker processes, which outlive a signal; nothing can be read any more."""
+        self.loader = None
 
     def check_bad(self, met_elsewhere: Iterable[BadImage] = ()):
         """Raise TooManyBadImages if too many bad pictures were met, here and by the other processes."""

@@ -533,20 +533,21 @@ class Run:
                 self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
                 guide.remember(self.batches, self.accelerator, after_each=self.listen)
         self.trained.train()
-        for batch in self.batches.epoch(progress.epoch, progress.seen):
-            self.learn(batch)
-            if not self.accelerator.sync_gradients:
-                continue
-            guide.end_step(self.accelerator)
-            progress.step += 1
-            progress.seen += args.batch_size
-            self.bar.update()
-            if progress.step % 10 == 0:  # this waits for the device: not at every step
-                self.check_losses()
-            last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does all that
-            if args.save_every_steps and progress.step % args.save_every_steps == 0 and not last:
-                self.save()
-            self.listen(stop=not last)
+        with contextlib.closing(self.batches.epoch(progress.epoch, progress.seen)) as batches:
+            for batch in batches:
+                self.learn(batch)
+                if not self.accelerator.sync_gradients:
+                    continue
+                guide.end_step(self.accelerator)
+                progress.step += 1
+                progress.seen += args.batch_size
+                self.bar.update()
+                if progress.step % 10 == 0:  # this waits for the device: not at every step
+                    self.check_losses()
+                last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does all that
+                if args.save_every_steps and progress.step % args.save_every_steps == 0 and not last:
+                    self.save()
+                self.listen(stop=not last)
 
     def learn(self, batch: data.Batch):
         """Forward, backward and, at the end of a step, update."""
@@ -789,6 +790,8 @@ def main():
         except Interrupted as interrupted:
             stopped_by = interrupted.args[0]
             run.save()
+        finally:
+            batches.close()
     run.bar.close()
     accelerator.end_training()
 
