@@ -622,19 +622,40 @@ class StreamCrops(torch.utils.data.IterableDataset):
 
         Shards are dealt out anew in each pass: it ends only after 20 passes in which there was nothing for this worker.
         """
-        empty = 0
+        empty, (place, _) = 0, _seat(self.share)
         for number in itertools.count():
-            order = np.random.default_rng((self.options.seed, self.epoch, number))
-            dataset, empty = self.dataset.shuffle(generator=order, buffer_size=1000), empty + 1
-            try:
-                for record in dataset if self.alone else split_dataset_by_node(dataset, *self.share):
-                    empty = 0
-                    yield record
-            except Exception as error:
+            order = (self.options.seed, self.epoch, number)
+            dataset, empty = self.dataset.shuffle(generator=np.random.default_rng(order), buffer_size=1), empty + 1
+            dataset = dataset if self.alone else split_dataset_by_node(dataset, *self.share)
+            for record in _shuffled(dataset, np.random.default_rng((*order, place))):
                 empty = 0
-                yield error
+                yield record
             if empty == 20:
                 return
+
+
+def _shuffled(records: Iterable, random: np.random.Generator, size: int = 1000) -> Iterator:
+    """Records in random order, as far as a buffer goes; last, the exception that ended them early, if one did.
+
+    The buffer of ``datasets`` would keep its content from us if a stream broke before it was full.
+    """
+    buffer, records, end = [], iter(records), []
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            break
+        except Exception as error:
+            end = [error]
+            break
+        if len(buffer) < size:
+            buffer.append(record)
+        else:
+            i = random.integers(size)
+            yield buffer[i]
+            buffer[i] = record
+    yield from (buffer[i] for i in random.permutation(len(buffer)))
+    yield from end
 
 
 def _bear_a_signal(worker: int):

@@ -11,17 +11,13 @@ Sources: MAE (He et al., CVPR 2022, arXiv 2111.06377); ViT (Dosovitskiy et al., 
 
 import argparse
 import errno
-import io
 import json
 import math
 import os
-import pickletools
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -715,8 +711,9 @@ def load(
     small one of MoCo v3: 32), a decoder of 32, the grid is square unless ``image_size`` (H, W) is given, and images
     are normalised as ImageNet's.
 
-    Nothing but tensors and plain values is ever unpickled, and whatever the files hold, memory and time stay in
-    proportion to their size. Raises FileNotFoundError if there is nothing to read, ValueError if it is not such a
+    Nothing that a file holds is ever run. Whatever is in config.json and ``.safetensors``, memory and time stay in
+    proportion to their size; a hostile ``.pth`` can make torch's own unpickler take more, so prefer safetensors for
+    the files of strangers. Raises FileNotFoundError if there is nothing to read, ValueError if it is not such a
     model, with the names of tensors that are missing, unexpected or of another shape.
     """
     path = Path(path)
@@ -827,29 +824,25 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         content = _read_pickle(file)
     except Exception as error:  # the libraries have no common one
         raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
-    while isinstance(content, dict):
+    content = content if isinstance(content, dict) else {}
+    for _ in range(4):  # not for ever: a dictionary can hold itself
         args = content.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         config |= {name: args[name] for name in TOLD_BY_MAE if isinstance(args, dict) and name in args}
         inner = [content[key] for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), dict)]
-        if not inner:
-            break
-        content = inner[0]
-    content = content if isinstance(content, dict) else {}
+        content = inner[0] if inner else content
     weights = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
     if not weights:
         raise ValueError(f"{file} holds no model: neither tensors nor a 'model' or 'state_dict' of them")
+    if any(t.layout != torch.strided or t.is_meta or t.is_quantized for t in weights.values()):
+        raise ValueError(f"{file} holds tensors that are sparse, quantized or without numbers")
     # a stride of 0 shows one number as many
-    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > file.stat().st_size:
+    if sum(t.numel() * t.element_size() for t in weights.values()) > file.stat().st_size:
         raise ValueError(f"{file} claims more numbers than it holds")
     return config, weights
 
 
-LARGEST_TEXT = 2**21  # bytes of a configuration, or of the pickle of names and shapes: those of 10,000 tensors
-MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # that files of PyTorch begin with which are no zip archives
-MAKE_TENSORS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch device")
-MAKE_DICTIONARIES = ("collections OrderedDict", "argparse Namespace")
-CONTAINERS = (pickletools.pylist, pickletools.pydict, pickletools.pyset, pickletools.anyobject)
+LARGEST_TEXT = 2**21  # bytes of a configuration
 
 
 def _read_json(file: Path) -> dict:
@@ -868,90 +861,13 @@ def _read_json(file: Path) -> dict:
 
 def _read_pickle(file: Path):
     """What ``torch.save`` wrote to a file, if that is tensors and plain values alone. Raises ValueError and others."""
-    with open(file, "rb") as opened:
-        zipped = opened.read(4) == b"PK\3\4"
-        opened.seek(0)
-        if zipped:
-            _check_directory(opened)
-            archive = zipfile.ZipFile(opened)
+    zipped = zipfile.is_zipfile(file)  # all but those from before PyTorch 1.6
+    if zipped:
+        with zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-            found = [record for record in archive.infolist() if record.orig_filename.lower().endswith("data.pkl")]
-            if len(found) != 1:
-                raise ValueError(f"it is a zip archive with {len(found)} pickles, not one")
-            if found[0].file_size > LARGEST_TEXT:
-                raise ValueError(f"its pickle is larger than any of a model ({LARGEST_TEXT} bytes)")
-            text, pickles = io.BytesIO(archive.read(found[0])), 1
-        else:  # as written before PyTorch 1.6: magic number; version, system, content, keys; then the numbers
-            if opened.read(len(MAGIC)) != MAGIC:
-                raise ValueError("it does not begin like one")
-            text, pickles = io.BytesIO(opened.read(LARGEST_TEXT)), 4
-        for _ in range(pickles):
-            _inspect(text)
     with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of MAE hold their options
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)  # mapped: no size is believed
-
-
-def _check_directory(archive: BinaryIO):
-    """Raise ValueError unless the directory of a zip archive is at its end, so that zipfile and torch see the same."""
-    length = archive.seek(0, os.SEEK_END)
-    archive.seek(max(0, length - 98))
-    tail = archive.read().rjust(98, b"\0")
-    signature, size, start, comment = struct.unpack("<4s8x2IH", tail[-22:])
-    end, places = length - 22, (size, start)
-    if tail[56:60] == b"PK\6\7":  # a directory for large archives, that torch.save always writes
-        end, places = length - 98, struct.unpack("<2Q", tail[40:56])
-        there = tail[:4] == b"PK\6\6" and struct.unpack("<Q", tail[64:72]) == (end,)
-        if not there or any(old not in (new, 2**32 - 1) for old, new in zip((size, start), places)):
-            raise ValueError("its directory is in two places")
-    if signature != b"PK\5\6" or comment or sum(places) != end:
-        raise ValueError("it does not end with the directory of a zip archive")
-
-
-def _inspect(text: io.BytesIO):
-    """Follow a pickle without making anything of it. Raises ValueError for what could cost more than in proportion.
-
-    ``weights_only`` sees to it that nothing but tensors and plain values is made. But it makes as many as it is told
-    (``bytearray(10**12)``), copies a large dictionary a million times, and hashes tuples of tuples of tuples, each
-    used twice. So here nothing is called but what tensors and their dictionaries need, and only what is small, or a
-    tensor, is used again. On the stack are weights: 1 for a plain value, their sum for a tuple; or what is called.
-    """
-    small, container, most = 32, 100, 5000
-    stack, marks, memo = [], [], {}
-    for op, arg, _ in pickletools.genops(text):
-        before, name = op.stack_before, op.name
-        if name == "MARK":
-            marks.append(len(stack))
-            continue
-        if pickletools.markobject in before:
-            start = marks.pop() - before.index(pickletools.markobject)
-        else:
-            start = len(stack) - len(before)
-        taken = stack[max(0, start) :]
-        del stack[max(0, start) :]
-        made = container if op.stack_after and op.stack_after[0] in CONTAINERS else 1
-        if name == "GLOBAL":
-            made = arg
-        elif name.endswith("TUPLE") or name[:-1] == "TUPLE":
-            made = 1 + sum(1 if isinstance(weight, str) else weight for weight in taken)
-            if made > most:
-                raise ValueError("it holds a tuple of too many values")
-        elif name.endswith("PUT"):
-            memo[arg] = stack[-1]
-        elif name.endswith("GET"):
-            made = memo[arg]
-            if not isinstance(made, str) and made > small:
-                raise ValueError("it uses something large twice")
-        elif isinstance(arg, (str, bytes)):
-            made = 1 + len(arg) // 32
-        elif name in ("REDUCE", "NEWOBJ"):
-            call, arguments = taken
-            if call not in MAKE_TENSORS and (call not in MAKE_DICTIONARIES or arguments != 1):
-                raise ValueError(f"it calls {call if isinstance(call, str) else 'a value'}, which makes no tensor")
-            made = 1 if call in MAKE_TENSORS else container
-        elif name.startswith(("LONG", "INT")) and abs(arg) >= 2**64:  # such can be chosen to collide in a dictionary
-            raise ValueError("it holds an integer of more than 64 bits")
-        stack += [made] * len(op.stack_after)
 
 
 def _adopt(path, config: dict, weights: dict[str, Tensor], heads, image_size) -> tuple[dict, dict[str, Tensor]]:
