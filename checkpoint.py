@@ -151,16 +151,23 @@ def set_random_states(states: dict):
 
 
 class Signals:
-    """``with Signals() as signals``: ``signals.caught`` is the number of a signal that asks to stop, or 0.
+    """``with Signals() as signals``: ``signals.caught()`` is the number of a signal that asks to stop, or 0.
 
     A second one ends the process at once, unless it comes within a second: launchers repeat what a terminal has sent
-    to everybody already.
+    to everybody already. ``accelerate launch`` itself dies of a signal without a word to the process it has launched:
+    when a launcher is gone, that counts as SIGTERM.
     """
 
     ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
 
     def __init__(self):
-        self.caught, self._when = 0, 0.0
+        self._caught, self._when = 0, 0.0
+        self._launcher = os.getppid() if any(name in os.environ for name in self.LAUNCHED) else None
+
+    def caught(self) -> int:
+        gone = self._launcher is not None and os.getppid() != self._launcher
+        return self._caught or (signal.SIGTERM if gone else 0)
 
     def __enter__(self) -> "Signals":
         self._before = {number: signal.signal(number, self._note) for number in self.ASK_TO_STOP}
@@ -171,10 +178,10 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame):
-        if self.caught and time.monotonic() > self._when + 1:
+        if self._caught and time.monotonic() > self._when + 1:
             os._exit(128 + number)
-        if not self.caught:
-            self.caught, self._when = number, time.monotonic()
+        if not self._caught:
+            self._caught, self._when = number, time.monotonic()
 
 
 class Peers:

@@ -617,7 +617,7 @@ class Run:
 
     def listen(self, stop: bool = True):
         """Raise Interrupted in all processes if one was told to ``stop``; say which broken pictures one has met."""
-        number, news = self.peers.largest(self.signals.caught, len(self.batches.bad) - self.batches.told)
+        number, news = self.peers.largest(self.signals.caught(), len(self.batches.bad) - self.batches.told)
         if news:
             stop_if_too_many_are_bad(self.batches)
             for description in self.batches.news():

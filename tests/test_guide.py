@@ -6,6 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from einops import reduce
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_data import dataset_of, image_bytes, picture
 from test_train import QUICK, records, run, train_here
@@ -550,3 +552,66 @@ def test_wrong_calls_give_one_line(arguments, message, monkeypatch, tmp_path, ca
         judge(monkeypatch, capsys, "--checkpoint", tmp_path / "model", "--out", tmp_path / "out", *arguments.split())
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and message in errors[0] and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------- whatever the features are
+
+
+def strange_features(kinds: list[str], seed: int) -> torch.Tensor:
+    """Features (b, 16, 32), those of each image of another kind."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(kinds), 16, 32, generator=generator)
+    row = torch.randn(32, generator=generator)
+    for i, kind in enumerate(kinds):
+        strange = {
+            "constant": row.expand(16, 32),
+            "zero": torch.zeros(16, 32),
+            "rank one": torch.outer(torch.randn(16, generator=generator), row),
+            "huge": x[i] * 3e38,
+            "tiny": x[i] * 1e-40,
+            "nan": torch.full((16, 32), torch.nan),
+            "one nan": torch.where(torch.arange(16)[:, None] == 5, torch.nan, x[i]),
+            "infinite": torch.where(x[i] > 1, torch.inf, x[i]),
+            "zero vectors": torch.where(torch.arange(16)[:, None] < 7, 0, x[i]),
+            "plain": x[i],
+        }
+        x[i] = strange[kind]
+    return x
+
+
+KINDS = ["constant", "zero", "rank one", "huge", "tiny", "nan", "one nan", "infinite", "zero vectors", "plain"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batches=st.lists(st.lists(st.sampled_from(KINDS), min_size=1, max_size=5), min_size=1, max_size=4),
+    kind=st.sampled_from(["selfguided", "amt"]),
+    hint=st.sampled_from(["none", "random", "similar"]),
+    foreground=st.sampled_from(["border", "peak"]),
+    scoring=st.sampled_from(["foreground", "contrast"]),
+    debias=st.booleans(),
+    cached=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_no_features_whatever_lead_to_anything_but_a_mask(
+    batches, kind, hint, foreground, scoring, debias, cached, dtype, small_model, accelerator
+):
+    """Step by step, with what a guide keeps of the steps before; by way of cached maps, too."""
+    guide = Guide(small_model, kind, hint=hint, hint_ratio=0.2, foreground=foreground, scoring=scoring, debias=debias)
+    for step, kinds in enumerate(batches):
+        x = strange_features(kinds, step).to(dtype)
+        guide.features = lambda images, layer, x=x: x
+        guide.attention = lambda images, x=x: x.transpose(1, 2)[:, :4].float()
+        relevance, _ = guide.look(torch.zeros(len(x), 3, 32, 32), learn=True)
+        if cached:
+            guide.maps = guide._compact(relevance).view(-1, 4, 4)
+            assert guide.maps.isfinite().all()
+            crops = data.Crops(np.tile(np.float32([0.1, 0.1, 0.8, 0.7]), (len(x), 1)), np.arange(len(x)) % 2 == 0)
+            relevance = guide.recall(data.Batch(torch.zeros(len(x)), np.arange(len(x)), [], np.zeros(len(x)), crops))
+        mask = guide.mask(relevance, torch.rand(len(x), 16))
+        guide.end_step(accelerator)
+        m = 7 if kind == "amt" else 12
+        assert mask.masked.shape == (len(x), m) and (mask.masked.diff(dim=1) > 0).all()
+        assert ((mask.masked >= 0) & (mask.masked < 16)).all() and mask.visible.shape[1] == (3 if kind == "amt" else 4)
+        assert all(not set(a.tolist()) & set(b.tolist()) for a, b in zip(*mask))
+        assert guide.mean is None or guide.mean.isfinite().all()

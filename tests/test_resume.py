@@ -203,7 +203,7 @@ def test_a_signal_repeated_by_a_launcher_counts_once_and_a_second_one_ends_the_r
         with checkpoint.Signals() as signals:
             for pause in (0, 0, 1.2):
                 time.sleep(pause)
-                print(signals.caught, flush=True)
+                print(signals.caught(), flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
             print("never")"""
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -212,6 +212,63 @@ def test_a_signal_repeated_by_a_launcher_counts_once_and_a_second_one_ends_the_r
     with checkpoint.Signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_launcher_that_is_gone_counts_as_a_signal(monkeypatch):
+    for name, number in (
+        ("ACCELERATE_MIXED_PRECISION", signal.SIGTERM),
+        ("TORCHELASTIC_RUN_ID", signal.SIGTERM),
+        ("X", 0),
+    ):
+        with monkeypatch.context() as patch:
+            for launched in checkpoint.Signals.LAUNCHED:
+                patch.delenv(launched, raising=False)
+            patch.setenv(name, "no")
+            signals = checkpoint.Signals()
+            assert signals.caught() == 0
+            patch.setattr(os, "getppid", lambda: 1)  # as of any orphan
+            assert signals.caught() == number
+
+
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"
+ACCELERATE = "accelerate.commands.launch --cpu --num_processes 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE])
+@pytest.mark.parametrize("what", ["TERM launcher", "INT group", "TERM group", "USR1 processes", "KILL process"])
+def test_under_a_launcher_nothing_is_lost_and_nothing_left_running(launcher, what, tmp_path):
+    out = tmp_path / "run"
+    arguments = [*launcher.split(), "train.py", *LONG, "--epochs", 4000, "--save-every", 5000, "--save-every-steps", 20]
+    command = [str(x) for x in (sys.executable, "-m", *arguments, "--out", out, "--resume", "auto")]
+    with open(tmp_path / "log", "w") as log:
+        main = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not checkpoint.folders(out):
+        assert time.monotonic() < deadline and main.poll() is None
+        time.sleep(0.1)
+
+    def pids(*condition) -> list[int]:
+        found = subprocess.run(["pgrep", *map(str, condition)], capture_output=True, text=True).stdout.split()
+        return [int(pid) for pid in found]
+
+    name, whom = what.split()
+    number, processes = getattr(signal, f"SIG{name}"), pids("-P", main.pid)
+    if whom == "group":
+        os.killpg(main.pid, number)
+    for pid in dict(launcher=[main.pid], processes=processes, process=processes[-1:]).get(whom, []):
+        os.kill(pid, number)
+    assert main.wait(60) != 0
+    deadline = time.monotonic() + 10
+    while left := pids("-f", out):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.1)
+    text = (tmp_path / "log").read_text()
+    if what != "KILL process":
+        assert f"stopped by SIG{name}" in text
+    elif launcher == TORCHRUN:
+        assert "error: another process of the run is gone" in text
+    assert checkpoint.find(out) == checkpoint.folders(out)[0]
 
 
 def kill_again_and_again(times: int, whole, tmp_path, seed: int = 0):

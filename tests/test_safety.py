@@ -124,7 +124,7 @@ needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
 # ------------------------------------------------------------------------------------------- hostile files by hand
 
 
-def changed_folder(format: str, part: str | None = None, classes: tuple = (), **changes):
+def changed_folder(format: str, part: str | None = None, classes: tuple = (), /, **changes):
     """A folder of ours, with changes of its config.json or a part of it; None takes a key away."""
 
     def make(folder: Path):
@@ -135,6 +135,7 @@ def changed_folder(format: str, part: str | None = None, classes: tuple = (), **
 
 
 run_folder = partial(changed_folder, "smae", "model")
+classifier_folder = partial(changed_folder, "smae", "classifier", ("cat", "dog"))
 
 
 def change_json(file: Path, part: str | None, changes: dict):
@@ -217,24 +218,12 @@ HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nev
     "a depth of 10**9": (run_folder(depth=10**9), "depth must be an integer above 0 and at most 256"),
     "a depth of 10**400": (run_folder(depth=10**400), "depth must be an integer"),
     "a depth beyond the file": (run_folder(depth=256), r"missing: blocks\.2\."),
-    "a decoder of 10**9 blocks": (run_folder(decoder_depth=10**9), "decoder_depth must be an integer above -1"),
     "an image of 10**7 pixels": (run_folder(image_size=10**7, patch_size=1), "more than 65536 patches of 1"),
     "learned positions of a large grid": (run_folder(image_size=1024, learned_positions=True), r"missing: positions"),
-    "a patch of 10**6 pixels": (run_folder(image_size=10**6, patch_size=10**6), "patch_size must be an integer"),
     "a patch of gigabytes": (run_folder(image_size=4096, patch_size=4096, channels=4096), "of another shape"),
-    "an image size of three": (run_folder(image_size=[8, 8, 8]), "image_size must be a side or a pair.*got a list"),
     "an image size that is text": (run_folder(image_size="8"), "image_size must be a side or a pair.*got '8'"),
-    "an image size that is true": (run_folder(image_size=True), "image_size must be a side or a pair.*got True"),
     "heads that are text": (run_folder(heads="2"), "heads must be an integer above 0 and at most 65536, got '2'"),
-    "heads that are true": (run_folder(heads=True), "heads must be an integer .*, got True"),
-    "norm_eps that is no number": (run_folder(norm_eps=float("nan")), "norm_eps must be a number above 0.*, got nan"),
-    "mlp_ratio of 10**300": (run_folder(mlp_ratio=1e300), "mlp_ratio must be a number"),
     "mlp_ratio of 1000": (run_folder(mlp_ratio=1000), r"of another shape: blocks\.0\.mlp"),
-    "mlp_ratio of next to nothing": (run_folder(mlp_ratio=1e-9), "mlp_ratio .* leaves nothing"),
-    "a mean of two numbers": (run_folder(mean=[0.5, 0.5]), "mean must be a list of 3 numbers"),
-    "a mean that is infinite": (run_folder(mean=[float("inf"), 0, 0]), "mean must be a number .*, got inf"),
-    "a deviation of zero": (run_folder(std=[0, 1, 1]), "std must be a number above 0"),
-    "a flag that is a number": (run_folder(class_token=1), "class_token must be true or false, got 1"),
     "an unknown argument": (run_folder(**{"x\n" * 5000: 1}), "cannot be loaded: TypeError: .*unexpected keyword"),
     "a missing argument": (run_folder(width=None), "cannot be loaded: TypeError: .*width"),
     "a model that is a list": (config_of('{"model": [1]}'), "should hold a dictionary as model, not a list"),
@@ -251,9 +240,9 @@ HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nev
     "an endless config.json": (config_of(lambda file: file.symlink_to("/dev/zero")), "it has no config.json"),
     "a config.json that is its own link": (config_of(lambda file: file.symlink_to(file)), "it has no config.json"),
     # classifiers
-    "classes that are text": (CF_(classes="ab"), "classes must be a list of names, got 'ab'"),
-    "no classes": (CF_(classes=[]), "classes must be a list of names"),
-    "100,000 classes": (CF_(classes=["x"] * 100_000), r"another shape: head\.weight \(2, 16\)"),
+    "classes that are text": (classifier_folder(classes="ab"), "classes must be a list of names, got 'ab'"),
+    "no classes": (classifier_folder(classes=[]), "classes must be a list of names"),
+    "100,000 classes": (classifier_folder(classes=["x"] * 100_000), r"another shape: head\.weight \(2, 16\)"),
     "an unknown pooling": (classifier_folder(pool=["mean"]), "cannot pool by a list, but by mean or cls"),
     "drop_path that is text": (classifier_folder(drop_path="x"), "drop_path must be a number .* got 'x'"),
     "a classifier with a decoder of terabytes": (
@@ -265,15 +254,10 @@ HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nev
     "transformers: a large image": (
         changed_folder("transformers", image_size=1024), r"another shape: positions \(5, 16",
     ),
-    "transformers: norm_pix_loss that is text": (
-        changed_folder("transformers", norm_pix_loss="no"), "normalize_pixels",
-    ),
     "timm: model_args that is a list": (changed_folder("timm", model_args=[1]), "hold a dictionary as model_args"),
     "timm: an image of 10**9": (changed_folder("timm", "model_args", img_size=10**9), "more than 65536 patches"),
-    "timm: a side of a patch and less": (changed_folder("timm", "model_args", img_size=[0, 3]), "image_size must be"),
     # safetensors
     "a header of 2**60 bytes": (safetensors_file({}, 2**60), "not a file of tensors alone"),
-    "a header of nothing": (safetensors_file(b""), "not a file of tensors alone"),
     "no tensors": (safetensors_file({}), "not a ViT known here"),
     "a header of 100,000 levels": (safetensors_file(b'{"a":' * 100_000), "not a file of tensors alone"),
     "a shape of 2**40": (
@@ -609,11 +593,11 @@ def test_what_could_run_what_a_file_holds_is_found(line):
 
 
 NONSENSE = dict(
-    depth=[0, 257, True, None],
+    depth=[0, 257, True, None, 10**400],
     decoder_depth=[-1, 257, "1"],
-    image_size=[0, -8, 8.0, (8,), (8, -8), "8", None, [8, None], 1028],
-    mlp_ratio=[0, -1, float("inf"), 1e-9],
-    mean=[[], [1, 1], "abc", [1, 1, float("nan")], None],
+    image_size=[0, -8, 8.0, (8,), (8, -8), (0, 3), "8", None, True, [8, None], [8, 8, 8], 1028],
+    mlp_ratio=[0, -1, float("inf"), 1e-9, 1e300],
+    mean=[[], [1, 1], "abc", [1, 1, float("nan")], [float("inf"), 0, 0], None],
     std=[[], [1, 1], "abc", [1, 1, float("nan")], None, [1, 1, 0]],
     norm_eps=[float("nan")],
     class_token=[1],
