@@ -54,9 +54,9 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
     except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from None
-    for other in folders(out):
-        if other > final or other in folders(out)[keep:]:
-            _remove(other)
+    later = [folder for folder in folders(out) if number(folder) > step]  # of a run that has gone back since
+    for other in later + folders(out)[len(later) + keep :]:
+        _remove(other)
 
 
 def _remove(folder: Path):
@@ -72,8 +72,13 @@ def remove_all(out: Path):
 
 def folders(out: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdigit()]
-    return sorted(found, key=lambda folder: int(folder.name[11:]), reverse=True)
+    return sorted((folder for folder in out.glob("checkpoint-*") if number(folder) >= 0), key=number, reverse=True)
+
+
+def number(folder: Path) -> int:
+    """The steps after which a checkpoint was written; -1 for the name of anything else."""
+    digits = folder.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() else -1
 
 
 def read(folder: Path) -> dict:

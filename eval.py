@@ -711,13 +711,18 @@ def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, rec
         optimizer=optimizer.state_dict(),
         scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
     )
-    torch.save(state, args.out / "state.pt.part")
+    with open(args.out / "state.pt.part", "wb") as file:
+        torch.save(state, file)
+    smae.flush(args.out / "state.pt.part")
     os.replace(args.out / "state.pt.part", args.out / "state.pt")
 
 
 def load_state(args: argparse.Namespace) -> dict:
     """The state that a training in --out left. Raises ValueError if that training was another one."""
-    state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{args.out / 'state.pt'} is damaged: {data.one_line(error)}") from None
     then, now = json.loads(state["arguments"]), json.loads(json.dumps(what_matters(args)))
     other = [f"--{name.replace('_', '-')} was {then.get(name)}" for name in now if then.get(name) != now[name]]
     if other:

@@ -50,7 +50,9 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     relevance="foreground",
     batch_size=4096,
     blr=1.5e-4,
+    save_every=5,
 )
+LONGEST = 15 * 60  # seconds of work that an interruption may cost, whatever --save-every
 RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "loss.png")
 
 
@@ -124,9 +126,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", help="go on from a checkpoint, or the newest of a run folder; auto: of --out, if there is one"
     )
     group.add_argument(
-        "--save-every", type=int, help="epochs between checkpoints, with weights and pictures (default: a tenth)"
+        "--save-every", type=int, help="epochs between checkpoints with weights and pictures (default: a tenth)"
     )
-    group.add_argument("--save-every-steps", type=int, help="steps between further checkpoints (default: none)")
+    group.add_argument(
+        "--save-every-steps", type=int, help="steps between more checkpoints (in any case, one comes every 15 minutes)"
+    )
     group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest")
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
 
@@ -438,7 +442,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
             answer[0] = checkpoint.find(args.out if args.resume == "auto" else Path(args.resume), accelerator.print)
             if args.resume != "auto" and answer[0] is None:
                 raise ValueError(f"--resume {args.resume}: there is no checkpoint")
-            newer = [folder.name for folder in checkpoint.folders(args.out) if answer[0] and folder > answer[0]]
+            newer = [x.name for x in checkpoint.folders(args.out) if answer[0] and x.name > answer[0].name]
             if answer[0] and answer[0].parent.resolve() == args.out.resolve():
                 if newer and not args.overwrite and args.resume != "auto":
                     raise ValueError(f"{', '.join(newer)} of {args.out} would be lost; if they may be, add --overwrite")
@@ -507,7 +511,8 @@ class Run:
         self.progress = Progress(torch.zeros((), device=accelerator.device))
         self.peers, self.signals = checkpoint.Peers(accelerator.num_processes), checkpoint.Signals()
         self.losses: list[tuple[int, Tensor, list[int]]] = []  # step, loss, images: not yet known to be finite
-        self.saved, self.replaces = None, True  # the step of the last checkpoint; what lies in --out is another run
+        self.saved, self.written = None, time.monotonic()  # step of the last checkpoint; when one was last tried
+        self.replaces = True  # what lies in --out is another run
         self.bar = tqdm(
             total=args.epochs * batches.steps_per_epoch,
             disable=not accelerator.is_main_process,
@@ -545,9 +550,12 @@ class Run:
                 if progress.step % 10 == 0:  # this waits for the device: not at every step
                     self.check_losses()
                 last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does all that
-                if args.save_every_steps and progress.step % args.save_every_steps == 0 and not last:
+                overdue = self.listen(stop=not last)
+                if (overdue or self.save_after(progress.step)) and not last:
                     self.save()
-                self.listen(stop=not last)
+
+    def save_after(self, step: int) -> bool:
+        return bool(self.args.save_every_steps) and step % self.args.save_every_steps == 0
 
     def learn(self, batch: data.Batch):
         """Forward, backward and, at the end of a step, update."""
@@ -599,7 +607,7 @@ class Run:
             f"{record['images_per_second']:.0f} images/s"
         )
         due = epoch % args.save_every == 0 or epoch in (guide.start, args.epochs)
-        due = due or (bool(args.save_every_steps) and progress.step % args.save_every_steps == 0)
+        due = due or self.save_after(progress.step)
         progress.epoch, progress.seen, progress.seconds = epoch + 1, 0, 0.0
         progress.total.zero_()
         self.clock = time.perf_counter()
@@ -607,7 +615,8 @@ class Run:
         if due:
             self.save()
             self.write(lambda: self.write_results(epoch))
-        self.listen(stop=epoch < args.epochs)
+        if self.listen(stop=epoch < args.epochs):
+            self.save()
 
     # ---------------------------------------------------------------------------------------------- looking out
 
@@ -615,15 +624,21 @@ class Run:
         if self.accelerator.is_main_process:
             self.bar.write(text)
 
-    def listen(self, stop: bool = True):
-        """Raise Interrupted in all processes if one was told to ``stop``; say which broken pictures one has met."""
-        number, news = self.peers.largest(self.signals.caught(), len(self.batches.bad) - self.batches.told)
+    def listen(self, stop: bool = True) -> bool:
+        """Whether a checkpoint is overdue, for all processes; they also tell one another of broken pictures.
+
+        Raises Interrupted, in all processes, if one of them was told to stop, unless this is no moment to ``stop``.
+        """
+        overdue = self.accelerator.is_main_process and time.monotonic() > self.written + LONGEST
+        news = len(self.batches.bad) - self.batches.told
+        number, news, overdue = self.peers.largest(self.signals.caught(), news, overdue)
         if news:
             stop_if_too_many_are_bad(self.batches)
             for description in self.batches.news():
                 self.say(f"skipped a broken image: {description}")
         if number and stop:
             raise Interrupted(number)
+        return bool(overdue)
 
     def check_losses(self):
         """Raise Diverged, in all processes, if a loss since the last call was not finite."""
@@ -641,7 +656,7 @@ class Run:
                     f"images {', '.join(map(str, images))} of the data; the checkpoints are from before it: --resume "
                     "auto goes on from there, with a lower --blr perhaps, or --clip-grad 1"
                 )
-        if values and self.progress.step:
+        if values:
             text = f"{self.phase}, loss {values[-1]:.4f}, lr {self.optimizer.param_groups[0]['lr']:.2e}"
             speed = self.progress.seen / (time.perf_counter() - self.clock)
             self.bar.set_postfix_str(f"{text}, {speed:.0f} images/s", refresh=False)
@@ -699,8 +714,10 @@ class Run:
             guide=self.guide.state_dict(),
             bad=dict(self.batches.bad),
         )
-        if self.write(lambda: checkpoint.write(self.args.out, progress.step, self.model, state, self.args.keep)):
+        done = self.write(lambda: checkpoint.write(self.args.out, progress.step, self.model, state, self.args.keep))
+        if not self.peers.largest(not done)[0]:
             self.saved = progress.step
+        self.written = time.monotonic()
 
     def restore(self, state: dict, folder: Path):
         """Go on from a checkpoint: all but the weights, which the model has already."""
@@ -796,7 +813,9 @@ def main():
     accelerator.end_training()
 
     if run.saved != progress.step:
-        sys.exit("train.py: error: the last checkpoint could not be written; --resume auto goes on from the one before")
+        if accelerator.is_main_process:
+            print("train.py: error: the last checkpoint could not be written, see above", file=sys.stderr)
+        sys.exit(1)
     if stopped_by:
         accelerator.print(
             f"stopped by {signal.Signals(stopped_by).name}: epoch {progress.epoch}, after step {progress.step} of the "

@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 REAL = ROOT.parent / "shared" / "data"  # photographs for development, see its README; not part of the project
 
 import smae  # noqa: E402
+import train  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,9 @@ def photographs():
         return str(REAL / name)
 
     return path
+
+
+@pytest.fixture
+def quick_drawing(monkeypatch):
+    """Runs draw no pictures, which take longer than they."""
+    monkeypatch.setattr(train, "draw", lambda args, *_: (args.out / "masks.png").write_text("drawn"))

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_data import dataset_of, image_bytes, picture
-from test_train import QUICK, records, run, train_here
+from test_train import QUICK, records, train_here
 
 import data
 import masks
@@ -223,7 +224,7 @@ def test_a_picture_whose_features_are_no_numbers_does_not_spoil_the_mean_for_eve
 # ------------------------------------------------------------------------------------------- in training
 
 
-def test_maps_are_refreshed_every_so_many_epochs_and_used_by_all_alike(monkeypatch, tmp_path):
+def test_maps_are_refreshed_every_so_many_epochs_and_used_by_all_alike(quick_drawing, monkeypatch, tmp_path):
     """Worker processes that outlive an epoch have no copy of the maps that could be stale."""
     passes, remember = [], Guide.remember
     monkeypatch.setattr(Guide, "remember", lambda self, *args, **kw: passes.append(remember(self, *args, **kw)))
@@ -243,10 +244,11 @@ def test_two_processes_are_guided_as_one_is(extra, tmp_path):
     states = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        command = [out / "record", *arguments, "--lr", 1e-3, *extra.split(), "--out", out / "run"]
-        result = run(*command, processes=processes, script="tests/record_run.py")
-        assert result.returncode == 0, result.stderr
-        states += [torch.load(file, weights_only=True)["guide"] for file in sorted((out / "record").iterdir())]
+        out.mkdir()
+        command = [*arguments, "--lr", 1e-3, *extra.split(), "--out", out / "run"]
+        started = forked.start(out / "log", *command, world=processes, patches="recorder")
+        assert forked.finish(started) == [0] * processes
+        states += [torch.load(file, weights_only=True)["guide"] for file in sorted(out.glob("*.pt"))]
     one, *two = states
     assert len(two) == 2
     for other in two:
@@ -345,7 +347,9 @@ def test_a_decoder_trained_before_may_lead_from_the_start(small_model):
     assert guide.ready(trained=True) and not guide.ready()
 
 
-def test_auto_starts_after_the_epoch_that_is_ready_and_every_run_is_measured(monkeypatch, tmp_path, capfd):
+def test_auto_starts_after_the_epoch_that_is_ready_and_every_run_is_measured(
+    quick_drawing, monkeypatch, tmp_path, capfd
+):
     measure = Guide.measure
 
     def planned(self, images):

@@ -26,12 +26,6 @@ BRIEF += "--workers 0 --precision no --save-every-steps 1 --keep 99".split()  # 
 
 
 @pytest.fixture
-def quick_drawing(monkeypatch):
-    """The pictures of a run take longer than the run."""
-    monkeypatch.setattr(train, "draw", lambda args, *_: (args.out / "masks.png").write_text("drawn"))
-
-
-@pytest.fixture
 def photos(tmp_path):
     """40 pictures, four of them broken."""
     folder = tmp_path / "photos"
@@ -163,7 +157,7 @@ def whole(tmp_path_factory):
 
 def wait_for_step(out, step: int, processes: list, seconds: float = 60):
     deadline = time.monotonic() + seconds
-    while not any(int(folder.name[11:]) >= step for folder in checkpoint.folders(out)):
+    while not any(checkpoint.number(folder) >= step for folder in checkpoint.folders(out)):
         assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
         time.sleep(0.01)
 
@@ -178,7 +172,7 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_and_a_code(number,
     text = (tmp_path / "log-0").read_text()
     assert f"stopped by {number.name}: epoch" in text and "--resume auto goes on" in text
     last = checkpoint.folders(tmp_path / "run")[0]
-    assert 8 <= int(last.name[11:]) < 60 and f"after step {int(last.name[11:])} of the run" in text
+    assert 8 <= checkpoint.number(last) < 60 and f"after step {checkpoint.number(last)} of the run" in text
     assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
     end_alike(whole, tmp_path / "run")
     assert f"going on from {last}" in (tmp_path / "log-0").read_text()
@@ -284,7 +278,7 @@ def kill_again_and_again(times: int, whole, tmp_path, seed: int = 0):
         torn += bool(list(out.glob("*.part")) + list(out.glob("*.old")))
         whole_ones = [folder for folder in checkpoint.folders(out) if checkpoint.read(folder)]
         assert whole_ones == checkpoint.folders(out) and 1 <= len(whole_ones) <= 3
-        reached = int(whole_ones[0].name[11:])
+        reached = checkpoint.number(whole_ones[0])
         if reached > 50:  # from the start again
             shutil.rmtree(out)
             reached = 0
@@ -324,6 +318,16 @@ def test_a_disk_that_takes_no_more_stops_nothing_and_breaks_nothing(whole, tmp_p
     assert len(records(out)) == 12 and not list(out.rglob("*.part"))
     assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
     end_alike(whole, out)
+
+
+def test_a_checkpoint_comes_at_least_every_so_often(quick_drawing, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "LONGEST", 0)
+    train_here(monkeypatch, *BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--out", tmp_path / "run")
+    assert len(checkpoint.folders(tmp_path / "run")) == 20
+    monkeypatch.setattr(train, "LONGEST", 3600)
+    arguments = [*BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--save-every", 2]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "other")
+    assert [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "other")] == [20, 10]
 
 
 @pytest.mark.slow
@@ -637,6 +641,18 @@ def test_two_processes_resume_to_the_bit_and_stop_together(tmp_path):
     assert "changed: processes 2 -> 1" in (tmp_path / "log-0").read_text()
     losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("whole", "one")]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and len(losses[1]) == 12
+
+
+def test_two_processes_stop_together_though_the_disk_takes_no_checkpoint(tmp_path):
+    arguments = [*LONG, "--save-every-steps", 4, "--out", tmp_path / "run"]
+    started = forked.start(tmp_path / "log", *arguments, world=2, largest_file=40_000, patches="slow_steps")
+    deadline = time.monotonic() + 60
+    while "WARNING: cannot write" not in (tmp_path / "log-0").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(started[1].pid, signal.SIGTERM)
+    assert forked.finish(started, 20) == [1, 1]
+    assert "error: the last checkpoint could not be written" in (tmp_path / "log-0").read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

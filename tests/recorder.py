@@ -1,0 +1,35 @@
+"""Notes for each process of train.py what it read, what it masked and what it ended with: in RANK.pt beside --out."""
+
+import torch
+from accelerate import PartialState
+
+import data
+import train
+
+
+def apply():
+    record = {"indices": [], "masked": []}
+    read, choose, main, run = data.TrainBatches.epoch, train.choose_mask, train.main, train.Run
+
+    def noted_epoch(self, epoch, seen=0):
+        for batch in read(self, epoch, seen):
+            record["indices"].append((epoch, batch.indices.tolist()))
+            yield batch
+
+    def noted_choice(*arguments):
+        mask = choose(*arguments)
+        record["masked"].append(mask.masked.tolist())
+        return mask
+
+    def noted_run(*arguments):
+        record["run"] = run(*arguments)
+        return record["run"]
+
+    def noted_main():
+        main()
+        noted, state = record.pop("run"), PartialState()
+        record.update(weights=noted.model.state_dict(), guide=noted.guide.state_dict(), world=state.num_processes)
+        torch.save(record, noted.args.out.parent / f"{state.process_index}.pt")
+
+    data.TrainBatches.epoch, train.choose_mask, train.Run, train.main = noted_epoch, noted_choice, noted_run, noted_main
+    train.draw = lambda args, *_: (args.out / "masks.png").write_text("drawn")
