@@ -6,6 +6,8 @@ Accelerate's ``save_state``, which writes in place, from every process, and unpi
 ``weights_only``.
 """
 
+import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -37,10 +39,10 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
     not take it; the checkpoints before it then stay.
     """
     final = out / f"checkpoint-{step:08d}"
-    part = final.with_suffix(".part")
+    part = final.with_suffix(f".{os.getpid()}.part")
+    for left_over in (*out.glob("checkpoint-*.part"), *out.glob("checkpoint-*.old")):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
-        for left_over in (*out.glob("checkpoint-*.part"), *out.glob("checkpoint-*.old")):
-            shutil.rmtree(left_over)
         part.mkdir(parents=True)
         smae.save(model, part, state["config"])
         with open(part / STATE, "wb") as file:
@@ -60,8 +62,9 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
 
 
 def _remove(folder: Path):
-    """Remove a checkpoint; should this be cut short, what is left does not look like one."""
-    shutil.rmtree(folder.rename(folder.with_suffix(".old")))
+    """Remove a checkpoint, as far as that is possible; what is left does not look like one."""
+    with contextlib.suppress(OSError):  # such as a file still in use on a network disk
+        shutil.rmtree(folder.rename(folder.with_suffix(f".{os.getpid()}.old")))
 
 
 def remove_all(out: Path):
@@ -87,7 +90,7 @@ def read(folder: Path) -> dict:
         with zipfile.ZipFile(folder / STATE) as file:
             if broken := file.testzip():
                 raise ValueError(f"{broken} in {STATE} is damaged")
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         if state["crc"] != _crc(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} is damaged")
         return state | dict(model=safetensors.torch.load_file(folder / WEIGHTS))
@@ -95,26 +98,65 @@ def read(folder: Path) -> dict:
         raise ValueError(f"{folder} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
 
 
-def find(place: Path, say: Callable = print) -> Path | None:
+def find(place: Path, say: Callable = print, aside: bool = False) -> Path | None:
     """The checkpoint ``place``, or the newest whole one of the run in that folder (None: it has none at all).
 
-    Says which broken ones were passed over. Raises ValueError if all are broken, or ``place`` itself is.
+    Says which broken ones were passed over, and, if one is found, renames them where they are to be put ``aside``.
+    Raises ValueError if all are broken, or ``place`` itself is.
     """
+    place = place.resolve()
     if (place / STATE).exists() and not folders(place):
         read(place)
         return place
-    problems = []
+    problems = {}
     for folder in folders(place):
         try:
             read(folder)
         except ValueError as error:
-            problems.append(str(error))
+            problems[folder] = error
             say(f"passed over a broken checkpoint: {error}")
-        else:
-            return folder
+            continue
+        for broken in problems if aside else ():
+            broken.rename(broken.with_suffix(f".{os.getpid()}.broken"))
+        return folder
     if problems:
-        raise ValueError(f"no checkpoint of {place} is whole ({problems[0]}): --overwrite starts anew without --resume")
+        raise ValueError(f"no checkpoint of {place} is whole: {next(iter(problems.values()))}")
     return None
+
+
+class Locked(ValueError):
+    """Another run writes to the same folder."""
+
+
+class Lock:
+    """``with Lock(out) as lock``: who has called ``lock.take()`` is the only run that writes to the folder ``out``."""
+
+    def __init__(self, out: Path, patience: float = 15):
+        self.out, self.patience, self.handle = out, patience, None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def take(self):
+        """Raise Locked if another run still has it after some seconds; a folder that is not there is free."""
+        deadline = time.monotonic() + self.patience  # the data workers of a killed run end a little later
+        while self.handle is None and self.out.is_dir():
+            handle = os.open(self.out, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                if time.monotonic() > deadline:
+                    raise Locked(f"another run is writing to {self.out}: choose another --out, or stop it") from None
+                time.sleep(0.2)
+                continue
+            except OSError:  # some file systems know no locks
+                pass
+            self.handle = handle
+
+    def __exit__(self, *_):
+        if self.handle is not None:
+            os.close(self.handle)
 
 
 def _crc(path: Path) -> int:
@@ -164,11 +206,14 @@ class Signals:
     """
 
     ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
+    LAUNCHERS = ("accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
 
     def __init__(self):
-        self._caught, self._when = 0, 0.0
-        self._launcher = os.getppid() if any(name in os.environ for name in self.LAUNCHED) else None
+        self._caught, self._when, self._launcher = 0, 0.0, None
+        with contextlib.suppress(OSError):  # there is no /proc but on Linux
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+            if any(word in self.LAUNCHERS or Path(word).name in self.LAUNCHERS for word in words):
+                self._launcher = os.getppid()
 
     def caught(self) -> int:
         gone = self._launcher is not None and os.getppid() != self._launcher

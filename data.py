@@ -271,10 +271,14 @@ def decode(record: dict) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL picture in RGB: 16 bits scaled to 8, transparency laid over white."""
     if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits of grey
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image)
         sixteen = image.mode.startswith("I;16") or values.max() > 255
-        top = 1.0 if image.mode == "F" and values.max() <= 1 else 65535.0 if sixteen else 255.0
-        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+        top = 1 if image.mode == "F" and values.max() <= 1 else 65535 if sixteen else 255
+        if image.mode == "F":
+            values = values.clip(0, top) * np.float32(255 / top)
+            return Image.fromarray(values.round(out=values).astype(np.uint8)).convert("RGB")
+        table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)  # in less memory than arithmetic takes
+        return Image.fromarray(table[values.clip(0, top)]).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -321,7 +325,8 @@ def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[I
 
 def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
     name = (record or {}).get("path") or f"image {index}"
-    return BadImage(index, f"{name}: {type(error).__name__}: {one_line(error)}")
+    reason = re.sub(r" <_io\.BytesIO object at \w+>", "", one_line(error))  # PIL's name for a file in memory
+    return BadImage(index, f"{name}: {type(error).__name__}: {reason}")
 
 
 # ------------------------------------------------------------------------------------------------- crops
@@ -518,13 +523,17 @@ class MapCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, request: tuple[int | None, np.ndarray]) -> Batch:
         epoch, indices = request
-        tries = self.options.tries
-        pictures, labels, bad = zip(*(decode_or_next(self.dataset, int(i), tries) for i in indices))
+        pictures, labels, bad = [], [], []
+        for i in indices:
+            picture, label, met = decode_or_next(self.dataset, int(i), max(1, self.options.tries - len(bad)))
+            pictures.append(picture)
+            labels.append(label)
+            bad += met
         sizes = np.array([(picture.height, picture.width) for picture in pictures])
         crops = self.options.draw(sizes, epoch, indices)
         images = torch.stack([crop(picture, *how, self.options.size) for picture, *how in zip(pictures, *crops)])
         images = self.options.finish(images, epoch, indices)
-        return Batch(images, indices, list(itertools.chain(*bad)), np.array(labels), _shares(crops, sizes))
+        return Batch(images, indices, bad, np.array(labels), _shares(crops, sizes))
 
 
 class PreloadedCrops:
@@ -540,15 +549,16 @@ class PreloadedCrops:
         side = min(max(min(picture.size) for picture in first), 2 * options.size)
         self.images = torch.empty(len(dataset), 3, side, side, dtype=torch.uint8)
         self.sizes, self.labels = np.empty((len(dataset), 2), np.int64), np.empty(len(dataset), np.int64)
+        self.bad: list[BadImage] = []
 
-        def keep(i: int) -> list[BadImage]:
-            picture, self.labels[i], bad = decode_or_next(dataset, i, options.tries)
+        def keep(i: int):
+            picture, self.labels[i], bad = decode_or_next(dataset, i, max(1, options.tries - len(self.bad)))
             self.sizes[i] = picture.height, picture.width
             self.images[i] = TF.pil_to_tensor(picture.resize((side, side), Image.Resampling.BICUBIC))
-            return bad
+            self.bad += bad
 
         with ThreadPoolExecutor(max(threads, 1)) as pool:
-            self.bad = list(itertools.chain(*pool.map(keep, range(len(dataset)))))
+            list(pool.map(keep, range(len(dataset))))
         self.images = self.images.to(store)
 
     def __getitem__(self, request: tuple[int | None, np.ndarray]) -> Batch:
@@ -815,10 +825,14 @@ class TrainBatches:
         )
         return [(epoch, indices) for indices in rows[self.share.rank]]
 
+    def bad_count(self) -> int:
+        """How many bad pictures were met; a stream may bring the same file again, under another index."""
+        return len(set(self.bad.values()) if isinstance(self.crops, StreamCrops) else self.bad)
+
     def news(self) -> list[str]:
         """The bad pictures not told of before."""
-        told, self.told = self.told, len(self.bad)
-        return list(self.bad.values())[told:]
+        met, (told, self.told) = list(self.bad.values()), (self.told, len(self.bad))
+        return [description for description in dict.fromkeys(met[told:]) if description not in met[:told]]
 
     def close(self):
         """End the worker processes, which outlive a signal; nothing can be read any more."""
@@ -827,11 +841,10 @@ class TrainBatches:
     def check_bad(self, met_elsewhere: Iterable[BadImage] = ()):
         """Raise TooManyBadImages if too many bad pictures were met, here and by the other processes."""
         self.bad.update(met_elsewhere)
-        if len(self.bad) > self.max_bad * self.length:
+        if self.bad_count() > self.max_bad * self.length:
             names = "".join(f"\n  {description}" for description in itertools.islice(self.bad.values(), 20))
-            raise TooManyBadImages(
-                f"{len(self.bad)} of {self.length} images are broken, more than --max-bad-images {self.max_bad}:{names}"
-            )
+            count = f"{self.bad_count()} of {self.length} images"
+            raise TooManyBadImages(f"{count} are broken, more than --max-bad-images {self.max_bad}:{names}")
 
 
 class EvalBatch(NamedTuple):

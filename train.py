@@ -434,27 +434,34 @@ class Progress:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)  # for trackers
 
 
-def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lock) -> Path | None:
     """What --resume names, if anything. Raises ValueError if it is not there or would cost another run."""
-    answer = [None, None]
-    if args.resume and accelerator.is_main_process:
+    folder, problem = None, None
+    if accelerator.is_main_process:
         try:
-            answer[0] = checkpoint.find(args.out if args.resume == "auto" else Path(args.resume), accelerator.print)
-            if args.resume != "auto" and answer[0] is None:
-                raise ValueError(f"--resume {args.resume}: there is no checkpoint")
-            newer = [x.name for x in checkpoint.folders(args.out) if answer[0] and x.name > answer[0].name]
-            if answer[0] and answer[0].parent.resolve() == args.out.resolve():
-                if newer and not args.overwrite and args.resume != "auto":
-                    raise ValueError(f"{', '.join(newer)} of {args.out} would be lost; if they may be, add --overwrite")
-            else:  # what is left of a run stopped before its first checkpoint is not worth a question
-                check_folder(args.out, args.overwrite, RUN_FILES if args.resume != "auto" else ("model.safetensors",))
-        except ValueError as error:
-            answer[1] = str(error)
-    elif not args.resume:
-        check_folder(args.out, args.overwrite)
-    folder, problem = broadcast_object_list(answer)
+            lock.take()
+            folder = choose_checkpoint(args, accelerator.print)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    folder, problem = broadcast_object_list([folder, problem])
     if problem:
         raise ValueError(problem)
+    return folder
+
+
+def choose_checkpoint(args: argparse.Namespace, say: Callable) -> Path | None:
+    """The same, in the main process."""
+    auto, folder = args.resume == "auto", None
+    if args.resume:
+        folder = checkpoint.find(args.out if auto else Path(args.resume), say, aside=auto)
+        if not auto and folder is None:
+            raise ValueError(f"--resume {args.resume}: there is no checkpoint")
+    if folder and folder.parent == args.out.resolve():
+        newer = [other.name for other in checkpoint.folders(args.out) if other.name > folder.name]
+        if newer and not args.overwrite:
+            raise ValueError(f"{', '.join(newer)} of {args.out} would be lost; if they may be, add --overwrite")
+    else:  # what is left of a run stopped before its first checkpoint is not worth a question
+        check_folder(args.out, args.overwrite, ("model.safetensors",) if auto else RUN_FILES)
     return folder
 
 
@@ -485,15 +492,31 @@ def compare(state: dict, config: dict, processes: int) -> list[str]:
 
 
 @contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """End all processes, with one line, if one of them meets something that the user can mend."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems = [problem for problem in gather_object([problem]) if problem]
+    if problems:
+        with one_line_errors(ValueError):
+            raise ValueError(problems[0])
+        sys.exit(1)
+
+
+@contextlib.contextmanager
 def mishaps(world: int) -> Iterator[None]:
     """Turn the errors by which torch reports the death of another process into a Mishap."""
     try:
         yield
     except RuntimeError as error:
         text = f"({data.one_line(error)}): --resume auto goes on from the last checkpoint"
-        if "DataLoader worker" in text:
+        if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
             raise Mishap(f"a process that reads pictures died, for want of memory perhaps {text}") from None
-        if world > 1 and re.search("gloo|nccl|closed by peer|reset by peer|broken pipe", text, re.IGNORECASE):
+        gone = "closed by peer|reset by peer|broken pipe|remote process exited|timed? ?out"
+        if world > 1 and re.search(gone, text, re.IGNORECASE):
             raise Mishap(f"another process of the run is gone {text}") from None
         raise
 
@@ -504,15 +527,16 @@ def mishaps(world: int) -> Iterator[None]:
 class Run:
     """A pre-training with all that changes while it goes on."""
 
-    def __init__(self, args, accelerator, model, optimizer, guide, batches, samples, objects, config):
+    def __init__(self, args, accelerator, model, optimizer, guide, batches, samples, objects, config, lock):
         self.args, self.accelerator, self.model, self.guide, self.batches = args, accelerator, model, guide, batches
-        self.samples, self.objects, self.config = samples, objects, config
+        self.samples, self.objects, self.config, self.lock = samples, objects, config, lock
         self.trained, self.optimizer = accelerator.prepare(model, optimizer)  # ``model`` stays the bare one
         self.progress = Progress(torch.zeros((), device=accelerator.device))
         self.peers, self.signals = checkpoint.Peers(accelerator.num_processes), checkpoint.Signals()
+        self.phase, self.clock = "random", time.perf_counter()  # whose masks; when the epoch began
         self.losses: list[tuple[int, Tensor, list[int]]] = []  # step, loss, images: not yet known to be finite
         self.saved, self.written = None, time.monotonic()  # step of the last checkpoint; when one was last tried
-        self.replaces = True  # what lies in --out is another run
+        self.replaces, self.published = True, True  # whether another run lies in --out; whether the results are there
         self.bar = tqdm(
             total=args.epochs * batches.steps_per_epoch,
             disable=not accelerator.is_main_process,
@@ -535,6 +559,8 @@ class Run:
         if guided and args.guide == "cached":
             due = not progress.seen and (progress.epoch - guide.start - 1) % args.guide_every == 0
             if due or guide.maps is None:
+                if progress.step:
+                    self.save()
                 self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
                 guide.remember(self.batches, self.accelerator, after_each=self.listen)
         self.trained.train()
@@ -547,10 +573,10 @@ class Run:
                 progress.step += 1
                 progress.seen += args.batch_size
                 self.bar.update()
+                last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does what is due
+                overdue = self.listen(stop=not last)
                 if progress.step % 10 == 0:  # this waits for the device: not at every step
                     self.check_losses()
-                last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does all that
-                overdue = self.listen(stop=not last)
                 if (overdue or self.save_after(progress.step)) and not last:
                     self.save()
 
@@ -591,7 +617,7 @@ class Run:
             lr=self.optimizer.param_groups[0]["lr"],
             images_per_second=progress.seen / seconds,
             seconds=seconds,
-            bad_images=len(self.batches.bad),
+            bad_images=self.batches.bad_count(),
         )
         with accelerator.autocast():
             mean, std = self.model.config["mean"], self.model.config["std"]
@@ -606,17 +632,26 @@ class Run:
             f"epoch {epoch}/{args.epochs}  {self.phase:10}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
             f"{record['images_per_second']:.0f} images/s"
         )
-        due = epoch % args.save_every == 0 or epoch in (guide.start, args.epochs)
-        due = due or self.save_after(progress.step)
         progress.epoch, progress.seen, progress.seconds = epoch + 1, 0, 0.0
         progress.total.zero_()
         self.clock = time.perf_counter()
-        self.write(self.write_metrics)
-        if due:
+        if self.due():
             self.save()
-            self.write(lambda: self.write_results(epoch))
+        self.publish()
         if self.listen(stop=epoch < args.epochs):
             self.save()
+
+    def due(self) -> bool:
+        """Whether weights and pictures are due, the epoch being through."""
+        epoch = self.progress.epoch - 1
+        due = epoch % self.args.save_every == 0 or epoch in (self.guide.start, self.args.epochs)
+        return due or self.save_after(self.progress.step)
+
+    def publish(self):
+        """Write what a run leaves, the epoch being through: metrics, and what is due. Once more after resuming."""
+        self.published = self.write(self.write_metrics)
+        if self.due():
+            self.published &= self.write(self.write_results)
 
     # ---------------------------------------------------------------------------------------------- looking out
 
@@ -674,9 +709,13 @@ class Run:
                     (self.args.out / name).unlink(missing_ok=True)
                 checkpoint.remove_all(self.args.out)
             self.args.out.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
             self.replaces = False
             how()
         except OSError as error:
+            for part in self.args.out.glob("*.part"):
+                if part.is_file():
+                    part.unlink()
             self.say(f"WARNING: {data.one_line(error)}; training goes on, the last checkpoint stays")
             return False
         return True
@@ -684,12 +723,13 @@ class Run:
     def write_metrics(self):
         text = "".join(json.dumps(record) + "\n" for record in self.progress.records)
         (self.args.out / "metrics.jsonl.part").write_text(text)
+        smae.flush(self.args.out / "metrics.jsonl.part")
         os.replace(self.args.out / "metrics.jsonl.part", self.args.out / "metrics.jsonl")
 
-    def write_results(self, epoch: int):
+    def write_results(self):
         smae.save(self.model, self.args.out, self.config)
         with self.accelerator.autocast():
-            draw(self.args, epoch, self.guide, self.samples, self.objects)
+            draw(self.args, self.progress.epoch - 1, self.guide, self.samples, self.objects)
 
     def save(self):
         """Write a checkpoint of this very moment, unless there is one. Raises Diverged where it would be of no use."""
@@ -697,8 +737,9 @@ class Run:
         if self.saved == progress.step:
             return
         self.check_losses()
+        finite = checkpoint.all_finite(self.model, self.optimizer)
         with together(Diverged):
-            if not checkpoint.all_finite(self.model, self.optimizer):
+            if self.peers.largest(not finite)[0]:
                 raise Diverged(
                     f"weights or moments of the optimizer are no longer finite in epoch {progress.epoch}, step "
                     f"{progress.step} of the run ({self.phase} masks): go on from a checkpoint before it"
@@ -728,7 +769,10 @@ class Run:
         if len(totals) != accelerator.num_processes:
             totals = [sum(totals)] + [0.0] * (accelerator.num_processes - 1)
         progress.total.fill_(totals[rank])
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays):
+            group["weight_decay"] = decay
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.guide.load_state_dict(state["guide"])
@@ -736,14 +780,22 @@ class Run:
         self.batches.told = len(self.batches.bad)
         if rank < len(state["processes"]):
             checkpoint.set_random_states(state["processes"][rank]["random"])
-        if folder.parent.resolve() == self.args.out.resolve():
+        if folder.parent == self.args.out.resolve():
             self.saved, self.replaces = progress.step, False
+        else:
+            progress.name = uuid.uuid4().hex
         self.bar.update(self.place())
+        if progress.records and not progress.seen:  # it may have been killed in between the two
+            self.publish()
 
 
 def main():
     args = parse_arguments()
+    with checkpoint.Lock(args.out) as lock:
+        pretrain(args, lock)
 
+
+def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     with one_line_errors(ValueError, OSError):
         complete(args)
         accelerator = make_accelerator(
@@ -754,7 +806,8 @@ def main():
         )
         if args.log_with and not accelerator.log_with:
             raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")
-        folder = find_checkpoint(args, accelerator)
+        folder = find_checkpoint(args, accelerator, lock)
+    with all_or_none():
         state = checkpoint.read(folder) if folder else None
         set_seed(args.seed)
         model = build_model(args, state and state["config"]["model"])
@@ -778,7 +831,7 @@ def main():
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
     if state:
         model.load_state_dict(state["model"])
-    run = Run(args, accelerator, model, optimizer, guide, batches, samples, objects, config)
+    run = Run(args, accelerator, model, optimizer, guide, batches, samples, objects, config, lock)
     if state:
         run.restore(state, folder)
     progress = run.progress
@@ -798,7 +851,7 @@ def main():
     del state
 
     stopped_by = 0
-    errors = (data.TooManyBadImages, data.NothingToRead, Diverged, Mishap)
+    errors = (data.TooManyBadImages, data.NothingToRead, checkpoint.Locked, Diverged, Mishap)
     with one_line_errors(*errors, ranks="any"), mishaps(accelerator.num_processes), run.signals:
         try:
             while progress.epoch <= args.epochs:
@@ -806,15 +859,15 @@ def main():
                 run.end_epoch()
         except Interrupted as interrupted:
             stopped_by = interrupted.args[0]
-            run.save()
         finally:
             batches.close()
+        run.save()
     run.bar.close()
     accelerator.end_training()
 
-    if run.saved != progress.step:
-        if accelerator.is_main_process:
-            print("train.py: error: the last checkpoint could not be written, see above", file=sys.stderr)
+    if run.saved != progress.step or not run.published:
+        with one_line_errors(OSError):
+            raise OSError("the last checkpoint, or the results, could not be written, see above")
         sys.exit(1)
     if stopped_by:
         accelerator.print(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_train import SMALL, records, train_here
+from test_train import SMALL, contents, records, train_here
 
 import checkpoint
 import data
@@ -106,7 +106,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(extra, quick_drawing, monkey
         resume = tmp_path / "whole" / f"checkpoint-{point:08d}"
         train_here(monkeypatch, *arguments, "--out", out, "--resume", resume)
         assert f"going on from {resume}: epoch {point // 5 + 1}, {point % 5 * 8} images" in capfd.readouterr().out
-        assert steps > 1 or len(checkpoint.folders(out)) == 20 - point
         end_alike(tmp_path / "whole", out)
 
 
@@ -208,20 +207,23 @@ def test_a_signal_repeated_by_a_launcher_counts_once_and_a_second_one_ends_the_r
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_launcher_that_is_gone_counts_as_a_signal(monkeypatch):
-    for name, number in (
-        ("ACCELERATE_MIXED_PRECISION", signal.SIGTERM),
-        ("TORCHELASTIC_RUN_ID", signal.SIGTERM),
-        ("X", 0),
-    ):
-        with monkeypatch.context() as patch:
-            for launched in checkpoint.Signals.LAUNCHED:
-                patch.delenv(launched, raising=False)
-            patch.setenv(name, "no")
-            signals = checkpoint.Signals()
-            assert signals.caught() == 0
-            patch.setattr(os, "getppid", lambda: 1)  # as of any orphan
-            assert signals.caught() == number
+@pytest.mark.parametrize(
+    "line, number",
+    [
+        ("python /venv/bin/accelerate launch train.py", signal.SIGTERM),
+        ("python -m torch.distributed.run --standalone train.py", signal.SIGTERM),
+        ("/accelerate/bin/bash", 0),
+    ],
+)
+def test_a_launcher_that_is_gone_counts_as_a_signal(line, number, monkeypatch):
+    read = checkpoint.Path.read_text
+    monkeypatch.setattr(
+        checkpoint.Path, "read_text", lambda self: line.replace(" ", "\0") if self.name == "cmdline" else read(self)
+    )
+    signals = checkpoint.Signals()
+    assert signals.caught() == 0
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # as of any orphan
+    assert signals.caught() == number
 
 
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"
@@ -315,7 +317,7 @@ def test_a_disk_that_takes_no_more_stops_nothing_and_breaks_nothing(whole, tmp_p
     assert forked.finish(processes) == [1]
     text = (tmp_path / "log-0").read_text()
     assert "WARNING: cannot write" in text and "checkpoint-00000060" in text and "File too large" in text
-    assert "error: the last checkpoint could not be written" in text and "Traceback" not in text
+    assert "error: the last checkpoint, or the results, could not be written" in text and "Traceback" not in text
     assert {file: file.read_bytes() for file in out.rglob("checkpoint-*/*")} == before
     assert len(records(out)) == 12 and not list(out.rglob("*.part"))
     assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
@@ -407,6 +409,8 @@ def test_a_broken_checkpoint_is_passed_over_with_a_warning(how, quick_drawing, m
     assert printed.count("passed over a broken checkpoint") == 2 and "going on from" in printed
     assert "checkpoint-00000008: epoch 2, 24 images" in printed
     end_alike(tmp_path / "whole", tmp_path / "run")
+    broken = [folder.name[:19] for folder in (tmp_path / "run").glob("*.broken")]  # put aside, not removed
+    assert sorted(broken) == ["checkpoint-00000009", "checkpoint-00000010"]
     for folder in checkpoint.folders(tmp_path / "run"):
         damage(folder, how)
     with pytest.raises(SystemExit):
@@ -435,10 +439,15 @@ def test_auto_begins_a_run_that_has_not_begun_and_ends_one_that_is_done(quick_dr
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")  # stopped before its first checkpoint
     train_here(monkeypatch, *arguments)
     assert len(records(tmp_path / "run")) == 2
-    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    before = contents(tmp_path / "run")
+    for name in ("model.safetensors", "metrics.jsonl", "masks.png"):  # killed after its last checkpoint
+        (tmp_path / "run" / name).unlink()
     train_here(monkeypatch, *arguments)
-    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+    assert contents(tmp_path / "run") == before
     assert "epoch 3, 0 images" in capfd.readouterr().out
+    train_here(monkeypatch, *arguments[:-4], "--out", tmp_path / "copy", "--resume", tmp_path / "run")
+    assert (tmp_path / "copy" / "model.safetensors").read_bytes() == before["model.safetensors"]
+    assert [folder.name for folder in checkpoint.folders(tmp_path / "copy")] == ["checkpoint-00000010"]
     for folder in checkpoint.folders(tmp_path / "run"):
         shutil.rmtree(folder)
     with pytest.raises(SystemExit):  # a result without checkpoints is no run to go on with, nor one to lose
@@ -487,6 +496,60 @@ def test_another_batch_size_goes_on_with_the_pictures_not_yet_seen_and_says_so(
     assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
     rates = [records(tmp_path / name)[-1]["lr"] for name in ("whole", "run")]
     assert rates[1] < rates[0] / 2
+
+
+def test_a_weight_decay_that_was_changed_is_the_new_one(quick_drawing, monkeypatch, tmp_path, capfd):
+    train_here(monkeypatch, *BRIEF, "--epochs", 1, "--out", tmp_path / "run")
+    resume = ["--resume", tmp_path / "run" / "checkpoint-00000003"]
+    for decay in (0.05, 0.9):
+        arguments = [*BRIEF, "--epochs", 1, "--weight-decay", decay, "--out", tmp_path / str(decay)]
+        train_here(monkeypatch, *arguments, *resume)
+        groups = outcome(tmp_path / str(decay))["optimizer"]["param_groups"]
+        assert [group["weight_decay"] for group in groups] == [decay, 0]
+    assert "changed: --weight-decay 0.05 -> 0.9" in capfd.readouterr().out
+
+
+def test_two_runs_never_write_to_the_same_folder(started, monkeypatch, tmp_path):
+    shutil.copytree(started, tmp_path / "run")
+    with checkpoint.Lock(tmp_path / "run") as lock:
+        lock.take()
+        with (
+            checkpoint.Lock(tmp_path / "run", patience=0.3) as other,
+            pytest.raises(ValueError, match="another run is"),
+        ):
+            other.take()
+        monkeypatch.setattr(checkpoint.Lock.__init__, "__defaults__", (0.3,))
+        for extra in (["--resume", "auto"], ["--overwrite"]):
+            with pytest.raises(SystemExit):
+                train_here(monkeypatch, *BRIEF, "--epochs", 1, "--out", tmp_path / "run", *extra)
+        (tmp_path / "new").mkdir()
+        with checkpoint.Lock(tmp_path / "new") as another:
+            another.take()
+    with checkpoint.Lock(tmp_path / "run", patience=0.3) as next_one:
+        next_one.take()
+    assert contents(started) == contents(tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_keep_others_from_being_written(
+    small_model, monkeypatch, tmp_path
+):
+    def fails(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    for step in range(1, 5):
+        checkpoint.write(tmp_path, step, small_model, dict(config={}), keep=1)
+        assert [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path)] == [step]
+
+
+def test_a_checkpoint_goes_by_any_path(started, quick_drawing, monkeypatch, tmp_path):
+    shutil.copytree(started, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoint-00000005")
+    monkeypatch.chdir(tmp_path)
+    for path in ("link", "run/../run/checkpoint-00000005"):
+        train_here(monkeypatch, *BRIEF, "--epochs", 1, "--warmup-epochs", 0, "--out", "run", "--resume", path)
+        assert len(checkpoint.folders(tmp_path / "run")) == 5
 
 
 @pytest.mark.parametrize(
@@ -660,6 +723,18 @@ def test_two_processes_resume_to_the_bit_and_stop_together(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and len(losses[1]) == 12
 
 
+@pytest.mark.parametrize(
+    "extra", ["--streaming --workers 1", "--preload --accumulate 2", "--workers 2 --guide cached --guide-debias"]
+)
+def test_two_processes_resume_to_the_bit_whatever_they_read(extra, tmp_path):
+    arguments = [*BRIEF, *extra.split()]
+    for name, resume in (("whole", []), ("run", ["--resume", tmp_path / "whole" / "checkpoint-00000013"])):
+        log = tmp_path / f"log {name}"
+        processes = forked.start(log, *arguments, "--out", tmp_path / name, *resume, world=2, patches="slow_steps")
+        assert forked.finish(processes) == [0, 0]
+    end_alike(tmp_path / "whole", tmp_path / "run")
+
+
 def test_two_processes_stop_together_though_the_disk_takes_no_checkpoint(tmp_path):
     arguments = [*LONG, "--save-every-steps", 4, "--out", tmp_path / "run"]
     started = forked.start(tmp_path / "log", *arguments, world=2, largest_file=40_000, patches="slow_steps")
@@ -669,7 +744,7 @@ def test_two_processes_stop_together_though_the_disk_takes_no_checkpoint(tmp_pat
         time.sleep(0.1)
     os.kill(started[1].pid, signal.SIGTERM)
     assert forked.finish(started, 20) == [1, 1]
-    assert "error: the last checkpoint could not be written" in (tmp_path / "log-0").read_text()
+    assert "error: the last checkpoint, or the results, could not be written" in (tmp_path / "log-0").read_text()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
