@@ -610,7 +610,8 @@ class StreamCrops(torch.utils.data.IterableDataset):
                 picture = decode(record["image"])
             except Exception as error:
                 bad.append(describe_bad(index, None if isinstance(record, Exception) else record["image"], error))
-                if len(bad) == self.options.tries:  # no need to fill a batch: these are reason enough to stop
+                different = len({what.description for what in bad[-self.options.tries :]})
+                if different == self.options.tries or len(bad) == 100 * self.options.tries:  # reason enough to stop
                     tensors, where = [], []
                     yield whole()
                     return
