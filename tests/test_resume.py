@@ -167,7 +167,7 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_and_a_code(number,
     processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
     wait_for_step(tmp_path / "run", 8, processes)
     os.kill(processes[0].pid, number)
-    assert forked.finish(processes, 10) == [128 + number]
+    assert forked.finish(processes, 30) == [128 + number]
     text = (tmp_path / "log-0").read_text()
     assert f"stopped by {number.name}: epoch" in text and "--resume auto goes on" in text
     last = checkpoint.folders(tmp_path / "run")[0]
@@ -184,7 +184,7 @@ def test_a_signal_to_the_whole_group_does_not_take_the_workers_before_the_step_i
         processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
         wait_for_step(tmp_path / "run", step, processes)
         os.killpg(processes[0].pid, number)
-        assert forked.finish(processes, 20) == [128 + number]
+        assert forked.finish(processes, 30) == [128 + number]
         assert f"stopped by {number.name}" in (tmp_path / "log-0").read_text()
     assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
     end_alike(whole, tmp_path / "run")
@@ -711,7 +711,7 @@ def test_two_processes_resume_to_the_bit_and_stop_together(tmp_path):
         processes = forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")
         wait_for_step(tmp_path / "run", step, processes)
         os.kill(processes[rank].pid, number)  # one of them only
-        assert forked.finish(processes, 20) == [128 + number] * 2
+        assert forked.finish(processes, 30) == [128 + number] * 2
     assert forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")) == [0, 0]
     end_alike(tmp_path / "whole", tmp_path / "run")
 
@@ -743,7 +743,7 @@ def test_two_processes_stop_together_though_the_disk_takes_no_checkpoint(tmp_pat
         assert time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(started[1].pid, signal.SIGTERM)
-    assert forked.finish(started, 20) == [1, 1]
+    assert forked.finish(started, 30) == [1, 1]
     assert "error: the last checkpoint, or the results, could not be written" in (tmp_path / "log-0").read_text()
 
 
