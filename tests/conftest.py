@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 REAL = ROOT.parent / "shared" / "data"  # photographs for development, see its README; not part of the project
 
+import data  # noqa: E402
 import smae  # noqa: E402
 import train  # noqa: E402
 
@@ -48,3 +49,14 @@ def photographs():
 def quick_drawing(monkeypatch):
     """Runs draw no pictures, which take longer than they."""
     monkeypatch.setattr(train, "draw", lambda args, *_: (args.out / "masks.png").write_text("drawn"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 40 pictures, one of them broken."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, row in enumerate(data.draw_shapes("test", 40, 32)):
+        row["image"].save(folder / f"{i:02d}.png")
+    (folder / "17.png").write_bytes(b"not a picture")
+    return folder

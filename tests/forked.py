@@ -30,7 +30,8 @@ def start(log, *arguments, world: int = 1, largest_file: int | None = None, patc
             environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         job = [str(x) for x in arguments], {key: str(value) for key, value in environment.items()}
         processes.append(context.Process(target=_run, args=(*job, f"{log}-{rank}", largest_file, patches)))
-    for process in processes:
+    for rank, process in enumerate(processes):
+        Path(f"{log}-{rank}").touch()
         process.start()
     return processes
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import eval as judge
 import smae
 import train
@@ -143,8 +142,7 @@ def test_training_learns_something(quick_drawing, monkeypatch, tmp_path):
 def test_options_run(extra, monkeypatch, tmp_path):
     arguments = [*QUICK, "--guide-start", 1, "--out", tmp_path / "run", *extra]
     if "--precision" in extra or "--compile" in extra:  # the first Accelerator of a process settles these
-        result = run(*arguments)
-        assert result.returncode == 0, result.stderr
+        assert forked.finish(forked.start(tmp_path / "log", *arguments)) == [0]
     else:
         train_here(monkeypatch, *arguments)
     mask = extra[extra.index("--mask") + 1] if "--mask" in extra else "selfguided"
@@ -279,17 +277,6 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
 # ------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of 40 pictures, one of them broken."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i, row in enumerate(data.draw_shapes("test", 40, 32)):
-        row["image"].save(folder / f"{i:02d}.png")
-    (folder / "17.png").write_bytes(b"not a picture")
-    return folder
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -396,11 +383,11 @@ def test_a_broken_picture_is_skipped_counted_and_named(quick_drawing, monkeypatc
 @pytest.mark.parametrize("processes", [1, 2])
 def test_too_many_broken_pictures_stop_the_run_with_their_paths(processes, tmp_path, photos):
     arguments = [*QUICK, "--max-images", 40, "--batch-size", 8, "--dataset", photos, "--epochs", 3]
-    result = run(*arguments, "--out", tmp_path / "run", processes=processes)
-    assert result.returncode != 0
-    assert "1 of 40 images are broken, more than --max-bad-images 0.01" in result.stderr
-    assert "17.png" in result.stderr
-    assert 'File "' + str(ROOT / "train.py") not in result.stderr  # no traceback of ours
+    started = forked.start(tmp_path / "log", *arguments, "--out", tmp_path / "run", world=processes)
+    assert forked.finish(started) == [1] * processes
+    text = (tmp_path / "log-0").read_text()
+    assert "1 of 40 images are broken, more than --max-bad-images 0.01" in text
+    assert "17.png" in text and "Traceback" not in text
 
 
 def test_too_many_broken_pictures_leave_the_run_before_as_it_was(quick_drawing, monkeypatch, tmp_path, photos, capfd):
@@ -417,8 +404,8 @@ def test_too_many_broken_pictures_leave_the_run_before_as_it_was(quick_drawing, 
 def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):
     (photos / "30.png").write_bytes(b"")
     arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--max-bad-images", 0.3]
-    result = run(*arguments, "--out", tmp_path / "run", processes=2)
-    assert result.returncode == 0, result.stderr
+    started = forked.start(tmp_path / "log", *arguments, "--out", tmp_path / "run", world=2)
+    assert forked.finish(started) == [0, 0]
     assert records(tmp_path / "run")[0]["bad_images"] == 2
 
 
