@@ -294,10 +294,11 @@ def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, ke
     )
 
 
-def extract(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, dataset) -> tuple[Tensor, Tensor]:
+def extract(
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, batches: data.EvalBatches
+) -> tuple[Tensor, Tensor]:
     """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
     parts, labels = [], []
-    batches = eval_batches(args, accelerator, dataset)
     for rows in compute_rows(args, accelerator, batches, model, lambda images: features(model, images, args.pool)):
         check_labels(rows.labels)
         if accelerator.is_main_process:
@@ -372,27 +373,25 @@ def knn(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) ->
     if min(args.k) < 1 or args.temperature <= 0:
         raise ValueError("--k must be at least 1, --temperature positive")
     training, tests, classes = labelled_data(args)
-    train_features, train_labels = extract(args, accelerator, model, training)
-    test_features, test_labels = extract(args, accelerator, model, tests)
+    seen = [extract(args, accelerator, model, eval_batches(args, accelerator, part)) for part in (training, tests)]
     if not accelerator.is_main_process:
         return {}
+    return dict(test_split=str(tests.split), **judge_knn(args, *seen, len(classes), accelerator.device))
+
+
+def judge_knn(
+    args: argparse.Namespace,
+    training: tuple[Tensor, Tensor],
+    tests: tuple[Tensor, Tensor],
+    classes: int,
+    device: torch.device | str,
+) -> dict:
+    """Accuracy in per cent of kNN on features (n, d) with labels (n,): ``top1`` for the first k, ``top1_by_k``."""
     predictions = knn_classify(
-        train_features,
-        train_labels,
-        test_features,
-        ks=args.k,
-        classes=len(classes),
-        temperature=args.temperature,
-        device=accelerator.device,
+        *training, tests[0], ks=args.k, classes=classes, temperature=args.temperature, device=device
     )
-    top1 = {k: 100 * (predicted == test_labels).double().mean().item() for k, predicted in predictions.items()}
-    return dict(
-        test_split=str(tests.split),
-        top1=top1[args.k[0]],
-        top1_by_k=top1,
-        images=len(test_labels),
-        train_images=len(train_labels),
-    )
+    top1 = {k: 100 * (predicted == tests[1]).double().mean().item() for k, predicted in predictions.items()}
+    return dict(top1=top1[args.k[0]], top1_by_k=top1, images=len(tests[1]), train_images=len(training[1]))
 
 
 # ------------------------------------------------------------------------------------------------- linear probe
@@ -452,16 +451,28 @@ def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module)
         optimizer = LARS(probe.head.parameters(), args.lr, weight_decay=args.weight_decay)
         return fit(args, accelerator, probe, optimizer, training, tests)
 
-    x, labels = extract(args, accelerator, model, training)
-    x_test, labels_test = extract(args, accelerator, model, tests)
+    seen = [extract(args, accelerator, model, eval_batches(args, accelerator, part)) for part in (training, tests)]
     if not accelerator.is_main_process:
         return {}
+    return dict(test_split=str(tests.split), **judge_linear(args, *seen, classes, accelerator.device))
+
+
+def judge_linear(
+    args: argparse.Namespace,
+    training: tuple[Tensor, Tensor],
+    tests: tuple[Tensor, Tensor],
+    classes: list[str],
+    device: torch.device | str,
+) -> dict:
+    """Accuracy in per cent of the best of 40 linear heads on features (n, d) with labels (n,), as chosen in training.
+
+    The choice is made on a tenth of the training data, the chosen head fitted again on all of them.
+    """
+    (x, labels), (x_test, labels_test) = training, tests
     lrs = [args.lr] if args.lr else FAST_LRS
     decays = FAST_DECAYS if args.weight_decay is None else [args.weight_decay]
     settings = [(lr, decay) for lr in lrs for decay in decays]
-    how = dict(
-        classes=len(classes), epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, device=accelerator.device
-    )
+    how = dict(classes=len(classes), epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, device=device)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
     held_out, kept = order.split([-(-len(x) // 10), len(x) - -(-len(x) // 10)])
     heads = fit_heads(x, labels, kept, settings=settings, **how)
@@ -470,7 +481,6 @@ def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module)
     logits = fit_heads(x, labels, order, settings=[settings[best]], **how)(x_test)[0]
     hits = logits.topk(top(classes)).indices == labels_test[:, None]
     return dict(
-        test_split=str(tests.split),
         top1=100 * hits[:, 0].double().mean().item(),
         top5=100 * hits.any(dim=1).double().mean().item(),
         images=len(labels_test),

@@ -827,6 +827,8 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         )
         changes = compare(state, config, accelerator.num_processes) if state else []
 
+    if accelerator.device.type == "cpu":  # the flash kernel pays for long sequences: 64 patches are faster without
+        torch.backends.cuda.enable_flash_sdp(model.patch_count > 128)  # of CPUs, too, in spite of its name
     if args.compile:
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
     if state:

@@ -1,0 +1,533 @@
+"""The claim, tested: does self-guided masking learn better than random masking and AMT in as many epochs?
+
+    python reproduce.py                                     # drawn shapes, a quarter of an hour on two cores
+    python reproduce.py --scale small --dataset PATH        # photographs, one GPU
+    python reproduce.py --scale paper                       # ImageNet-1k, 8 GPUs: prints the commands and the hours
+
+Pre-trains one model under each kind of masks, with several seeds, judges every run along the way by kNN and linear
+probe, fine-tunes it at the end. What is done is not done again: interrupt it (Ctrl-C, timeout 10m python ...) and start
+the same command as often as need be. Leaves in --out: table.md, results.json, epochs.png, minutes.png, masks-ARM.png,
+and a run folder for each arm and seed.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+
+import bench
+import checkpoint
+import data
+import eval as judge
+import masks
+import smae
+import train
+from guide import Guide
+
+ROOT = Path(__file__).resolve().parent
+ARMS = {  # options of train.py
+    "random": "--mask random",
+    "amt": "--mask amt --guide cached",
+    "cached": "--mask selfguided --guide cached",
+    "cached-nohint": "--mask selfguided --guide cached --hint none",
+    "online": "--mask selfguided --guide online",
+    "online-nohint": "--mask selfguided --guide online --hint none",
+}
+MINI = "--width 128 --depth 6 --heads 2 --decoder-width 96 --decoder-depth 2 --decoder-heads 3"
+SCALES = {  # options of train.py and of eval.py finetune; the guide starts after an eighth of the epochs
+    "demo": dict(
+        dataset="shapes",
+        seeds=[0, 1],
+        jobs=2,
+        epochs=8,
+        pretrain=f"{MINI} --image-size 64 --warmup-epochs 1 --batch-size 64 --blr 4e-3 --max-images 2000",
+        finetune="--epochs 3 --warmup-epochs 1 --batch-size 64 --blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 "
+        "--randaugment 0 --erasing 0 --drop-path 0 --crop-scale 0.5 1 --max-images 2000",
+    ),
+    "cpu": dict(  # two hours on two cores, on Imagenette
+        dataset="frgfm/imagenette:160px",
+        seeds=[0, 1, 2],
+        jobs=2,
+        epochs=16,
+        pretrain=f"{MINI} --image-size 64 --warmup-epochs 1 --batch-size 64 --blr 4e-3",
+        finetune="--epochs 4 --warmup-epochs 1 --batch-size 64 --blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 "
+        "--randaugment 0 --erasing 0 --drop-path 0 --crop-scale 0.2 1 --max-images 2000",
+    ),
+    "small": dict(  # 196 patches, as in the paper
+        dataset="frgfm/imagenette:160px",
+        seeds=[0, 1, 2],
+        jobs=3,
+        epochs=400,
+        pretrain="--model tiny --image-size 112 --patch-size 8 --warmup-epochs 20 --batch-size 256 --blr 1e-3 "
+        "--compile",
+        finetune="--epochs 30 --warmup-epochs 3 --batch-size 256 --blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 "
+        "--randaugment 0 --erasing 0 --drop-path 0 --crop-scale 0.2 1",
+    ),
+}
+GUIDING = {"mask", "hint", "hint_ratio", "amt_ratio", "throw_ratio", "guide", "guide_start", "guide_every"}
+GUIDING |= {"guide_layer", "guide_debias", "foreground", "relevance"}  # what does not matter before the guide starts
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Compare kinds of masks: pre-train, judge, draw up.", formatter_class=data.HelpFormatter
+    )
+    parser.add_argument("--scale", choices=[*SCALES, "paper"], default="demo", help="size of the experiment")
+    parser.add_argument("--dataset", help="data with labels and a test split, as of eval.py (default: the scale's)")
+    parser.add_argument("--epochs", type=int, help="of pre-training (default: the scale's)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="a run of each arm for each (default: the scale's)")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="kinds of masks")
+    parser.add_argument(
+        "--arm", action="append", default=[], metavar="NAME=OPTIONS", help="another arm, by options of train.py"
+    )
+    parser.add_argument("--pretrain", default="", metavar="OPTIONS", help="more options of train.py, for all arms")
+    parser.add_argument("--finetune", metavar="OPTIONS", help="more options of eval.py finetune; none: leave it out")
+    parser.add_argument("--probe", default="", metavar="OPTIONS", help="more options of eval.py knn and linear")
+    parser.add_argument(
+        "--select",
+        action="store_true",
+        help="judge on a fifth of the training data, to choose settings by, and not on the test data",
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time, shared out among the GPUs (default: the scale's)")
+    parser.add_argument("--gpus", type=int, default=8, help="of --scale paper")
+    parser.add_argument("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
+    return complete(parser.parse_args())
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what the scale says; raise ValueError where arguments make no sense."""
+    args.out = args.out or Path("runs") / f"reproduce-{args.scale}"
+    arms = {name: ARMS[name] for name in args.arms}
+    for text in args.arm:
+        name, equals, options = text.partition("=")
+        if not equals or not name or "/" in name or name in ARMS:
+            raise ValueError(f"--arm takes NAME=OPTIONS with a name of its own, got {text!r}")
+        arms[name] = options
+    args.arms = arms
+    if args.scale == "paper":
+        args.seeds = args.seeds or [0, 1, 2]
+        return args
+    scale = SCALES[args.scale]
+    for name in ("dataset", "epochs", "seeds", "jobs"):
+        if getattr(args, name) is None:
+            setattr(args, name, scale[name])
+    if args.jobs < 1 or args.epochs < 2:
+        raise ValueError("--jobs must be at least 1, --epochs at least 2")
+    args.pretrain = f"{scale['pretrain']} {args.pretrain}"
+    args.finetune = None if args.finetune == "none" else f"{scale['finetune']} {args.finetune or ''}"
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- runs
+
+
+class Run:
+    """One arm with one seed: its folder, and the options of ``train.py`` that make it."""
+
+    def __init__(self, args: argparse.Namespace, arm: str, seed: int):
+        self.arm, self.seed, self.out = arm, seed, args.out / f"{arm}-seed{seed}"
+        eighth = max(1, args.epochs // 8)
+        self.options = shlex.split(args.pretrain)
+        self.options += ["--dataset", args.dataset, "--preload", "--epochs", str(args.epochs), "--seed", str(seed)]
+        self.options += ["--guide-start", str(eighth), "--guide-every", str(eighth), "--save-every", str(eighth)]
+        self.options += ["--keep", "9999", "--out", str(self.out), *shlex.split(args.arms.get(arm, ARMS["random"]))]
+        self.settings = train.parse_arguments(self.options)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.records()) and self.records()[-1]["epoch"] == self.settings.epochs
+
+    def records(self) -> list[dict]:
+        """The epochs that are done, from metrics.jsonl."""
+        file = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The checkpoints at the end of an epoch, by epoch, of a run that is done."""
+        found = {checkpoint.number(folder): folder for folder in checkpoint.folders(self.out)}
+        steps = max(found) // self.settings.epochs
+        return {step // steps: folder for step, folder in sorted(found.items()) if step % steps == 0}
+
+    def looks(self) -> dict[int, Path]:
+        """The checkpoints to judge: after an eighth of the epochs, where guides start, a quarter, half, all of them."""
+        parts = {max(1, self.settings.epochs // part) for part in (8, 4, 2, 1)}
+        return {epoch: folder for epoch, folder in self.checkpoints().items() if epoch in parts}
+
+    def resume(self, random: "Run") -> str:
+        """What it goes on from: itself, or, at first, the run with random masks, with which it begins in common."""
+        ours, theirs = vars(self.settings), vars(random.settings)
+        same = all(ours[name] == theirs[name] for name in set(ours) - GUIDING - {"out"})
+        if not same or ours["guide_start"] == "auto" or not random.done or checkpoint.folders(self.out):
+            return "auto"
+        before = {epoch: folder for epoch, folder in random.checkpoints().items() if epoch <= ours["guide_start"]}
+        return str(before[max(before)]) if before else "auto"
+
+
+class Stopped(KeyboardInterrupt):
+    """Told to stop by a signal."""
+
+
+class Job(NamedTuple):
+    """A program to run: arguments, made when it is its turn; where its output goes; the job that must end before it."""
+
+    name: str
+    arguments: Callable[[], list[str]]
+    log: Path
+    after: str | None = None
+
+
+class Workers:
+    """Programs that run side by side, each on its share of the cores or on one of the GPUs."""
+
+    def __init__(self, jobs: int):
+        self.running, self.stopping, self.failed = {}, False, []
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.places = [cores[i::jobs] or cores for i in range(jobs)]
+        self.free, self.lock = list(range(jobs)), threading.Lock()
+
+    def run(self, jobs: list[Job]):
+        """Run as many at a time as there is place for, in this order. Those that fail are noted."""
+        with ThreadPoolExecutor(len(self.places)) as pool:
+            begun: dict[str, Future] = {}
+            try:
+                for job in jobs:
+                    begun[job.name] = pool.submit(self._one, job, begun.get(job.after))
+                for future in begun.values():
+                    future.result()
+            except KeyboardInterrupt:
+                self.stopping = True
+                for process in list(self.running.values()):
+                    process.terminate()  # a training then writes a checkpoint
+                raise
+
+    def _one(self, job: Job, before: Future | None):
+        if before:
+            before.result()
+        with self.lock:
+            place = self.free.pop()
+        environment = dict(os.environ)
+        if torch.cuda.device_count() > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
+        elif self.places[place] and not torch.cuda.is_available():
+            os.sched_setaffinity(0, self.places[place])  # of this thread, and of what it starts
+        start = time.perf_counter()
+        if not self.stopping:
+            print(f"{job.name} ...", flush=True)
+            with open(job.log, "a") as file:
+                process = subprocess.Popen(job.arguments(), stdout=file, stderr=file, env=environment, cwd=ROOT)
+                self.running[job.name] = process
+                code = process.wait()
+            del self.running[job.name]
+            if code and not self.stopping:
+                self.failed.append(job.name)
+                print(f"{job.name} failed (exit code {code}): {job.log.read_text().strip()[-1000:]}", file=sys.stderr)
+            print(f"{job.name}: {'stopped' if code else 'done'}, {time.perf_counter() - start:.0f} s", flush=True)
+        with self.lock:
+            self.free.append(place)
+
+
+def pretrain(runs: list[Run], workers: Workers):
+    """Train what is not trained; the runs with random masks first, for the others go on from them."""
+    random = {run.seed: run for run in runs if run.arm == "random"}
+    due, jobs = [run for run in runs if not run.done], []
+    for run in sorted(due, key=lambda run: run.arm != "random"):
+        first = random.get(run.seed, run)
+
+        def arguments(run: Run = run, first: Run = first) -> list[str]:
+            return [sys.executable, "train.py", *run.options, "--resume", run.resume(first)]
+
+        after = f"pre-training {first.out.name}" if first is not run else None
+        jobs.append(Job(f"pre-training {run.out.name}", arguments, run.out.with_suffix(".log"), after))
+    workers.run(jobs)
+
+
+def finetune(args: argparse.Namespace, runs: list[Run], workers: Workers):
+    """Fine-tune what is trained and not yet fine-tuned."""
+    jobs = []
+    for run in runs:
+        out = run.out / "finetune"
+        if run.done and not (out / "result.json").exists():
+            options = ["--checkpoint", str(run.out), "--dataset", args.dataset, "--seed", str(run.seed)]
+            options += [*shlex.split(args.finetune), "--preload", "--resume", "--out", str(out)]
+            command, log = [sys.executable, "eval.py", "finetune", *options], run.out.with_suffix(".log")
+            jobs.append(Job(f"fine-tuning {run.out.name}", lambda command=command: command, log))
+    workers.run(jobs)
+
+
+# ------------------------------------------------------------------------------------------------- judging
+
+
+def judgements(args: argparse.Namespace, run: Run) -> Path:
+    return run.out / ("selection.json" if args.select else "tests.json")
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def judge_all(args: argparse.Namespace, runs: list[Run]):
+    """kNN and linear probe of every checkpoint that has none yet; the pictures are decoded once."""
+    due = [
+        (run, epoch, folder)
+        for run in runs
+        if run.done
+        for epoch, folder in run.looks().items()
+        if str(epoch) not in read(judgements(args, run))
+    ]
+    if not due:
+        return
+    knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
+    accelerator = train.make_accelerator(mixed_precision=train.best_precision())
+    training, tests, classes = judge.labelled_data(linear)
+    if args.select:
+        training, tests = training.train_test_split(0.2, seed=0).values()
+    judge.complete(linear, len(training), 1)
+    linear.image_size = smae.load(due[0][2]).config["image_size"][0]
+    batches = [judge.eval_batches(linear, accelerator, part, keep=True) for part in (training, tests)]
+    for run, epoch, folder in due:
+        start, linear.seed = time.perf_counter(), run.seed
+        model = smae.load(folder).to(accelerator.device)
+        seen = [judge.extract(linear, accelerator, model, part) for part in batches]
+        scores = dict(
+            knn=judge.judge_knn(knn, *seen, len(classes), accelerator.device)["top1"],
+            linear=judge.judge_linear(linear, *seen, classes, accelerator.device)["top1"],
+        )
+        done = read(judgements(args, run)) | {str(epoch): scores}
+        part = judgements(args, run).with_suffix(".part")
+        part.write_text(json.dumps(done))
+        os.replace(part, judgements(args, run))
+        figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
+        print(f"{run.out.name}, epoch {epoch}: {figures}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def probe_arguments(args: argparse.Namespace, command: str) -> argparse.Namespace:
+    """The arguments of eval.py knn or linear; what pre-training leaves out is left out here, too."""
+    options = [command, "--pool", "mean", "--dataset", args.dataset, *shlex.split(args.probe)]
+    limit = train.parse_arguments(shlex.split(args.pretrain)).max_images
+    return judge.build_parser().parse_args(options + (["--max-images", str(limit)] if limit else []))
+
+
+# ------------------------------------------------------------------------------------------------- reporting
+
+
+def collect(args: argparse.Namespace, runs: list[Run]) -> list[dict]:
+    """All that is known: a record for each run and look, with arm, seed, epoch, minutes, loss, knn, linear, finetune.
+
+    Runs share the epochs before their guides start: ``minutes`` count them for each, as if it had been alone.
+    """
+    found = []
+    for run in runs:
+        seconds = {record["epoch"]: record["seconds"] for record in run.records()}
+        loss = {record["epoch"]: record["loss"] for record in run.records()}
+        for epoch, scores in read(judgements(args, run)).items():
+            minutes = sum(value for e, value in seconds.items() if e <= int(epoch)) / 60
+            known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=loss[int(epoch)], **scores)
+            result = read(run.out / "finetune" / "result.json")
+            if result and int(epoch) == run.settings.epochs and not args.select:
+                known["finetune"] = result["top1"]
+            found.append(known)
+    return found
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Of several seeds; the deviation of a single one is not known (nan)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def show(values: list[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:{sign}.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
+
+
+def table(args: argparse.Namespace, records: list[dict]) -> str:
+    """Markdown: accuracy of each arm after each look, mean ± deviation over seeds; its lead over random masks."""
+    epochs, arms = sorted({r["epoch"] for r in records}), [a for a in args.arms if any(r["arm"] == a for r in records)]
+
+    def values(arm: str, epoch: int, metric: str) -> dict[int, float]:  # by seed
+        return {r["seed"]: r[metric] for r in records if (r["arm"], r["epoch"]) == (arm, epoch) and metric in r}
+
+    where = "a fifth of the training data, held out" if args.select else "the test data"
+    lines = [f"{args.dataset}, {args.scale}: top-1 in per cent on {where}, mean ± deviation over seeds. The last two "]
+    lines[0] += "columns: differences to random masks of the same seed, at the end, and minutes of pre-training."
+    for metric, title in (("knn", "kNN (k = 20)"), ("linear", "linear probe"), ("finetune", "fine-tuning")):
+        columns = epochs if metric != "finetune" else epochs[-1:]
+        if not any(metric in record for record in records):
+            continue
+        lines += ["", f"| {title} | " + " | ".join(f"epoch {e}" for e in columns) + " | - random | seeds | minutes |"]
+        lines += ["|---" * (len(columns) + 4) + "|"]
+        for arm in arms:
+            last, baseline = values(arm, epochs[-1], metric), values("random", epochs[-1], metric)
+            paired = [last[seed] - baseline[seed] for seed in last if seed in baseline]
+            cells = [show(list(values(arm, epoch, metric).values())) for epoch in columns]
+            cells += ["" if arm == "random" else show(paired, "+"), str(len(last))]
+            cells += [show(list(values(arm, epochs[-1], "minutes").values()))]
+            lines += [f"| {arm} | " + " | ".join(cells) + " |"]
+    return "\n".join(lines) + "\n"
+
+
+def curves(records: list[dict], x: str, label: str) -> Figure:
+    """Accuracy of each arm against ``x`` (epoch or minutes): means over seeds, with bars of one deviation."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axis, (metric, title) in zip(
+        figure.subplots(1, 2), (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True
+    ):
+        for arm in dict.fromkeys(record["arm"] for record in records):
+            points = []
+            for epoch in sorted({r["epoch"] for r in records if r["arm"] == arm}):
+                rows = [r for r in records if (r["arm"], r["epoch"]) == (arm, epoch)]
+                mean, deviation = mean_and_deviation([r[metric] for r in rows])
+                points.append((statistics.mean(r[x] for r in rows), mean, 0 if math.isnan(deviation) else deviation))
+            places, means, deviations = zip(*points)
+            style = dict(color="black", linewidth=2) if arm == "random" else dict(linewidth=1.3)
+            axis.errorbar(places, means, deviations, marker=".", capsize=3, label=arm, **style)
+        axis.set(xlabel=label, ylabel="top-1 accuracy, %", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+def report(args: argparse.Namespace, runs: list[Run]):
+    """Draw up what is known so far."""
+    records = collect(args, runs)
+    (args.out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
+    if records:
+        (args.out / "table.md").write_text(table(args, records))
+        curves(records, "epoch", "epochs of pre-training").savefig(args.out / "epochs.png")
+        curves(records, "minutes", "minutes of pre-training").savefig(args.out / "minutes.png")
+    for run in runs:
+        if run.seed == args.seeds[0] and (run.out / "masks.png").exists():
+            shutil.copy(run.out / "masks.png", args.out / f"masks-{run.arm}.png")
+
+
+# ------------------------------------------------------------------------------------------------- paper
+
+
+def paper(args: argparse.Namespace):
+    """Print the commands of the paper's experiment, and the hours that follow from steps measured here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    batch = 256 if device.type == "cuda" else 8
+    seconds = {key: statistics.median(values) / batch for key, values in step_times(device, batch).items()}
+    pictures, epochs, start = 1_281_167, 400, 50
+
+    def hours(seconds_per_image: float, images: float) -> str:
+        return f"{seconds_per_image * images / args.gpus / 3600:.1f} hours"
+
+    print(f"# hours on {args.gpus} of these: {name}, bf16, measured at batch {batch}: " + ", ".join(
+        f"{key} {1 / value:.0f} images/s" for key, value in seconds.items()
+    ))  # fmt: skip
+    for arm, options in args.arms.items():
+        settings = train.parse_arguments(["--preset", "paper", *shlex.split(options)])
+        guided = seconds["amt" if settings.mask == "amt" else "random"]
+        online = settings.mask == "selfguided" and settings.guide != "cached"
+        looks = 0 if settings.mask == "random" or online else (epochs - start) / (epochs // 10)
+        total = start * seconds["random"] + (epochs - start) * guided
+        total += seconds["look"] * (epochs - start if online else looks)
+        for seed in args.seeds:
+            out = args.out / f"{arm}-seed{seed}"
+            command = f"accelerate launch train.py --preset paper --compile {options} --seed {seed}"
+            print(f"{command} --save-every 50 --keep 9999 --resume auto --out {out}  # {hours(total, pictures)}")
+    every = [f"{args.out}/{arm}-seed{seed}" for arm in args.arms for seed in args.seeds]
+    tests = pictures + 50_000
+    judged = hours(seconds["look"] * len(every) * 8, tests)
+    print(f"for run in {' '.join(every)}; do  # the fast probes: {judged}; those of MAE's recipe: "
+          f"{hours(seconds['look'] * len(every) * 90, tests)}; fine-tuning: "
+          f"{hours(3 * seconds['look'] * len(every) * 100, tests)}")  # fmt: skip
+    data_options = "--dataset imagenet-1k --workers 16"
+    print("  for checkpoint in $run/checkpoint-*; do for probe in knn linear; do")
+    print(f"    accelerate launch eval.py $probe --pool mean --checkpoint $checkpoint {data_options} "
+          "--out $checkpoint/$probe")  # fmt: skip
+    print("  done; done")
+    print(
+        f"  accelerate launch eval.py linear --recipe mae --checkpoint $run {data_options} --out $run/linear --resume"
+    )
+    print(f"  accelerate launch eval.py finetune --checkpoint $run {data_options} --out $run/finetune --resume")
+    print("done")
+
+
+def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
+    """Seconds of training steps of ViT-B/16 with random and AMT masks, and of a look over all patches."""
+    model = smae.SMAE(**smae.PRESETS["base"]).to(device)
+    images, n = torch.randn(batch, 3, 224, 224, device=device), model.patch_count
+    weights, guide = torch.rand(batch, n, device=device), Guide(model)
+
+    def look():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            guide.mask(guide.look(images)[0], weights)
+
+    def step(mask: Callable) -> Callable:
+        return bench.training_step(model, lambda: model(images, mask()), images, torch.bfloat16)
+
+    contestants = {
+        "random": step(lambda: masks.random_mask(batch, n, device=device)),
+        "amt": step(lambda: masks.amt_mask(weights)),
+        "look": look,
+    }
+    return bench.measure(contestants, 5, device)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+@contextlib.contextmanager
+def one_experiment(args: argparse.Namespace) -> Iterator[None]:
+    """Raise ValueError if --out holds runs of other settings; note ours. Arms and seeds may be added to it."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    ours = {name: getattr(args, name) for name in ("scale", "dataset", "epochs", "pretrain", "finetune", "probe")}
+    ours = {name: value for name, value in ours.items() if name != "finetune"}
+    file = args.out / "settings.json"
+    theirs = read(file) or ours
+    other = [f"--{name} {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]
+    if other:
+        raise ValueError(f"{args.out} holds another experiment ({', '.join(other)}): choose another --out")
+    file.write_text(json.dumps(ours, indent=1) + "\n")
+    yield
+
+
+def main():
+    def stop(number, _):
+        raise Stopped(number)
+
+    with train.one_line_errors(ValueError, OSError):
+        args = parse_arguments()
+        if args.scale == "paper":
+            return paper(args)
+        runs = [Run(args, arm, seed) for arm in args.arms for seed in args.seeds]
+        workers = Workers(args.jobs)
+        signal.signal(signal.SIGTERM, stop)
+        with one_experiment(args):
+            try:
+                pretrain(runs, workers)
+                judge_all(args, runs)
+                if args.finetune and not args.select:
+                    finetune(args, runs, workers)
+            except KeyboardInterrupt as interrupt:
+                print("stopped: the same command goes on", flush=True)
+                sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+            finally:
+                report(args, runs)
+    print(f"wrote {args.out / 'table.md'}")
+    if workers.failed:
+        sys.exit(f"failed: {', '.join(workers.failed)}")
+
+
+if __name__ == "__main__":
+    main()
