@@ -3,8 +3,8 @@
     python analyze.py masks --checkpoint runs/pretrain                              # the test pictures of shapes
     python analyze.py masks --checkpoint runs/pretrain --dataset PATH_OR_HUB_NAME   # any data with a mask column
 
-``masks``: how well masks find known objects, beside floors that know nothing of them. Leaves in --out: result.json and
-masks.png.
+``masks``: how well masks find known objects, beside floors that know nothing of them, and how well the model
+reconstructs object and background. Leaves in --out: result.json and masks.png.
 """
 
 import argparse
@@ -185,6 +185,25 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
         yield f"model, {layer}", features_of(model, images, layer), None
 
 
+@torch.no_grad()
+def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: int) -> dict[str, float]:
+    """The model's loss under random masks, apart for object and background, of which patches have a share (N, n).
+
+    uint8 images (N, 3, H, W); every model meets the same masks.
+    """
+    noise = torch.from_numpy(data.uniform((seed, data.MASKS), range(len(images)), share.shape[1]))
+    sums, device = torch.zeros(2, 2), model.positions.device  # of errors and of areas; object, background
+    for part, share_, noise_ in zip(images.split(64), share.split(64), noise.split(64)):
+        x = data.normalize(part.to(device), model.config["mean"], model.config["std"])
+        mask = masks.random_mask(*share_.shape, ratio, noise=noise_.to(device))
+        prediction = model.decode(model.encode(x, mask.visible), mask, model.grid(x)).float()
+        errors = (prediction - model.target(x, mask.masked)).pow(2).mean(dim=-1).cpu()
+        areas = share_.gather(1, mask.masked.cpu())
+        areas = torch.stack([areas, 1 - areas])
+        sums += torch.stack([(areas * errors).sum(dim=(1, 2)), areas.sum(dim=(1, 2))])
+    return dict(zip(("object", "background"), (sums[0] / sums[1]).tolist()))
+
+
 def prepare(args: argparse.Namespace) -> tuple[smae.SMAE, list[int | str], Pictures]:
     """The model, the layers to look at, and the pictures; raises ValueError where the arguments make no sense."""
     train.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
@@ -242,9 +261,12 @@ def analyze_masks(args: argparse.Namespace):
     print(report(rows, counts), "\n\nwhat the features are made of")
     for name, shares in made.items():
         print(f"{name:18}" + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
+    loss = losses(model, seen.images, share, args.mask_ratio, args.seed) if model.config["decoder_depth"] else {}
+    if loss:
+        print(f"loss under random masks: object {loss['object']:.4f}, background {loss['background']:.4f}")
     args.out.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(args).items() if name != "run"}
-    result = dict(arguments=arguments, pictures=counts, measures=MEASURES, rows=rows, made_of=made)
+    result = dict(arguments=arguments, pictures=counts, measures=MEASURES, rows=rows, made_of=made, loss=loss)
     (args.out / "result.json").write_text(json.dumps(result, indent=1))
     draw(seen, grid, drawn, args).savefig(args.out / "masks.png")
     print(f"wrote result.json and masks.png to {args.out}")

@@ -1,4 +1,4 @@
-"""Real processes that run train.py, started in a moment: forked from a server that has imported it already."""
+"""Real processes that run our scripts, started in a moment: forked from a server that has imported them already."""
 
 import importlib
 import multiprocessing
@@ -10,11 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+context.set_forkserver_preload(["train", "eval", "torch.utils.tensorboard"])
 
 
-def start(log, *arguments, world: int = 1, largest_file: int | None = None, patches: str | None = None) -> list:
-    """Start ``world`` processes of ``train.py arguments``; what they print goes to ``log``-RANK.
+def start(
+    log, *arguments, script: str = "train", world: int = 1, largest_file: int | None = None, patches: str | None = None
+) -> list:
+    """Start ``world`` processes of ``SCRIPT.py arguments``; what they print goes to ``log``-RANK.
 
     ``largest_file``: bytes beyond which no file can grow, in place of a full disk. ``patches``: a module of tests/
     whose ``apply()`` is called first.
@@ -29,14 +31,14 @@ def start(log, *arguments, world: int = 1, largest_file: int | None = None, patc
             environment |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
             environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         job = [str(x) for x in arguments], {key: str(value) for key, value in environment.items()}
-        processes.append(context.Process(target=_run, args=(*job, f"{log}-{rank}", largest_file, patches)))
+        processes.append(context.Process(target=_run, args=(script, *job, f"{log}-{rank}", largest_file, patches)))
     for rank, process in enumerate(processes):
         Path(f"{log}-{rank}").touch()
         process.start()
     return processes
 
 
-def _run(arguments, environment, log, largest_file, patches):
+def _run(script, arguments, environment, log, largest_file, patches):
     multiprocessing.set_start_method("fork", force=True)  # for its workers, as on any Linux before Python 3.14
     os.setpgrp()  # with its workers, a group to be signalled
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -46,12 +48,11 @@ def _run(arguments, environment, log, largest_file, patches):
     os.environ.update(environment)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    import train
-
+    module = importlib.import_module(script)
     if patches:
         importlib.import_module(patches).apply()
-    sys.argv = ["train.py", *arguments]
-    train.main()
+    sys.argv = [f"{script}.py", *arguments]
+    module.main()
 
 
 def finish(processes: list, seconds: float = 120) -> list[int]:

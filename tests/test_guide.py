@@ -418,6 +418,31 @@ def test_features_are_taken_apart_into_position_own_pixels_and_context():
     assert list(shares) == ["position", "own pixels", "context"]
 
 
+def test_loss_of_object_and_background_add_up_to_the_loss_that_is_trained(small_model):
+    import analyze
+
+    images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)
+    share = torch.rand(70, 16)
+    noise = torch.from_numpy(data.uniform((3, data.MASKS), range(70), 16))
+    with torch.no_grad():
+        whole = small_model(data.normalize(images), masks.random_mask(70, 16, 0.75, noise=noise)).item()
+    everything = analyze.losses(small_model, images, torch.ones(70, 16), 0.75, seed=3)
+    assert everything["object"] == pytest.approx(whole, rel=1e-5)
+    parts = analyze.losses(small_model, images, share, 0.75, seed=3)
+    area = share.gather(1, masks.random_mask(70, 16, 0.75, noise=noise).masked).mean().item()
+    assert area * parts["object"] + (1 - area) * parts["background"] == pytest.approx(whole, rel=1e-5)
+
+    small_model.normalize_pixels = (
+        False  # nothing to see in the upper half: there the target is 0, as is the prediction
+    )
+    images[:, :, :16] = (255 * torch.tensor(data.MEAN)).round().byte()[:, None, None]
+    torch.nn.init.zeros_(small_model.head.weight)
+    torch.nn.init.zeros_(small_model.head.bias)
+    upper = (torch.arange(16) < 8).float().expand(70, -1)
+    parts = analyze.losses(small_model, images, upper, 0.75, seed=3)
+    assert parts["object"] < 1e-4 and parts["background"] > 1
+
+
 def test_masks_are_judged_beside_their_floors(monkeypatch, tmp_path, capsys):
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
     out = tmp_path / "judged"
@@ -440,6 +465,7 @@ def test_masks_are_judged_beside_their_floors(monkeypatch, tmp_path, capsys):
         assert line in text
     assert "off-centre:" in text and "120 pictures with an object of" in text
     assert all(sum(shares.values()) == pytest.approx(1) for shares in result["made_of"].values())
+    assert f"object {result['loss']['object']:.4f}, background {result['loss']['background']:.4f}" in text
     by_source = {source: [row["all"] for row in rows if row["source"] == source] for source in sources}
     assert by_source["untrained, 1"] != by_source["model, 1"]
     for ways in list(by_source.values())[2:]:
