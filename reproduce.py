@@ -11,7 +11,6 @@ and a run folder for each arm and seed.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -21,10 +20,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pretrain", default="", metavar="OPTIONS", help="more options of train.py, for all arms")
     parser.add_argument("--finetune", metavar="OPTIONS", help="more options of eval.py finetune; none: leave it out")
-    parser.add_argument("--probe", default="", metavar="OPTIONS", help="more options of eval.py knn and linear")
+    parser.add_argument("--probe", default="", metavar="OPTIONS", help="more options, common to eval.py knn and linear")
     parser.add_argument(
         "--select",
         action="store_true",
@@ -124,13 +121,18 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         args.seeds = args.seeds or [0, 1, 2]
         return args
     scale = SCALES[args.scale]
-    for name in ("dataset", "epochs", "seeds", "jobs"):
+    if args.jobs is None:
+        args.jobs = max(scale["jobs"], torch.cuda.device_count())
+    for name in ("dataset", "epochs", "seeds"):
         if getattr(args, name) is None:
             setattr(args, name, scale[name])
     if args.jobs < 1 or args.epochs < 2:
         raise ValueError("--jobs must be at least 1, --epochs at least 2")
     args.pretrain = f"{scale['pretrain']} {args.pretrain}"
     args.finetune = None if args.finetune == "none" else f"{scale['finetune']} {args.finetune or ''}"
+    for command in ("knn", "linear"):  # what is wrong with options should not show after hours only
+        probe_arguments(args, command)
+    judge.build_parser().parse_args(["finetune", *shlex.split(args.finetune or "")])
     return args
 
 
@@ -141,17 +143,18 @@ class Run:
     """One arm with one seed: its folder, and the options of ``train.py`` that make it."""
 
     def __init__(self, args: argparse.Namespace, arm: str, seed: int):
-        self.arm, self.seed, self.out = arm, seed, args.out / f"{arm}-seed{seed}"
-        eighth = max(1, args.epochs // 8)
+        self.arm, self.seed, self.name = arm, seed, f"{arm}-seed{seed}"
+        self.out, self.log = args.out / self.name, args.out / f"{self.name}.log"
+        eighth = str(max(1, args.epochs // 8))
         self.options = shlex.split(args.pretrain)
         self.options += ["--dataset", args.dataset, "--preload", "--epochs", str(args.epochs), "--seed", str(seed)]
-        self.options += ["--guide-start", str(eighth), "--guide-every", str(eighth), "--save-every", str(eighth)]
-        self.options += ["--keep", "9999", "--out", str(self.out), *shlex.split(args.arms.get(arm, ARMS["random"]))]
+        self.options += ["--guide-start", eighth, "--guide-every", eighth, "--save-every", eighth, "--keep", "9999"]
+        self.options += [*shlex.split(args.arms[arm]), "--out", str(self.out)]
         self.settings = train.parse_arguments(self.options)
 
     @property
     def done(self) -> bool:
-        return bool(self.records()) and self.records()[-1]["epoch"] == self.settings.epochs
+        return self.settings.epochs in self.checkpoints() and len(self.records()) == self.settings.epochs
 
     def records(self) -> list[dict]:
         """The epochs that are done, from metrics.jsonl."""
@@ -159,24 +162,27 @@ class Run:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def checkpoints(self) -> dict[int, Path]:
-        """The checkpoints at the end of an epoch, by epoch, of a run that is done."""
+        """The checkpoints at the end of an epoch, by epoch."""
+        if not (self.out / "config.json").exists():
+            return {}
+        steps = read(self.out / "config.json")["data"]["images"] // self.settings.batch_size
         found = {checkpoint.number(folder): folder for folder in checkpoint.folders(self.out)}
-        steps = max(found) // self.settings.epochs
         return {step // steps: folder for step, folder in sorted(found.items()) if step % steps == 0}
 
     def looks(self) -> dict[int, Path]:
         """The checkpoints to judge: after an eighth of the epochs, where guides start, a quarter, half, all of them."""
-        parts = {max(1, self.settings.epochs // part) for part in (8, 4, 2, 1)}
-        return {epoch: folder for epoch, folder in self.checkpoints().items() if epoch in parts}
+        eighth = max(1, self.settings.epochs // 8)
+        epochs = {eighth, 2 * eighth, 4 * eighth, self.settings.epochs}
+        return {epoch: folder for epoch, folder in self.checkpoints().items() if epoch in epochs}
 
-    def resume(self, random: "Run") -> str:
+    def resume(self, random: "Run") -> list[str]:
         """What it goes on from: itself, or, at first, the run with random masks, with which it begins in common."""
         ours, theirs = vars(self.settings), vars(random.settings)
         same = all(ours[name] == theirs[name] for name in set(ours) - GUIDING - {"out"})
         if not same or ours["guide_start"] == "auto" or not random.done or checkpoint.folders(self.out):
-            return "auto"
+            return ["--resume", "auto"]
         before = {epoch: folder for epoch, folder in random.checkpoints().items() if epoch <= ours["guide_start"]}
-        return str(before[max(before)]) if before else "auto"
+        return ["--resume", str(before[max(before)]), "--overwrite"] if before else ["--resume", "auto"]
 
 
 class Stopped(KeyboardInterrupt):
@@ -192,82 +198,81 @@ class Job(NamedTuple):
     after: str | None = None
 
 
-class Workers:
-    """Programs that run side by side, each on its share of the cores or on one of the GPUs."""
-
-    def __init__(self, jobs: int):
-        self.running, self.stopping, self.failed = {}, False, []
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self.places = [cores[i::jobs] or cores for i in range(jobs)]
-        self.free, self.lock = list(range(jobs)), threading.Lock()
-
-    def run(self, jobs: list[Job]):
-        """Run as many at a time as there is place for, in this order. Those that fail are noted."""
-        with ThreadPoolExecutor(len(self.places)) as pool:
-            begun: dict[str, Future] = {}
-            try:
-                for job in jobs:
-                    begun[job.name] = pool.submit(self._one, job, begun.get(job.after))
-                for future in begun.values():
-                    future.result()
-            except KeyboardInterrupt:
-                self.stopping = True
-                for process in list(self.running.values()):
-                    process.terminate()  # a training then writes a checkpoint
-                raise
-
-    def _one(self, job: Job, before: Future | None):
-        if before:
-            before.result()
-        with self.lock:
-            place = self.free.pop()
-        environment = dict(os.environ)
-        if torch.cuda.device_count() > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
-        elif self.places[place] and not torch.cuda.is_available():
-            os.sched_setaffinity(0, self.places[place])  # of this thread, and of what it starts
-        start = time.perf_counter()
-        if not self.stopping:
-            print(f"{job.name} ...", flush=True)
-            with open(job.log, "a") as file:
-                process = subprocess.Popen(job.arguments(), stdout=file, stderr=file, env=environment, cwd=ROOT)
-                self.running[job.name] = process
-                code = process.wait()
-            del self.running[job.name]
-            if code and not self.stopping:
-                self.failed.append(job.name)
-                print(f"{job.name} failed (exit code {code}): {job.log.read_text().strip()[-1000:]}", file=sys.stderr)
-            print(f"{job.name}: {'stopped' if code else 'done'}, {time.perf_counter() - start:.0f} s", flush=True)
-        with self.lock:
-            self.free.append(place)
+def work(jobs: list[Job], count: int) -> list[str]:
+    """Run jobs, ``count`` at a time, on shares of the cores or on one GPU each; names of those that failed."""
+    waiting, running, failed = list(jobs), {}, []
+    try:
+        while waiting or running:
+            ahead = {job.name for job in waiting} | {job.name for job, *_ in running.values()}
+            ready = [job for job in waiting if job.after not in ahead]
+            free = [place for place in range(count) if place not in running]
+            for place, job in zip(free, ready):
+                print(f"{job.name} ...", flush=True)
+                running[place] = job, start(job, place, count), time.perf_counter()
+                waiting.remove(job)
+            time.sleep(0.2)
+            for place, (job, process, since) in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[place]
+                    print(
+                        f"{job.name}: {'failed' if code else 'done'}, {time.perf_counter() - since:.0f} s", flush=True
+                    )
+                    if code:
+                        failed.append(job.name)
+                        print(f"exit code {code}: {job.log.read_text().strip()[-1000:]}", file=sys.stderr)
+    except KeyboardInterrupt:
+        for _, process, _ in running.values():
+            process.terminate()  # a training then writes a checkpoint
+        for _, process, _ in running.values():
+            process.wait()
+        raise
+    return failed
 
 
-def pretrain(runs: list[Run], workers: Workers):
+def start(job: Job, place: int, count: int) -> subprocess.Popen:
+    """Start a job at one of ``count`` places."""
+    environment, cores = dict(os.environ), None
+    if torch.cuda.device_count() > 1:
+        visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place % torch.cuda.device_count()]
+    elif not torch.cuda.is_available() and hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[place::count] or cores)  # for what is started now
+    try:
+        with open(job.log, "a") as log:
+            return subprocess.Popen(job.arguments(), stdout=log, stderr=log, env=environment)
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def pretrain(args: argparse.Namespace, runs: list[Run]) -> list[str]:
     """Train what is not trained; the runs with random masks first, for the others go on from them."""
     random = {run.seed: run for run in runs if run.arm == "random"}
-    due, jobs = [run for run in runs if not run.done], []
-    for run in sorted(due, key=lambda run: run.arm != "random"):
+    jobs = []
+    for run in sorted((run for run in runs if not run.done), key=lambda run: run.arm != "random"):
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
-            return [sys.executable, "train.py", *run.options, "--resume", run.resume(first)]
+            return [sys.executable, str(ROOT / "train.py"), *run.options, *run.resume(first)]
 
-        after = f"pre-training {first.out.name}" if first is not run else None
-        jobs.append(Job(f"pre-training {run.out.name}", arguments, run.out.with_suffix(".log"), after))
-    workers.run(jobs)
+        after = None if first is run else f"pre-training {first.name}"
+        jobs.append(Job(f"pre-training {run.name}", arguments, run.log, after))
+    return work(jobs, args.jobs)
 
 
-def finetune(args: argparse.Namespace, runs: list[Run], workers: Workers):
+def finetune(args: argparse.Namespace, runs: list[Run]) -> list[str]:
     """Fine-tune what is trained and not yet fine-tuned."""
     jobs = []
     for run in runs:
         out = run.out / "finetune"
         if run.done and not (out / "result.json").exists():
-            options = ["--checkpoint", str(run.out), "--dataset", args.dataset, "--seed", str(run.seed)]
-            options += [*shlex.split(args.finetune), "--preload", "--resume", "--out", str(out)]
-            command, log = [sys.executable, "eval.py", "finetune", *options], run.out.with_suffix(".log")
-            jobs.append(Job(f"fine-tuning {run.out.name}", lambda command=command: command, log))
-    workers.run(jobs)
+            last = run.checkpoints()[run.settings.epochs]
+            command = [sys.executable, str(ROOT / "eval.py"), "finetune", "--checkpoint", str(last)]
+            command += ["--dataset", args.dataset, "--seed", str(run.seed), "--preload", *shlex.split(args.finetune)]
+            command += ["--resume", "--overwrite", "--out", str(out)]
+            jobs.append(Job(f"fine-tuning {run.name}", lambda command=command: command, run.log))
+    return work(jobs, args.jobs)
 
 
 # ------------------------------------------------------------------------------------------------- judging
@@ -281,46 +286,49 @@ def read(file: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def write(file: Path, content: dict | list):
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, file)
+
+
 def judge_all(args: argparse.Namespace, runs: list[Run]):
     """kNN and linear probe of every checkpoint that has none yet; the pictures are decoded once."""
-    due = [
-        (run, epoch, folder)
-        for run in runs
-        if run.done
-        for epoch, folder in run.looks().items()
-        if str(epoch) not in read(judgements(args, run))
-    ]
+    due = [(run, epoch, folder) for run in runs if run.done for epoch, folder in run.looks().items()]
+    due = [(run, epoch, folder) for run, epoch, folder in due if str(epoch) not in read(judgements(args, run))]
     if not due:
         return
     knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
-    accelerator = train.make_accelerator(mixed_precision=train.best_precision())
+    precision = train.best_precision() if linear.precision == "auto" else linear.precision
+    accelerator = train.make_accelerator(mixed_precision=precision)
     training, tests, classes = judge.labelled_data(linear)
     if args.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
     judge.complete(linear, len(training), 1)
-    linear.image_size = smae.load(due[0][2]).config["image_size"][0]
-    batches = [judge.eval_batches(linear, accelerator, part, keep=True) for part in (training, tests)]
+    crops, wanted = {}, linear.image_size  # of the pictures, by their size
     for run, epoch, folder in due:
-        start, linear.seed = time.perf_counter(), run.seed
+        since, linear.seed = time.perf_counter(), run.seed
         model = smae.load(folder).to(accelerator.device)
-        seen = [judge.extract(linear, accelerator, model, part) for part in batches]
+        linear.image_size = size = wanted or model.config["image_size"][0]
+        if size not in crops:
+            crops[size] = [judge.eval_batches(linear, accelerator, part, keep=True) for part in (training, tests)]
+        seen = [judge.extract(linear, accelerator, model, part) for part in crops[size]]
         scores = dict(
             knn=judge.judge_knn(knn, *seen, len(classes), accelerator.device)["top1"],
             linear=judge.judge_linear(linear, *seen, classes, accelerator.device)["top1"],
         )
-        done = read(judgements(args, run)) | {str(epoch): scores}
-        part = judgements(args, run).with_suffix(".part")
-        part.write_text(json.dumps(done))
-        os.replace(part, judgements(args, run))
+        write(judgements(args, run), read(judgements(args, run)) | {str(epoch): scores})
         figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
-        print(f"{run.out.name}, epoch {epoch}: {figures}, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{run.name}, epoch {epoch}: {figures}, {time.perf_counter() - since:.0f} s", flush=True)
 
 
 def probe_arguments(args: argparse.Namespace, command: str) -> argparse.Namespace:
     """The arguments of eval.py knn or linear; what pre-training leaves out is left out here, too."""
-    options = [command, "--pool", "mean", "--dataset", args.dataset, *shlex.split(args.probe)]
     limit = train.parse_arguments(shlex.split(args.pretrain)).max_images
-    return judge.build_parser().parse_args(options + (["--max-images", str(limit)] if limit else []))
+    options = ["--max-images", str(limit)] if limit else []
+    options += ["--test-split", "train"] if args.select else []
+    options = [command, "--pool", "mean", "--dataset", args.dataset, *options, *shlex.split(args.probe)]
+    return judge.build_parser().parse_args(options)
 
 
 # ------------------------------------------------------------------------------------------------- reporting
@@ -404,16 +412,18 @@ def curves(records: list[dict], x: str, label: str) -> Figure:
     return figure
 
 
-def report(args: argparse.Namespace, runs: list[Run]):
-    """Draw up what is known so far."""
-    records = collect(args, runs)
-    (args.out / "results.json").write_text(json.dumps(records, indent=1) + "\n")
-    if records:
-        (args.out / "table.md").write_text(table(args, records))
-        curves(records, "epoch", "epochs of pre-training").savefig(args.out / "epochs.png")
-        curves(records, "minutes", "minutes of pre-training").savefig(args.out / "minutes.png")
-    for run in runs:
-        if run.seed == args.seeds[0] and (run.out / "masks.png").exists():
+def report(args: argparse.Namespace):
+    """Draw up what is known so far, of all arms and seeds that the folder has ever been asked for."""
+    settings, kind = read(args.out / "settings.json"), "selection-" if args.select else ""
+    args = argparse.Namespace(**vars(args) | dict(arms=settings["arms"]))
+    runs = [Run(args, arm, seed) for arm in settings["arms"] for seed in settings["seeds"]]
+    if records := collect(args, runs):
+        write(args.out / f"{kind}results.json", records)
+        (args.out / f"{kind}table.md").write_text(table(args, records))
+        for x, name in (("epoch", "epochs"), ("minutes", "minutes")):
+            curves(records, x, f"{name} of pre-training").savefig(args.out / f"{kind}{name}.png")
+    for run in reversed(runs):  # of the first seed there is
+        if (run.out / "masks.png").exists():
             shutil.copy(run.out / "masks.png", args.out / f"masks-{run.arm}.png")
 
 
@@ -424,43 +434,42 @@ def paper(args: argparse.Namespace):
     """Print the commands of the paper's experiment, and the hours that follow from steps measured here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-    batch = 256 if device.type == "cuda" else 8
+    batch, pictures, tests = 256 if device.type == "cuda" else 8, 1_281_167, 50_000
     seconds = {key: statistics.median(values) / batch for key, values in step_times(device, batch).items()}
-    pictures, epochs, start = 1_281_167, 400, 50
+    launch, ran = f"accelerate launch --num_processes {args.gpus}", []
 
-    def hours(seconds_per_image: float, images: float) -> str:
-        return f"{seconds_per_image * images / args.gpus / 3600:.1f} hours"
+    def hours(images: float, seconds_per_image: float) -> float:
+        return images * seconds_per_image / args.gpus / 3600
 
-    print(f"# hours on {args.gpus} of these: {name}, bf16, measured at batch {batch}: " + ", ".join(
-        f"{key} {1 / value:.0f} images/s" for key, value in seconds.items()
-    ))  # fmt: skip
+    speed = ", ".join(f"{key} {1 / value:.4g} images/s" for key, value in seconds.items())
+    print(f"# hours on {args.gpus} of these: {name}, bf16, measured at batch {batch}, not compiled: {speed}")
     for arm, options in args.arms.items():
         settings = train.parse_arguments(["--preset", "paper", *shlex.split(options)])
-        guided = seconds["amt" if settings.mask == "amt" else "random"]
-        online = settings.mask == "selfguided" and settings.guide != "cached"
-        looks = 0 if settings.mask == "random" or online else (epochs - start) / (epochs // 10)
-        total = start * seconds["random"] + (epochs - start) * guided
-        total += seconds["look"] * (epochs - start if online else looks)
+        train.complete(settings)
+        before = settings.epochs if settings.mask == "random" else settings.guide_start
+        after = settings.epochs - before
+        looks = after if settings.guide == "online" else math.ceil(after / settings.guide_every)
+        cost = before * seconds["random"] + after * seconds["amt" if settings.mask == "amt" else "random"]
+        cost = hours(pictures, cost + looks * seconds["look"])
         for seed in args.seeds:
             out = args.out / f"{arm}-seed{seed}"
-            command = f"accelerate launch train.py --preset paper --compile {options} --seed {seed}"
-            print(f"{command} --save-every 50 --keep 9999 --resume auto --out {out}  # {hours(total, pictures)}")
-    every = [f"{args.out}/{arm}-seed{seed}" for arm in args.arms for seed in args.seeds]
-    tests = pictures + 50_000
-    judged = hours(seconds["look"] * len(every) * 8, tests)
-    print(f"for run in {' '.join(every)}; do  # the fast probes: {judged}; those of MAE's recipe: "
-          f"{hours(seconds['look'] * len(every) * 90, tests)}; fine-tuning: "
-          f"{hours(3 * seconds['look'] * len(every) * 100, tests)}")  # fmt: skip
-    data_options = "--dataset imagenet-1k --workers 16"
-    print("  for checkpoint in $run/checkpoint-*; do for probe in knn linear; do")
-    print(f"    accelerate launch eval.py $probe --pool mean --checkpoint $checkpoint {data_options} "
-          "--out $checkpoint/$probe")  # fmt: skip
+            command = f"{launch} train.py --preset paper --compile {options} --seed {seed} --save-every 50 --keep 9999"
+            print(f"{command} --resume auto --out {out} && rm {out}/checkpoint-*/state.pt  # {cost:.1f} hours")
+            ran.append((out, cost))
+    steps = " ".join(f"{epoch * (pictures // 4096):08d}" for epoch in range(50, 401, 50))
+    both = hours(pictures + tests, seconds["look"]) * 2 * 8 * len(ran)
+    slow = hours(pictures + tests, seconds["look"]) * 90 * len(ran)
+    tuned = hours(3 * pictures + tests, seconds["look"]) * 100 * len(ran)
+    print(f"for run in {' '.join(str(out) for out, _ in ran)}; do")
+    print(f"  for step in {steps}; do for probe in knn linear; do  # {both:.1f} hours")
+    judged = "--dataset imagenet-1k --checkpoint $run/checkpoint-$step --out $run/$probe-$step"
+    print(f"    {launch} eval.py $probe --pool mean {judged}")
     print("  done; done")
-    print(
-        f"  accelerate launch eval.py linear --recipe mae --checkpoint $run {data_options} --out $run/linear --resume"
-    )
-    print(f"  accelerate launch eval.py finetune --checkpoint $run {data_options} --out $run/finetune --resume")
-    print("done")
+    for how, cost in (("linear --recipe mae", slow), ("finetune", tuned)):
+        where = f"--dataset imagenet-1k --checkpoint $run --resume --out $run/{how.split()[0]}"
+        print(f"  {launch} eval.py {how} {where}  # {cost:.1f} hours")
+    total = sum(cost for _, cost in ran) + both + slow + tuned
+    print(f"done  # {total:.1f} hours in all; a forward pass stands for a look, three for a step of fine-tuning")
 
 
 def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
@@ -487,19 +496,21 @@ def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
 # ------------------------------------------------------------------------------------------------- command line
 
 
-@contextlib.contextmanager
-def one_experiment(args: argparse.Namespace) -> Iterator[None]:
+def note_settings(args: argparse.Namespace):
     """Raise ValueError if --out holds runs of other settings; note ours. Arms and seeds may be added to it."""
     args.out.mkdir(parents=True, exist_ok=True)
     ours = {name: getattr(args, name) for name in ("scale", "dataset", "epochs", "pretrain", "finetune", "probe")}
-    ours = {name: value for name, value in ours.items() if name != "finetune"}
-    file = args.out / "settings.json"
-    theirs = read(file) or ours
-    other = [f"--{name} {theirs[name]!r}" for name in ours if theirs[name] != ours[name]]
+    file, ours = args.out / "settings.json", {name: value for name, value in ours.items() if value is not None}
+    theirs = dict(arms={}, seeds=[]) | read(file)
+    other = [f"--{name} {theirs[name]!r}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    arms = theirs["arms"]
+    other += [
+        f"--arm {name}={arms[name]!r}" for name in args.arms if arms.get(name, args.arms[name]) != args.arms[name]
+    ]
     if other:
         raise ValueError(f"{args.out} holds another experiment ({', '.join(other)}): choose another --out")
-    file.write_text(json.dumps(ours, indent=1) + "\n")
-    yield
+    seeds = sorted({*theirs["seeds"], *args.seeds})
+    write(file, theirs | ours | dict(arms=arms | args.arms, seeds=seeds))
 
 
 def main():
@@ -510,23 +521,22 @@ def main():
         args = parse_arguments()
         if args.scale == "paper":
             return paper(args)
+        note_settings(args)
         runs = [Run(args, arm, seed) for arm in args.arms for seed in args.seeds]
-        workers = Workers(args.jobs)
         signal.signal(signal.SIGTERM, stop)
-        with one_experiment(args):
-            try:
-                pretrain(runs, workers)
-                judge_all(args, runs)
-                if args.finetune and not args.select:
-                    finetune(args, runs, workers)
-            except KeyboardInterrupt as interrupt:
-                print("stopped: the same command goes on", flush=True)
-                sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
-            finally:
-                report(args, runs)
-    print(f"wrote {args.out / 'table.md'}")
-    if workers.failed:
-        sys.exit(f"failed: {', '.join(workers.failed)}")
+        try:
+            failed = pretrain(args, runs)
+            judge_all(args, runs)
+            if args.finetune and not args.select:
+                failed += finetune(args, runs)
+        except KeyboardInterrupt as interrupt:
+            print("stopped: the same command goes on", flush=True)
+            sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+        finally:
+            report(args)
+    print(f"wrote {args.out / ('selection-' * args.select + 'table.md')}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 
 import forked
 import pytest
@@ -25,19 +27,17 @@ QUICK = ["--arms", "random", "cached", "--seeds", "0", "--epochs", "2", "--pretr
 QUICK += ["--finetune", "--epochs 1 --max-images 48 --batch-size 16 --workers 0", "--probe", "--workers 0"]
 
 
+LATE = ["--arm", "late=--mask selfguided --guide online --guide-start 200"]
+
+
 class Forked:
     """In place of subprocess.Popen: a process that need not import everything first."""
 
-    def __init__(self, arguments, stdout, stderr, env, cwd):
-        script = arguments[1].removesuffix(".py")
-        (self.process,) = forked.start(f"{stdout.name}", *arguments[2:], script=script)
+    def __init__(self, arguments, stdout, stderr, env):
+        (self.process,) = forked.start(stdout.name, *arguments[2:], script=Path(arguments[1]).stem)
 
-    def wait(self) -> int:
-        self.process.join()
+    def poll(self) -> int | None:
         return self.process.exitcode
-
-    def terminate(self):
-        self.process.terminate()
 
 
 @pytest.fixture
@@ -58,7 +58,9 @@ def reproduced(monkeypatch, capsys):
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(reproduced, monkeypatch, tmp_path):
+def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
+    reproduced, monkeypatch, tmp_path, capsys
+):
     out = tmp_path / "experiment"
     text = reproduced(*QUICK, "--out", out)
     assert {"table.md", "results.json", "epochs.png", "minutes.png", "masks-random.png", "masks-cached.png"} <= {
@@ -102,13 +104,23 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(r
     assert "pre-training" in text and "fine-tuning" in text
     assert again.splitlines()[-1] == f"wrote {out / 'table.md'}" and "training" not in again and "tuning" not in again
     assert {name for name in before if before[name] != after[name]} <= {"epochs.png", "minutes.png"}
+    for folder in (out / "cached-seed0").glob("checkpoint-*"):  # killed before its first one
+        shutil.rmtree(folder)
+    assert "pre-training cached-seed0: done" in reproduced(*QUICK, "--out", out)
+    assert contents(out)["cached-seed0/model.safetensors"] == after["cached-seed0/model.safetensors"]
     more = reproduced(*QUICK, "--arm", "layer-1=--mask selfguided --guide-layer 1 --guide-every 1", "--out", out)
     assert "pre-training layer-1-seed0" in more and "cached" not in more
     assert "| layer-1 |" in (out / "table.md").read_text()
 
-    with pytest.raises(SystemExit):
-        reproduced(*QUICK, "--epochs", 4, "--out", out)
-    assert after["results.json"] != b"" and contents(out)["table.md"] != after["table.md"]
+    for other in (
+        ["--arm", "layer-1=--mask random"],
+        ["--epochs", 4],
+        ["--pretrain", PRETRAIN + " --mask-ratio 0.5"],
+        ["--finetune", "--epochs 2"],
+    ):
+        with pytest.raises(SystemExit):
+            reproduced(*QUICK, *other, "--out", out)
+        assert "holds another experiment" in capsys.readouterr().err
 
 
 def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path):
@@ -123,16 +135,17 @@ def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path)
     pictures = [[record["image"]["bytes"] for record in part] for part in seen]
     training = [record["image"]["bytes"] for record in data.load_images("shapes", max_images=48)]
     assert [len(part) for part in pictures] == [38, 10] and sorted(pictures[0] + pictures[1]) == sorted(training)
-    assert "fine-tuning" not in text and "held out" in (out / "table.md").read_text()
-    assert not (out / "random-seed0" / "tests.json").exists()
+    assert "fine-tuning" not in text and "held out" in (out / "selection-table.md").read_text()
+    assert not (out / "random-seed0" / "tests.json").exists() and not (out / "table.md").exists()
 
 
 @pytest.mark.parametrize("options, shared", [
     ("--mask selfguided --guide-start 2", 2),
-    ("--mask selfguided --guide-start 3 --hint none --guide-layer 1", 2),
+    ("--mask selfguided --guide-start 3 --hint none --guide-layer 1", 3),
+    ("--mask selfguided --guide-start 6", 4),
     ("--mask selfguided --guide-start 0", None),
-    ("--mask selfguided --mask-ratio 0.6", None),
-    ("--mask selfguided --blr 1e-4", None),
+    ("--mask selfguided --guide-start 2 --mask-ratio 0.6", None),
+    ("--mask selfguided --guide-start 2 --blr 1e-4", None),
     ("--mask selfguided --guide-start auto", None),
 ])  # fmt: skip
 def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(monkeypatch, tmp_path, options, shared):
@@ -140,17 +153,29 @@ def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(
     monkeypatch.setattr(sys, "argv", arguments)
     args = reproduce.parse_arguments()
     random, mine = reproduce.Run(args, "random", 0), reproduce.Run(args, "mine", 0)
-    assert mine.resume(random) == "auto"  # as long as that is not trained
-    for step in (20, 40, 60, 70, 80, 160):
+    assert mine.resume(random) == ["--resume", "auto"]  # as long as that is not trained
+    for step in (20, 40, 60, 70, 80, 150):
         (random.out / f"checkpoint-{step:08d}").mkdir(parents=True)
-    (random.out / "metrics.jsonl").write_text(json.dumps(dict(epoch=8)))
-    assert sorted(random.checkpoints()) == [1, 2, 3, 4, 8]
-    wanted = str(random.out / "checkpoint-00000040") if shared == 2 else "auto"
-    if "start 3" in options:
-        wanted = str(random.out / "checkpoint-00000060")
-    assert mine.resume(random) == wanted and random.resume(random) == "auto"
+    (random.out / "config.json").write_text(json.dumps(dict(data=dict(images=20 * 64 + 63))))
+    (random.out / "metrics.jsonl").write_text("{}\n" * 8)
+    assert sorted(random.checkpoints()) == [1, 2, 3, 4] and not random.done
+    (random.out / "checkpoint-00000160").mkdir()
+    assert sorted(random.looks()) == [1, 2, 4, 8] and random.done
+    wanted = ["--resume", str(random.out / f"checkpoint-{20 * shared:08d}"), "--overwrite"] if shared else None
+    assert mine.resume(random) == (wanted or ["--resume", "auto"])
     (mine.out / "checkpoint-00000060").mkdir(parents=True)
-    assert mine.resume(random) == "auto"
+    assert mine.resume(random) == ["--resume", "auto"]
+
+
+@pytest.mark.parametrize(
+    "epochs, looks", [(8, {1, 2, 4, 8}), (20, {2, 4, 8, 20}), (100, {12, 24, 48, 100}), (3, {1, 2, 3})]
+)
+def test_runs_are_judged_after_an_eighth_a_quarter_half_and_all_of_their_epochs(monkeypatch, tmp_path, epochs, looks):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--epochs", str(epochs), "--out", str(tmp_path)])
+    run = reproduce.Run(reproduce.parse_arguments(), "random", 0)
+    monkeypatch.setattr(run.__class__, "checkpoints", lambda self: dict.fromkeys(range(1, epochs + 1), self.out))
+    saved = {epoch for epoch in range(1, epochs + 1) if epoch % run.settings.save_every == 0} | {epochs}
+    assert looks - {3} <= set(run.looks()) & saved and set(run.looks()) <= saved | {4}
 
 
 def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatch, tmp_path):
@@ -175,81 +200,72 @@ def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatc
     assert line.lines[0].get_ydata().tolist() == pytest.approx([mean - 4, mean])
 
 
-class Slow:
-    """In place of subprocess.Popen: a process that sleeps until it is told to stop, or fails at once."""
+class Fake:
+    """In place of subprocess.Popen: a process that does what its arguments say: fail at once, or wait to be stopped."""
 
     started = []  # noqa: RUF012
 
-    def __init__(self, arguments, **_):
-        self.arguments, self.end, self.cores = arguments, threading.Event(), os.sched_getaffinity(0)
+    def __init__(self, arguments, stdout, stderr, env):
+        self.arguments, self.cores, self.environment, self.code = arguments, os.sched_getaffinity(0), env, None
+        self.polled = 0
         self.started.append(self)
 
-    def wait(self) -> int:
-        if self.arguments == ["fails"]:
-            return 3
-        return 143 if self.end.wait(20) else 0
+    def poll(self) -> int | None:
+        self.polled += 1
+        return self.code if self.arguments[0] == "waits" else 3 if self.polled > 1 else None
 
     def terminate(self):
-        self.end.set()
+        self.code = 143
+
+    def wait(self) -> int:
+        assert self.code is not None
+        return self.code
 
 
-def test_a_signal_stops_all_jobs_and_starts_no_more(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Slow)
-    Slow.started.clear()
-    workers = reproduce.Workers(2)
-    jobs = [reproduce.Job(f"job {i}", lambda: ["sleeps"], tmp_path / "log") for i in range(5)]
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    """A function that makes a job of fake processes; those started are in Fake.started."""
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Fake)
+    Fake.started.clear()
+    (tmp_path / "log").write_text("what went wrong")
+    return lambda name, what, after=None: reproduce.Job(name, lambda: [what, name], tmp_path / "log", after)
 
+
+def test_a_signal_stops_all_jobs_and_starts_no_more(fakes, monkeypatch):
     def interrupt():
-        while len(Slow.started) < 2:
+        while len(Fake.started) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    def stop(number, _):
-        raise reproduce.Stopped(number)
-
-    handler = signal.signal(signal.SIGINT, stop)
-    try:
-        threading.Thread(target=interrupt).start()
-        start = time.perf_counter()
-        with pytest.raises(KeyboardInterrupt):
-            workers.run(jobs)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert time.perf_counter() - start < 10 and len(Slow.started) == 2
-    assert not workers.failed and "stopped" in capsys.readouterr().out
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.work([fakes(f"job {i}", "waits") for i in range(5)], 2)
+    assert [process.code for process in Fake.started] == [143, 143]
 
 
-def test_a_job_waits_for_the_one_it_needs_and_failures_are_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Slow)
-    Slow.started.clear()
-    (tmp_path / "log").write_text("what went wrong")
-    workers, order = reproduce.Workers(2), []
-    jobs = [
-        reproduce.Job("first", lambda: order.append("first") or ["fails"], tmp_path / "log"),
-        reproduce.Job("second", lambda: order.append("second") or ["fails"], tmp_path / "log", after="first"),
-        reproduce.Job("third", lambda: order.append("third") or ["fails"], tmp_path / "log", after="not to be done"),
-    ]
-    workers.run(jobs)
-    assert order.index("first") < order.index("second") and sorted(workers.failed) == ["first", "second", "third"]
+def test_a_job_waits_for_the_one_it_needs_and_failures_are_named(fakes, capsys):
+    jobs = [fakes("second", "fails", "first"), fakes("first", "fails"), fakes("third", "fails", "not to be done")]
+    assert sorted(reproduce.work(jobs, 2)) == ["first", "second", "third"]
+    order = [process.arguments[1] for process in Fake.started]
+    assert sorted(order[:2]) == ["first", "third"] and order[2] == "second"
     assert "what went wrong" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins nothing to cores")
-def test_jobs_share_the_cores_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Slow)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    Slow.started.clear()
+def test_jobs_share_out_the_cores_or_the_gpus(fakes, monkeypatch):
     cores = os.sched_getaffinity(0)
-    workers = reproduce.Workers(len(cores))
-    together = threading.Barrier(len(cores))  # all at a time
-    jobs = [
-        reproduce.Job(f"job {i}", lambda: [str(together.wait(20)), "fails"][1:], tmp_path / "log")
-        for i in range(len(cores))
-    ]
-    (tmp_path / "log").touch()
-    workers.run(jobs)
-    assert sorted(sorted(process.cores) for process in Slow.started) == [[core] for core in sorted(cores)]
-    assert os.sched_getaffinity(0) == cores and reproduce.Workers(5 * len(cores)).places[-1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reproduce.work([fakes(f"job {i}", "fails") for i in range(len(cores))], len(cores))
+    assert sorted(sorted(process.cores) for process in Fake.started) == [[core] for core in sorted(cores)]
+    assert os.sched_getaffinity(0) == cores
+    Fake.started.clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, wanted in (("4,6", ["4", "6", "4"]), ("", ["0", "1", "0"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        reproduce.work([fakes(f"job {i}", "fails") for i in range(3)], 3)
+        assert [process.environment["CUDA_VISIBLE_DEVICES"] for process in Fake.started] == wanted
+        Fake.started.clear()
 
 
 def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(monkeypatch, tmp_path, capsys):
@@ -257,41 +273,56 @@ def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(m
     monkeypatch.setattr(
         reproduce, "step_times", lambda device, batch: {k: [v[0] * batch / 8] for k, v in times.items()}
     )
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--scale", "paper", "--gpus", "4", "--seeds", "7"])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--scale", "paper", "--gpus", "4", "--seeds", "7", *LATE])
     reproduce.main()
     lines = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "runs").exists() and "random 10 images/s" in lines[0]
-    hours = {}
+    hours, others = {}, []
     for line in lines:
-        if match := re.match(r"\s*accelerate launch (train|eval)\.py (.*?)(?:  # ([\d.]+) hours)?$", line):
+        if match := re.match(
+            r"\s*accelerate launch --num_processes 4 (train|eval)\.py (.*?)(?: && rm .*?)?(?:  # ([\d.]+) hours)?$",
+            line,
+        ):
             script, options, cost = match.groups()
             options = shlex.split(options.replace("$probe", "knn"))
             if script == "train":
                 args = train.parse_arguments(options)
                 train.complete(args)
-                assert (args.model, args.epochs, args.batch_size, args.guide_start, args.seed) == (
+                assert (args.model, args.epochs, args.batch_size, args.save_every, args.seed) == (
                     "base",
                     400,
                     4096,
                     50,
                     7,
                 )
+                assert args.guide_start == (200 if "late" in str(args.out) else 50)
                 hours[args.out.name] = float(cost)
             else:
                 args = evaluation.build_parser().parse_args(options)
                 assert args.dataset == "imagenet-1k"
-    images = 1_281_167 / 4 / 3600
+                others += [float(cost)] if cost else []
+    images, tests = 1_281_167 / 4 / 3600, 50_000 / 4 / 3600
     assert hours == pytest.approx(
         {
             "random-seed7": 400 * 0.1 * images,
-            "amt-seed7": (50 * 0.1 + 350 * 0.05 + 350 / 40 * 0.0125) * images,
-            "cached-seed7": (400 * 0.1 + 350 / 40 * 0.0125) * images,
-            "cached-nohint-seed7": (400 * 0.1 + 350 / 40 * 0.0125) * images,
+            "amt-seed7": (50 * 0.1 + 350 * 0.05 + 9 * 0.0125) * images,
+            "cached-seed7": (400 * 0.1 + 9 * 0.0125) * images,
+            "cached-nohint-seed7": (400 * 0.1 + 9 * 0.0125) * images,
             "online-seed7": (400 * 0.1 + 350 * 0.0125) * images,
             "online-nohint-seed7": (400 * 0.1 + 350 * 0.0125) * images,
+            "late-seed7": (400 * 0.1 + 200 * 0.0125) * images,
         },
         abs=0.06,
     )
+    assert others == pytest.approx(
+        [7 * 90 * 0.0125 * (images + tests), 7 * 100 * 0.0125 * (3 * images + tests)], abs=0.06
+    )
+    probes = float(re.search(r"for probe in knn linear; do  # ([\d.]+) hours", "\n".join(lines)).group(1))
+    assert probes == pytest.approx(7 * 16 * 0.0125 * (images + tests), abs=0.06)
+    total = float(re.search(r"([\d.]+) hours in all", lines[-1]).group(1))
+    assert total == pytest.approx(sum(hours.values()) + sum(others) + probes, abs=0.6)
+    steps = re.search("for step in (.*?); do", "\n".join(lines)).group(1).split()
+    assert [int(step) for step in steps] == [312 * epoch for epoch in range(50, 401, 50)]
 
 
 def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
@@ -306,6 +337,8 @@ def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
     (["--arm", "nothing"], "NAME=OPTIONS"),
     (["--arm", "random=--mask random"], "a name of its own"),
     (["--jobs", "0"], "--jobs must be at least 1"),
+    (["--probe=--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--finetune=--nonsense"], "unrecognized arguments: --nonsense"),
     (["--dataset", "no/such/data", "--arms", "random", "--seeds", "0"], "failed: pre-training random-seed0"),
 ])  # fmt: skip
 def test_mistakes_end_with_a_line(reproduced, tmp_path, capsys, arguments, words):
