@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--select",
         action="store_true",
-        help="judge on a fifth of the training data, to choose settings by, and not on the test data",
+        help="judge on a fifth of the training data, to choose settings by, at the end only, and not on the test data",
     )
     parser.add_argument("--jobs", type=int, help="runs at a time, shared out among the GPUs (default: the scale's)")
     parser.add_argument("--gpus", type=int, default=8, help="of --scale paper")
@@ -295,6 +295,7 @@ def write(file: Path, content: dict | list):
 def judge_all(args: argparse.Namespace, runs: list[Run]):
     """kNN and linear probe of every checkpoint that has none yet; the pictures are decoded once."""
     due = [(run, epoch, folder) for run in runs if run.done for epoch, folder in run.looks().items()]
+    due = [look for look in due if look[1] == look[0].settings.epochs or not args.select]
     due = [(run, epoch, folder) for run, epoch, folder in due if str(epoch) not in read(judgements(args, run))]
     if not due:
         return
