@@ -170,10 +170,14 @@ class Run:
         return {step // steps: folder for step, folder in sorted(found.items()) if step % steps == 0}
 
     def looks(self) -> dict[int, Path]:
-        """The checkpoints to judge: after an eighth of the epochs, where guides start, a quarter, half, all of them."""
-        eighth = max(1, self.settings.epochs // 8)
+        """The checkpoints to judge: after an eighth, a quarter, half and all of the epochs.
+
+        Not those from before the guide starts, which are the same as with random masks.
+        """
+        eighth, start = max(1, self.settings.epochs // 8), self.settings.guide_start
+        first = 0 if self.settings.mask == "random" or start == "auto" else start
         epochs = {eighth, 2 * eighth, 4 * eighth, self.settings.epochs}
-        return {epoch: folder for epoch, folder in self.checkpoints().items() if epoch in epochs}
+        return {epoch: folder for epoch, folder in self.checkpoints().items() if epoch in epochs and epoch > first}
 
     def resume(self, random: "Run") -> list[str]:
         """What it goes on from: itself, or, at first, the run with random masks, with which it begins in common."""
@@ -345,6 +349,8 @@ def collect(args: argparse.Namespace, runs: list[Run]) -> list[dict]:
         seconds = {record["epoch"]: record["seconds"] for record in run.records()}
         loss = {record["epoch"]: record["loss"] for record in run.records()}
         for epoch, scores in read(judgements(args, run)).items():
+            if int(epoch) not in run.looks():
+                continue
             minutes = sum(value for e, value in seconds.items() if e <= int(epoch)) / 60
             known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=loss[int(epoch)], **scores)
             result = read(run.out / "finetune" / "result.json")
