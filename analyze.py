@@ -220,7 +220,7 @@ def prepare(args: argparse.Namespace) -> tuple[smae.SMAE, list[int | str], Pictu
     h, w = model.grid(torch.empty(0, model.config["channels"], size, size))
     masks.masked_count(h * w, args.mask_ratio)
 
-    split = args.split or ("test" if args.dataset == "shapes" else "train")
+    split = args.split or ("test" if args.dataset.startswith("shapes") else "train")
     dataset = data.load_images(args.dataset, split, args.image_column, "", max_images=args.max_images)
     if args.mask_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)

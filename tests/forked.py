@@ -1,11 +1,14 @@
 """Real processes that run our scripts, started in a moment: forked from a server that has imported them already."""
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +36,8 @@ def start(
         job = [str(x) for x in arguments], {key: str(value) for key, value in environment.items()}
         processes.append(context.Process(target=_run, args=(script, *job, f"{log}-{rank}", largest_file, patches)))
     for rank, process in enumerate(processes):
-        Path(f"{log}-{rank}").touch()
+        process.log = Path(f"{log}-{rank}")
+        process.log.touch()
         process.start()
     return processes
 
@@ -46,6 +50,7 @@ def _run(script, arguments, environment, log, largest_file, patches):
     os.dup2(out, 2)
     os.chdir(ROOT)
     os.environ.update(environment)
+    faulthandler.register(signal.SIGQUIT)  # finish() asks what it is at; its workers inherit this
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     module = importlib.import_module(script)
@@ -56,11 +61,15 @@ def _run(script, arguments, environment, log, largest_file, patches):
 
 
 def finish(processes: list, seconds: float = 120) -> list[int]:
-    """Wait for them; their exit codes. Kills what does not end in time, with an AssertionError."""
+    """Wait for them; their exit codes. Kills what does not end in time: an AssertionError says what it was at."""
     for process in processes:
         process.join(seconds)
     late = [process for process in processes if process.is_alive()]
     for process in late:
-        process.kill()
-    assert not late, f"{len(late)} processes did not end within {seconds} s"
+        os.killpg(process.pid, signal.SIGQUIT)
+    time.sleep(1 if late else 0)
+    for process in late:
+        os.killpg(process.pid, signal.SIGKILL)
+    ends = "\n\n".join(f"{process.log.name}: {process.log.read_text()[-6000:]}" for process in late)
+    assert not late, f"{len(late)} processes did not end within {seconds} s\n{ends}"
     return [process.exitcode for process in processes]

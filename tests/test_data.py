@@ -483,6 +483,19 @@ def test_shapes_are_drawn_the_same_each_time(shapes):
         data.load_shapes("validation")
 
 
+def test_easy_shapes_are_the_same_ones_upright_and_calm(shapes):
+    contrast, widths = np.zeros(2), []
+    for row, easy in zip(shapes["test"], data.load_images("shapes:easy", "test", max_images=120)):
+        masks = [np.asarray(data.object_of(each["mask"])) > 0 for each in (row, easy)]
+        pictures = [np.asarray(row["image"]), np.asarray(data.decode(easy["image"]))]
+        ground = ~masks[0] & ~masks[1]
+        contrast += [picture[ground].astype(float).std(0).sum() for picture in pictures]
+        assert row["label"] == easy["label"]
+        if data.SHAPE_NAMES[row["label"]] == "bar":
+            widths.append(easy["bbox"][2] / easy["bbox"][3])
+    assert contrast[1] < contrast[0] / 2 and min(widths) > 2.5 and len(widths) == 10
+
+
 def test_sample_pictures_come_from_all_over_the_data_past_broken_ones():
     samples, objects = data.sample_pictures(with_bad(40, (0, 20)), 4, 16)
     assert objects is None

@@ -132,10 +132,23 @@ def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path)
     out = tmp_path / "experiment"
     text = reproduced(*QUICK, "--select", "--arms", "random", "--out", out)
     pictures = [[record["image"]["bytes"] for record in part] for part in seen]
-    training = [record["image"]["bytes"] for record in data.load_images("shapes", max_images=48)]
+    training = [record["image"]["bytes"] for record in data.load_images("shapes:easy", max_images=48)]
     assert [len(part) for part in pictures] == [38, 10] and sorted(pictures[0] + pictures[1]) == sorted(training)
     assert "fine-tuning" not in text and "held out" in (out / "selection-table.md").read_text()
     assert not (out / "random-seed0" / "tests.json").exists() and not (out / "table.md").exists()
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("", None),
+    ("--finetune none", None),
+    ("--scale cpu --finetune none", None),
+    ("--finetune=--smoothing=0", "--smoothing=0"),
+    ("--scale cpu --finetune=--smoothing=0", reproduce.SCALES["cpu"]["finetune"] + " --smoothing=0"),
+    ("--scale small", reproduce.SCALES["small"]["finetune"]),
+])  # fmt: skip
+def test_a_scale_is_fine_tuned_as_it_says_and_as_asked(monkeypatch, options, expected):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *options.split()])
+    assert reproduce.parse_arguments().finetune == expected
 
 
 @pytest.mark.parametrize("options, shared", [

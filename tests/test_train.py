@@ -70,6 +70,14 @@ def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
     assert config["train"]["guide_layer"] == 1 and config["train"]["dataset"] == "shapes"
 
 
+@pytest.mark.parametrize("patch_size, flash", [(8, False), (2, True)])  # 16 and 256 patches
+def test_few_patches_on_a_cpu_go_without_the_flash_kernel(monkeypatch, tmp_path, patch_size, flash):
+    chosen = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", chosen.append)
+    train_here(monkeypatch, *QUICK, "--patch-size", patch_size, "--out", tmp_path / "run")
+    assert chosen == [flash]
+
+
 def drawn_by(monkeypatch, *arguments) -> list:
     """The axes of the masks.png that a run leaves."""
     sheets, draw = [], train.pictures.mask_sheet
