@@ -112,10 +112,10 @@ def load_images(
 
     Other columns stay as they are, but that a stream leaves all of them undecoded.
 
-    ``name_or_path``: ``shapes`` or ``shapes:easy`` (the demo data), a folder of images (with or without class folders; ``split`` may be
-    a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by ``save_to_disk``, one of
-    :data:`DATASETS`, or a Hugging Face hub name, ``name`` or ``name:configuration``. The columns are found by their
-    type unless named (``label_column=""``: no label is wanted).
+    ``name_or_path``: ``shapes`` or ``shapes:easy`` (the demo data), a folder of images (with or without class folders;
+    ``split`` may be a folder in it), a parquet file or a folder of them, a WebDataset, a folder written by
+    ``save_to_disk``, one of :data:`DATASETS`, or a Hugging Face hub name, ``name`` or ``name:configuration``. The
+    columns are found by their type unless named (``label_column=""``: no label is wanted).
 
     Raises FileNotFoundError if there is no such data, ValueError if it has no such split, no image column, or no
     image.
