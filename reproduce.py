@@ -402,9 +402,8 @@ def table(args: argparse.Namespace, records: list[dict]) -> str:
 def curves(records: list[dict], x: str, label: str) -> Figure:
     """Accuracy of each arm against ``x`` (epoch or minutes): means over seeds, with bars of one deviation."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axis, (metric, title) in zip(
-        figure.subplots(1, 2), (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True
-    ):
+    axes = figure.subplots(1, 2)
+    for axis, (metric, title) in zip(axes, (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True):
         for arm in dict.fromkeys(record["arm"] for record in records):
             points = []
             for epoch in sorted({r["epoch"] for r in records if r["arm"] == arm}):
@@ -416,7 +415,7 @@ def curves(records: list[dict], x: str, label: str) -> Figure:
             axis.errorbar(places, means, deviations, marker=".", capsize=3, label=arm, **style)
         axis.set(xlabel=label, ylabel="top-1 accuracy, %", title=title)
         axis.grid(alpha=0.3)
-        axis.legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
