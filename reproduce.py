@@ -252,10 +252,10 @@ def start(job: Job, place: int, count: int) -> subprocess.Popen:
 
 
 def pretrain(args: argparse.Namespace, runs: list[Run]) -> list[str]:
-    """Train what is not trained; the runs with random masks first, for the others go on from them."""
+    """Train what is not trained; runs with random masks before those that go on from them."""
     random = {run.seed: run for run in runs if run.arm == "random"}
     jobs = []
-    for run in sorted((run for run in runs if not run.done), key=lambda run: run.arm != "random"):
+    for run in (run for run in runs if not run.done):
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
