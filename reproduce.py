@@ -48,7 +48,7 @@ ARMS = {  # options of train.py
 }
 MINI = "--width 128 --depth 6 --heads 2 --decoder-width 96 --decoder-depth 2 --decoder-heads 3"
 SCALES = {  # options of train.py and of eval.py finetune; the guide starts after an eighth of the epochs
-    "demo": dict(  # fine-tuning takes longer than all the rest before it learns anything: left out
+    "demo": dict(  # no fine-tuning: it learns nothing in the minutes of a demo
         dataset="shapes:easy",
         seeds=[0, 1],
         jobs=2,
