@@ -77,6 +77,7 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
         "--randaugment 0 --erasing 0 --drop-path 0 --crop-scale 0.2 1",
     ),
 }
+PROBES = 3  # splits of the training data to choose a linear head on: what is chosen varies more than what is fitted
 GUIDING = {"mask", "hint", "hint_ratio", "amt_ratio", "throw_ratio", "guide", "guide_start", "guide_every"}
 GUIDING |= {"guide_layer", "guide_debias", "foreground", "relevance"}  # what does not matter before the guide starts
 
@@ -298,7 +299,7 @@ def write(file: Path, content: dict | list):
 
 
 def judge_all(args: argparse.Namespace, runs: list[Run]):
-    """kNN and linear probe of every checkpoint that has none yet; the pictures are decoded once."""
+    """kNN and linear probe (mean of PROBES) of every checkpoint not yet judged; the pictures are decoded once."""
     due = [(run, epoch, folder) for run in runs if run.done for epoch, folder in run.looks().items()]
     due = [look for look in due if look[1] == look[0].settings.epochs or not args.select]
     due = [(run, epoch, folder) for run, epoch, folder in due if str(epoch) not in read(judgements(args, run))]
@@ -313,15 +314,17 @@ def judge_all(args: argparse.Namespace, runs: list[Run]):
     judge.complete(linear, len(training), 1)
     crops, wanted = {}, linear.image_size  # of the pictures, by their size
     for run, epoch, folder in due:
-        since, linear.seed = time.perf_counter(), run.seed
+        since = time.perf_counter()
         model = smae.load(folder).to(accelerator.device)
         linear.image_size = size = wanted or model.config["image_size"][0]
         if size not in crops:
             crops[size] = [judge.eval_batches(linear, accelerator, part, keep=True) for part in (training, tests)]
         seen = [judge.extract(linear, accelerator, model, part) for part in crops[size]]
+        probes = []
+        for linear.seed in range(PROBES * run.seed, PROBES * (run.seed + 1)):
+            probes.append(judge.judge_linear(linear, *seen, classes, accelerator.device)["top1"])
         scores = dict(
-            knn=judge.judge_knn(knn, *seen, len(classes), accelerator.device)["top1"],
-            linear=judge.judge_linear(linear, *seen, classes, accelerator.device)["top1"],
+            knn=judge.judge_knn(knn, *seen, len(classes), accelerator.device)["top1"], linear=statistics.mean(probes)
         )
         write(judgements(args, run), read(judgements(args, run)) | {str(epoch): scores})
         figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
