@@ -92,10 +92,11 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     last = sorted((out / "cached-seed0").glob("checkpoint-*"))[-1]
 
     def judged(command: str, seed: int = 0) -> float:
-        options = f"--checkpoint {last} --pool mean --max-images 48 --workers 0 --seed {seed} --out {tmp_path}"
-        monkeypatch.setattr(sys, "argv", ["eval.py", command, *options.split()])
+        options = f"--checkpoint {last} --pool mean --max-images 48 --workers 0 --seed {seed}"
+        judgement = tmp_path / f"{command}-{seed}"
+        monkeypatch.setattr(sys, "argv", ["eval.py", command, *options.split(), "--out", str(judgement)])
         evaluation.main()
-        return json.loads((tmp_path / "result.json").read_text())["top1"]
+        return json.loads((judgement / "result.json").read_text())["top1"]
 
     assert records[2]["knn"] == pytest.approx(judged("knn"))
     assert records[2]["linear"] == pytest.approx(statistics.mean(judged("linear", seed) for seed in (0, 1, 2)))
