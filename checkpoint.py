@@ -15,7 +15,7 @@ import signal
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,10 @@ STATE, WEIGHTS = "state.pt", "model.safetensors"
 # ------------------------------------------------------------------------------------------------- writing, reading
 
 
-def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int = 2):
+def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int = 2, passing: Container[int] = ()):
     """Write ``checkpoint-STEP`` into the folder ``out``, and leave no other but the ``keep`` - 1 before it.
+
+    Of those whose steps are ``passing`` none is left but the newest two of all.
 
     It is written aside, flushed to the disk, then renamed: at any moment what goes by the name of a checkpoint is
     whole. ``state`` holds tensors and plain values, "config" what goes to config.json. Raises OSError if the disk does
@@ -57,8 +59,9 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from None
     later = [folder for folder in folders(out) if number(folder) > step]  # of a run that has gone back since
-    for other in later + folders(out)[len(later) + keep :]:
-        _remove(other)
+    for place, folder in enumerate(folders(out), -len(later)):
+        if folder in later or place >= keep or (place > 1 and number(folder) in passing):
+            _remove(folder)
 
 
 def _remove(folder: Path):

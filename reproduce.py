@@ -47,6 +47,8 @@ ARMS = {  # options of train.py
     "online-nohint": "--mask selfguided --guide online --hint none",
 }
 MINI = "--width 128 --depth 6 --heads 2 --decoder-width 96 --decoder-depth 2 --decoder-heads 3"
+LIGHT = "--blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 "
+LIGHT += "--crop-scale 0.2 1"  # on the augmentation, as short trainings want it
 SCALES = {  # options of train.py and of eval.py finetune; the guide starts after an eighth of the epochs
     "demo": dict(  # no fine-tuning: it learns nothing in the minutes of a demo
         dataset="shapes:easy",
@@ -57,27 +59,24 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
         "--image-size 64 --warmup-epochs 1 --batch-size 64 --blr 4e-3",
         finetune="none",
     ),
-    "cpu": dict(  # two hours on two cores, on Imagenette
-        dataset="frgfm/imagenette:160px",
+    "cpu": dict(  # three hours on two cores, on Imagenette
         seeds=[0, 1, 2],
         jobs=2,
         epochs=16,
         pretrain=f"{MINI} --image-size 64 --warmup-epochs 1 --batch-size 64 --blr 4e-3",
-        finetune="--epochs 4 --warmup-epochs 1 --batch-size 64 --blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 "
-        "--randaugment 0 --erasing 0 --drop-path 0 --crop-scale 0.2 1",
+        finetune=f"--epochs 4 --warmup-epochs 1 --batch-size 64 {LIGHT}",
     ),
     "small": dict(  # 196 patches, as in the paper
-        dataset="frgfm/imagenette:160px",
         seeds=[0, 1, 2],
         jobs=3,
         epochs=400,
         pretrain="--model tiny --image-size 112 --patch-size 8 --warmup-epochs 20 --batch-size 256 --blr 1e-3 "
         "--compile",
-        finetune="--epochs 30 --warmup-epochs 3 --batch-size 256 --blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 "
-        "--randaugment 0 --erasing 0 --drop-path 0 --crop-scale 0.2 1",
+        finetune=f"--epochs 30 --warmup-epochs 3 --batch-size 256 {LIGHT}",
     ),
 }
 PROBES = 3  # splits of the training data to choose a linear head on: what is chosen varies more than what is fitted
+OURS = ("dataset", "epochs", "seed", "mask", "save_every", "keep", "out", "resume", "overwrite")  # not for --pretrain
 GUIDING = {"mask", "hint", "hint_ratio", "amt_ratio", "throw_ratio", "guide", "guide_start", "guide_every"}
 GUIDING |= {"guide_layer", "guide_debias", "foreground", "relevance"}  # what does not matter before the guide starts
 
@@ -87,7 +86,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Compare kinds of masks: pre-train, judge, draw up.", formatter_class=data.HelpFormatter
     )
     parser.add_argument("--scale", choices=[*SCALES, "paper"], default="demo", help="size of the experiment")
-    parser.add_argument("--dataset", help="data with labels and a test split, as of eval.py (default: the scale's)")
+    parser.add_argument(
+        "--dataset", help="data with labels and a test split, as of eval.py (default of demo: drawn shapes)"
+    )
     parser.add_argument("--epochs", type=int, help="of pre-training (default: the scale's)")
     parser.add_argument("--seeds", type=int, nargs="+", help="a run of each arm for each (default: the scale's)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="kinds of masks")
@@ -126,9 +127,16 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         args.jobs = max(scale["jobs"], torch.cuda.device_count())
     for name in ("dataset", "epochs", "seeds"):
         if getattr(args, name) is None:
-            setattr(args, name, scale[name])
+            setattr(args, name, scale.get(name))
+    if args.dataset is None:
+        raise ValueError(f"--scale {args.scale} needs --dataset: Imagenette, or another with labels and a test split")
     if args.jobs < 1 or args.epochs < 2:
         raise ValueError("--jobs must be at least 1, --epochs at least 2")
+    parser = train.build_parser()
+    parser.set_defaults(**dict.fromkeys(OURS))
+    options = vars(parser.parse_args(shlex.split(args.pretrain)))
+    if taken := [name for name in OURS if options[name] is not None]:
+        raise ValueError(f"--pretrain cannot set {', '.join(taken)}: that is up to reproduce.py and its own options")
     args.pretrain = f"{scale['pretrain']} {args.pretrain}"
     chosen = [text for text in (scale["finetune"], args.finetune) if text not in ("none", None)]
     args.finetune = None if args.finetune == "none" else " ".join(chosen) or None
@@ -148,10 +156,9 @@ class Run:
         self.arm, self.seed, self.name = arm, seed, f"{arm}-seed{seed}"
         self.out, self.log = args.out / self.name, args.out / f"{self.name}.log"
         eighth = str(max(1, args.epochs // 8))
-        self.options = shlex.split(args.pretrain)
+        self.options = ["--guide-start", eighth, "--guide-every", eighth, *shlex.split(args.pretrain)]
         self.options += ["--dataset", args.dataset, "--preload", "--epochs", str(args.epochs), "--seed", str(seed)]
-        self.options += ["--guide-start", eighth, "--guide-every", eighth, "--save-every", eighth, "--keep", "9999"]
-        self.options += [*shlex.split(args.arms[arm]), "--out", str(self.out)]
+        self.options += ["--save-every", eighth, "--keep", "9999", *shlex.split(args.arms[arm]), "--out", str(self.out)]
         self.settings = train.parse_arguments(self.options)
 
     @property
@@ -350,13 +357,13 @@ def collect(args: argparse.Namespace, runs: list[Run]) -> list[dict]:
     """
     found = []
     for run in runs:
-        seconds = {record["epoch"]: record["seconds"] for record in run.records()}
-        loss = {record["epoch"]: record["loss"] for record in run.records()}
+        past = {record["epoch"]: record for record in run.records()}
         for epoch, scores in read(judgements(args, run)).items():
             if int(epoch) not in run.looks():
                 continue
-            minutes = sum(value for e, value in seconds.items() if e <= int(epoch)) / 60
-            known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=loss[int(epoch)], **scores)
+            minutes = sum(record["seconds"] for e, record in past.items() if e <= int(epoch)) / 60
+            known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=past[int(epoch)]["loss"])
+            known |= scores
             result = read(run.out / "finetune" / "result.json")
             if result and int(epoch) == run.settings.epochs and not args.select:
                 known["finetune"] = result["top1"]
@@ -384,8 +391,10 @@ def table(args: argparse.Namespace, records: list[dict]) -> str:
         return {r["seed"]: r[metric] for r in records if (r["arm"], r["epoch"]) == (arm, epoch) and metric in r}
 
     where = "a fifth of the training data, held out" if args.select else "the test data"
-    lines = [f"{args.dataset}, {args.scale}: top-1 in per cent on {where}, mean ± deviation over seeds. The last two "]
-    lines[0] += "columns: differences to random masks of the same seed, at the end, and minutes of pre-training."
+    lines = [
+        f"{args.dataset}, {args.scale}: top-1 in per cent on {where}, mean ± deviation over seeds; differences to "
+        "random masks of the same seed and minutes of pre-training at the end. Empty: not judged, masks still random."
+    ]
     for metric, title in (("knn", "kNN (k = 20)"), ("linear", "linear probe"), ("finetune", "fine-tuning")):
         columns = epochs if metric != "finetune" else epochs[-1:]
         if not any(metric in record for record in records):
@@ -464,7 +473,7 @@ def paper(args: argparse.Namespace):
         for seed in args.seeds:
             out = args.out / f"{arm}-seed{seed}"
             command = f"{launch} train.py --preset paper --compile {options} --seed {seed} --save-every 50 --keep 9999"
-            print(f"{command} --resume auto --out {out} && rm {out}/checkpoint-*/state.pt  # {cost:.1f} hours")
+            print(f"{command} --resume auto --out {out}  # {cost:.1f} hours")
             ran.append((out, cost))
     steps = " ".join(f"{epoch * (pictures // 4096):08d}" for epoch in range(50, 401, 50))
     both = hours(pictures + tests, seconds["look"]) * 2 * 8 * len(ran)
@@ -473,13 +482,17 @@ def paper(args: argparse.Namespace):
     print(f"for run in {' '.join(str(out) for out, _ in ran)}; do")
     print(f"  for step in {steps}; do for probe in knn linear; do  # {both:.1f} hours")
     judged = "--dataset imagenet-1k --checkpoint $run/checkpoint-$step --out $run/$probe-$step"
-    print(f"    {launch} eval.py $probe --pool mean {judged}")
+    print(f"    [ -e $run/$probe-$step/result.json ] || {launch} eval.py $probe --pool mean {judged}")
     print("  done; done")
     for how, cost in (("linear --recipe mae", slow), ("finetune", tuned)):
         where = f"--dataset imagenet-1k --checkpoint $run --resume --out $run/{how.split()[0]}"
         print(f"  {launch} eval.py {how} {where}  # {cost:.1f} hours")
     total = sum(cost for _, cost in ran) + both + slow + tuned
-    print(f"done  # {total:.1f} hours in all; a forward pass stands for a look, three for a step of fine-tuning")
+    print(f"done  # {total:.1f} hours in all")
+    print(
+        "# a forward pass stands for a look, three for a step of fine-tuning; reading data, fitting heads: not counted"
+    )
+    print("# every run leaves 8 checkpoints of 1.3 GB; the state.pt in them may go when it is done")
 
 
 def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
@@ -531,8 +544,8 @@ def main():
         args = parse_arguments()
         if args.scale == "paper":
             return paper(args)
-        note_settings(args)
         runs = [Run(args, arm, seed) for arm in args.arms for seed in args.seeds]
+        note_settings(args)
         signal.signal(signal.SIGTERM, stop)
         try:
             failed = pretrain(args, runs)
@@ -544,7 +557,8 @@ def main():
             sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
         finally:
             report(args)
-    print(f"wrote {args.out / ('selection-' * args.select + 'table.md')}")
+    if (drawn_up := args.out / ("selection-" * args.select + "table.md")).exists():
+        print(f"wrote {drawn_up}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

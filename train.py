@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--save-every-steps", type=int, help="steps between more checkpoints (in any case, one comes every 15 minutes)"
     )
-    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest; unasked ones go sooner")
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
 
     return parser
@@ -536,6 +536,7 @@ class Run:
         self.phase, self.clock = "random", time.perf_counter()  # whose masks; when the epoch began
         self.losses: list[tuple[int, Tensor, list[int]]] = []  # step, loss, images: not yet known to be finite
         self.saved, self.written = None, time.monotonic()  # step of the last checkpoint; when one was last tried
+        self.passing: set[int] = set()  # steps of checkpoints that no option asked for
         self.replaces, self.published = True, True  # whether another run lies in --out; whether the results are there
         self.bar = tqdm(
             total=args.epochs * batches.steps_per_epoch,
@@ -755,7 +756,10 @@ class Run:
             guide=self.guide.state_dict(),
             bad=dict(self.batches.bad),
         )
-        done = self.write(lambda: checkpoint.write(self.args.out, progress.step, self.model, state, self.args.keep))
+        if not (self.save_after(progress.step) if progress.seen else self.due()):
+            self.passing.add(progress.step)
+        keep = self.args.keep, self.passing
+        done = self.write(lambda: checkpoint.write(self.args.out, progress.step, self.model, state, *keep))
         if not self.peers.largest(not done)[0]:
             self.saved = progress.step
         self.written = time.monotonic()

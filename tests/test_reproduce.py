@@ -39,6 +39,12 @@ class Forked:
     def poll(self) -> int | None:
         return self.process.exitcode
 
+    def terminate(self):
+        self.process.terminate()
+
+    def wait(self):
+        self.process.join()
+
 
 @pytest.fixture
 def reproduced(monkeypatch, capsys):
@@ -62,6 +68,18 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     reproduced, monkeypatch, tmp_path, capsys
 ):
     out = tmp_path / "experiment"
+
+    def interrupt():  # in the midst of the first run
+        while not list(out.glob("random-seed0/checkpoint-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit) as error:
+        reproduced(*QUICK, "--out", out)
+    assert error.value.code == 143 and "the same command goes on" in capsys.readouterr().out
+    assert not (out / "cached-seed0").exists()
+
     text = reproduced(*QUICK, "--out", out)
     assert {"table.md", "results.json", "epochs.png", "minutes.png", "masks-random.png", "masks-cached.png"} <= {
         file.name for file in out.iterdir()
@@ -115,6 +133,10 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     assert "pre-training layer-1-seed0" in more and "cached" not in more
     assert "| layer-1 |" in (out / "table.md").read_text()
 
+    with pytest.raises(SystemExit):
+        reproduced(*QUICK, "--arm", "mistyped=--mask random --epoch-s 2", "--out", out)
+    assert "mistyped" not in json.loads((out / "settings.json").read_text())["arms"]
+    capsys.readouterr()
     for other in (
         ["--arm", "layer-1=--mask random"],
         ["--epochs", 4],
@@ -145,10 +167,10 @@ def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path)
 @pytest.mark.parametrize("options, expected", [
     ("", None),
     ("--finetune none", None),
-    ("--scale cpu --finetune none", None),
+    ("--scale cpu --dataset x --finetune none", None),
     ("--finetune=--smoothing=0", "--smoothing=0"),
-    ("--scale cpu --finetune=--smoothing=0", reproduce.SCALES["cpu"]["finetune"] + " --smoothing=0"),
-    ("--scale small", reproduce.SCALES["small"]["finetune"]),
+    ("--scale cpu --dataset x --finetune=--smoothing=0", reproduce.SCALES["cpu"]["finetune"] + " --smoothing=0"),
+    ("--scale small --dataset x", reproduce.SCALES["small"]["finetune"]),
 ])  # fmt: skip
 def test_a_scale_is_fine_tuned_as_it_says_and_as_asked(monkeypatch, options, expected):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *options.split()])
@@ -302,7 +324,7 @@ def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(m
     hours, others = {}, []
     for line in lines:
         if match := re.match(
-            r"\s*accelerate launch --num_processes 4 (train|eval)\.py (.*?)(?: && rm .*?)?(?:  # ([\d.]+) hours)?$",
+            r"\s*(?:\[.*\] \|\| )?accelerate launch --num_processes 4 (train|eval)\.py (.*?)(?:  # ([\d.]+) hours)?$",
             line,
         ):
             script, options, cost = match.groups()
@@ -341,7 +363,7 @@ def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(m
     )
     probes = float(re.search(r"for probe in knn linear; do  # ([\d.]+) hours", "\n".join(lines)).group(1))
     assert probes == pytest.approx(7 * 16 * 0.0125 * (images + tests), abs=0.06)
-    total = float(re.search(r"([\d.]+) hours in all", lines[-1]).group(1))
+    total = float(re.search(r"([\d.]+) hours in all", "\n".join(lines)).group(1))
     assert total == pytest.approx(sum(hours.values()) + sum(others) + probes, abs=0.6)
     steps = re.search("for step in (.*?); do", "\n".join(lines)).group(1).split()
     assert [int(step) for step in steps] == [312 * epoch for epoch in range(50, 401, 50)]
@@ -359,6 +381,9 @@ def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
     (["--arm", "nothing"], "NAME=OPTIONS"),
     (["--arm", "random=--mask random"], "a name of its own"),
     (["--jobs", "0"], "--jobs must be at least 1"),
+    (["--scale", "small"], "--scale small needs --dataset"),
+    (["--pretrain", "--guide-start 3 --epochs 9 --keep 1"], "--pretrain cannot set epochs, keep"),
+    (["--pretrain=--seed=0"], "--pretrain cannot set seed"),
     (["--probe=--nonsense"], "unrecognized arguments: --nonsense"),
     (["--finetune=--nonsense"], "unrecognized arguments: --nonsense"),
     (["--dataset", "no/such/data", "--arms", "random", "--seeds", "0"], "failed: pre-training random-seed0"),
