@@ -218,6 +218,22 @@ def test_runs_are_judged_after_an_eighth_a_quarter_half_and_all_of_their_epochs(
     assert set(guided.looks()) == looks - {min(looks)}  # until then its masks are random, too
 
 
+@pytest.mark.parametrize("options, start, every", [("", 2, 2), ("--guide-start 5 --guide-every 3", 5, 3)])
+def test_options_of_all_arms_have_their_way(monkeypatch, tmp_path, options, start, every):
+    arguments = ["reproduce.py", "--epochs", "16", f"--pretrain={options}", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    settings = reproduce.Run(reproduce.parse_arguments(), "cached", 0).settings
+    assert (settings.guide_start, settings.guide_every) == (start, every)
+
+
+def test_a_folder_is_drawn_up_with_all_arms_and_seeds_it_was_ever_asked_for(monkeypatch, tmp_path):
+    for options in ("--arms random --seeds 1 0", "--arms amt --seeds 2"):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *options.split(), "--out", str(tmp_path)])
+        reproduce.note_settings(reproduce.parse_arguments())
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["seeds"] == [0, 1, 2] and list(settings["arms"]) == ["random", "amt"]
+
+
 def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--arms", "random", "amt"])
     args = reproduce.parse_arguments()
