@@ -1,6 +1,6 @@
 """The claim, tested: does self-guided masking learn better than random masking and AMT in as many epochs?
 
-    python reproduce.py                                     # drawn shapes: 12 minutes on two cores
+    python reproduce.py                                     # drawn shapes: 15 minutes on two cores
     python reproduce.py --scale small --dataset PATH        # photographs, one GPU
     python reproduce.py --scale paper                       # ImageNet-1k, 8 GPUs: prints the commands and the hours
 
