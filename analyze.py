@@ -140,7 +140,7 @@ def guesses(features: Tensor | None, grid: tuple[int, int], relevance: Tensor | 
     if features is None:
         yield {}, (relevance, relevance > relevance.median(dim=1, keepdim=True).values)
         return
-    ways = list(itertools.product((False, True), ("border", "peak"), ("foreground", "contrast")))
+    ways = list(itertools.product((False, True), ("border", "small", "peak"), ("foreground", "contrast")))
     found = {way: [] for way in ways}
     mean = features.mean(dim=0)
     for part in features.split(64):
@@ -171,10 +171,8 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
     """Names and either features (N, n, d) or relevance (N, n): the floors first, then the model's layers."""
     h, w = model.grid(images)
     generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(h) - (h - 1) / 2, torch.arange(w) - (w - 1) / 2, indexing="ij")
-    central = -torch.maximum(y.abs() / h, x.abs() / w) - 1e-3 * torch.hypot(y / h, x / w)  # square rings, from within
     yield "random mask", None, torch.rand(len(images), h * w, generator=generator)
-    yield "centre prior", None, central.flatten().expand(len(images), -1)
+    yield "centre prior", None, masks.centrality((h, w)).expand(len(images), -1)
     yield "raw pixels", smae.patchify(data.normalize(images), model.patch_size), None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -347,7 +345,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is masked")
     command.add_argument("--guide-debias", action="store_true", help="draw debiased features (the table has both)")
-    command.add_argument("--foreground", choices=["border", "peak"], default="border", help="draw this rule")
+    command.add_argument("--foreground", choices=["border", "small", "peak"], default="border", help="draw this rule")
     command.add_argument(
         "--relevance", choices=["foreground", "contrast"], default="contrast", help="draw this scoring"
     )

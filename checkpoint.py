@@ -48,7 +48,7 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
         part.mkdir(parents=True)
         smae.save(model, part, state["config"])
         with open(part / STATE, "wb") as file:
-            torch.save(state | dict(crc=_crc(part / WEIGHTS)), file)
+            torch.save(state | dict(crc=checksum(part / WEIGHTS)), file)
         smae.flush(part / STATE)
         smae.flush(part)
         if final.exists():
@@ -94,7 +94,7 @@ def read(folder: Path) -> dict:
             if broken := file.testzip():
                 raise ValueError(f"{broken} in {STATE} is damaged")
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        if state["crc"] != _crc(folder / WEIGHTS):
+        if state["crc"] != checksum(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} is damaged")
         return state | dict(model=safetensors.torch.load_file(folder / WEIGHTS))
     except Exception as error:  # whatever is wrong with a file, it is not one to go on from
@@ -162,7 +162,8 @@ class Lock:
             os.close(self.handle)
 
 
-def _crc(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(2**24):

@@ -74,20 +74,20 @@ DATASETS = {  # those of the paper; add your own row
 
 
 @functools.cache
-def _mean_and_std(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Made once per device: copying them at every step would wait for the device."""
+def mean_and_std(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Both as (c, 1, 1) on the device, made once: copying them at every step would wait for the device."""
     return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
 
 
 def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """uint8 images (b, 3, H, W) to floats of about zero mean and unit deviation; a model's config has its own."""
-    mean, std = _mean_and_std(images.device, tuple(mean), tuple(std))
+    mean, std = mean_and_std(images.device, tuple(mean), tuple(std))
     return (images.float() / 255 - mean) / std
 
 
 def denormalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """The inverse of :func:`normalize`, rounded to uint8."""
-    mean, std = _mean_and_std(images.device, tuple(mean), tuple(std))
+    mean, std = mean_and_std(images.device, tuple(mean), tuple(std))
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -292,6 +292,35 @@ def object_of(mask: Image.Image | dict) -> Image.Image:
     return Image.fromarray(np.where(values > (127 if values.max() > 127 else 0), 255, 0).astype(np.uint8))
 
 
+class ObjectShares:
+    """How much of each cell of a grid over a whole picture its object covers, by a mask column of the data.
+
+    ``missing`` lists the pictures whose mask could not be read. Raises ValueError if there is no such column.
+    """
+
+    def __init__(self, dataset: datasets.Dataset | datasets.IterableDataset, column: str):
+        names = ", ".join(dataset.features or {})
+        if not isinstance((dataset.features or {}).get(column), datasets.Image):
+            raise ValueError(f"the data has no column {column!r} of mask pictures, but {names}")
+        if isinstance(dataset, datasets.IterableDataset):
+            raise ValueError("a stream has no index to find a mask by: drop --streaming")
+        self.masks = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.column, self.missing = column, []
+
+    def shares(self, indices: np.ndarray, grid: tuple[int, int]) -> Tensor:
+        """Shares (b, h, w) in 0 ... 1 of the object in the (h, w) cells of the pictures ``indices`` (b,)."""
+        found = torch.zeros(len(indices), *grid)
+        for row, index in enumerate(indices.tolist()):
+            try:
+                mask = object_of(self.masks[index][self.column])
+            except Exception:  # whatever a decoder raises on a broken file
+                self.missing.append(index)
+                continue
+            cells = mask.resize(grid[::-1], Image.Resampling.BOX)
+            found[row] = torch.from_numpy(np.array(cells)) / 255
+        return found
+
+
 class BadImage(NamedTuple):
     """A picture that could not be decoded: its index in the data, and what is known of it."""
 
@@ -390,29 +419,33 @@ def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> Tensor:
     return image.flip(-1) if flip else image
 
 
-def crop_batch(images: Tensor, boxes: Tensor, flips: Tensor, size: int, beyond: bool = False) -> Tensor:
+def crop_batch(images: Tensor, boxes: Tensor, flips: Tensor, size: int, how: str = "inside") -> Tensor:
     """:func:`crop` for a batch (b, c, H, W) on its device: (b, c, size, size) of the same type.
 
     ``boxes`` (b, 4) may be fractional. The same antialiased bicubic filter as PIL's, as two matrix products. Like
-    PIL's it sees nothing of the image ``beyond`` the box, unless asked to.
+    PIL's it sees nothing of the image outside the box ("inside"), or does ("beyond"). "area" takes means over areas.
     """
     top, left, height, width = boxes.float().unbind(1)
-    rows = _resize_weights(top, height, images.shape[-2], size, beyond)
-    columns = _resize_weights(left, width, images.shape[-1], size, beyond)
+    rows = _resize_weights(top, height, images.shape[-2], size, how)
+    columns = _resize_weights(left, width, images.shape[-1], size, how)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     out = rows[:, None] @ images.float() @ columns.mT[:, None]
     return out if images.is_floating_point() else out.round().clamp(0, 255).to(images.dtype)
 
 
-def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, beyond: bool) -> Tensor:
+def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, how: str) -> Tensor:
     """Weights (b, size, pixels) that resize [start, start + length) of ``pixels`` samples to ``size`` samples."""
     step = (length / size)[:, None, None]  # input pixels per output pixel
     position = torch.arange(pixels, device=start.device) + 0.5
     centre = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    if how == "area":  # how far an output pixel and an input pixel overlap
+        low, high = centre - step / 2, centre + step / 2
+        weights = (torch.minimum(high, position + 0.5) - torch.maximum(low, position - 0.5)).clamp(min=0)
+        return weights / weights.sum(-1, keepdim=True)
     t = (position - centre).abs() / step.clamp(min=1)  # (b, size, pixels), in widths of the filter
     near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2  # Keys' cubic, a = -1/2
     weights = torch.where(t < 1, near, torch.where(t < 2, far, 0))
-    if not beyond:
+    if how == "inside":
         half = length[:, None, None] / 2
         weights = weights * ((position - start[:, None, None] - half).abs() < half + 0.5)
     return weights / weights.sum(-1, keepdim=True)
@@ -428,19 +461,19 @@ def center_crop(image: Image.Image, size: int, short_side: int | None = None) ->
 
 
 def sample_pictures(
-    dataset: datasets.Dataset | datasets.IterableDataset, count: int, size: int
+    dataset: datasets.Dataset | datasets.IterableDataset, count: int, size: int, mask: str = "mask"
 ) -> tuple[Tensor, Tensor | None]:
     """Up to ``count`` centre-cropped pictures from all over the data (the first of a stream): (k, 3, size, size).
 
     And, if there is a column ``mask``, where their objects are: (k, size, size) bool. Raises ValueError if no picture
     can be decoded.
     """
-    known = isinstance((dataset.features or {}).get("mask"), datasets.Image)
+    known = isinstance((dataset.features or {}).get(mask), datasets.Image)
     if isinstance(dataset, datasets.IterableDataset):
         records = iter(dataset.take(2 * count))
     else:
-        dataset = dataset.select_columns(["image", "mask"] if known else ["image"])
-        dataset = dataset.cast_column("mask", datasets.Image(decode=False)) if known else dataset  # some may be broken
+        dataset = dataset.select_columns(["image", mask] if known else ["image"])
+        dataset = dataset.cast_column(mask, datasets.Image(decode=False)) if known else dataset  # some may be broken
         records = (dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, min(2 * count, len(dataset))))
     images, objects = [], []
     for record in records:
@@ -448,7 +481,7 @@ def sample_pictures(
             images.append(center_crop(decode(record["image"]), size))
             objects.append(torch.zeros(size, size, dtype=torch.bool))
             if known:
-                objects[-1] = center_crop(object_of(record["mask"]), size)[0] > 127
+                objects[-1] = center_crop(object_of(record[mask]), size)[0] > 127
     if not images:
         raise ValueError("not one of the first pictures tried can be decoded")
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
@@ -510,6 +543,14 @@ class CropOptions(NamedTuple):
         return torch.stack(augmented)
 
 
+class Request(NamedTuple):
+    """What to read: pictures ``indices`` (b,), cropped as in ``epoch`` (None: whole), to squares of ``size`` pixels."""
+
+    epoch: int | None
+    indices: np.ndarray
+    size: int
+
+
 def _shares(crops: Crops, sizes: np.ndarray) -> Crops:
     """Boxes in pixels of pictures of ``sizes`` (b, 2), in shares of their height and width."""
     return Crops((crops.boxes / np.tile(sizes, 2)).astype(np.float32), crops.flips)
@@ -521,8 +562,8 @@ class MapCrops(torch.utils.data.Dataset):
     def __init__(self, dataset: datasets.Dataset, options: CropOptions):
         self.dataset, self.options = dataset, options
 
-    def __getitem__(self, request: tuple[int | None, np.ndarray]) -> Batch:
-        epoch, indices = request
+    def __getitem__(self, request: Request) -> Batch:
+        epoch, indices, size = request
         pictures, labels, bad = [], [], []
         for i in indices:
             picture, label, met = decode_or_next(self.dataset, int(i), max(1, self.options.tries - len(bad)))
@@ -531,7 +572,7 @@ class MapCrops(torch.utils.data.Dataset):
             bad += met
         sizes = np.array([(picture.height, picture.width) for picture in pictures])
         crops = self.options.draw(sizes, epoch, indices)
-        images = torch.stack([crop(picture, *how, self.options.size) for picture, *how in zip(pictures, *crops)])
+        images = torch.stack([crop(picture, *how, size) for picture, *how in zip(pictures, *crops)])
         images = self.options.finish(images, epoch, indices)
         return Batch(images, indices, bad, np.array(labels), _shares(crops, sizes))
 
@@ -561,14 +602,14 @@ class PreloadedCrops:
             list(pool.map(keep, range(len(dataset))))
         self.images = self.images.to(store)
 
-    def __getitem__(self, request: tuple[int | None, np.ndarray]) -> Batch:
-        epoch, indices = request
+    def __getitem__(self, request: Request) -> Batch:
+        epoch, indices, size = request
         where = _shares(self.options.draw(self.sizes[indices], epoch, indices), self.sizes[indices])
         boxes = to_device(where.boxes * np.float32(self.images.shape[-1]), self.device)
         flips = to_device(where.flips, self.device)
         images = self.images[to_device(indices, self.images.device)]
         images = to_device(images, self.device) if images.device.type == "cpu" else images
-        crops = self.options.finish(crop_batch(images, boxes, flips, self.options.size), epoch, indices)
+        crops = self.options.finish(crop_batch(images, boxes, flips, size), epoch, indices)
         return Batch(crops, indices, self.bad, self.labels[indices], where)
 
 
@@ -761,24 +802,32 @@ class TrainBatches:
             return self._deliver(self._stream(epoch, seen))
         return self._read(self.requests(epoch, seen))
 
-    def whole(self, count: int | None = None) -> Iterator[Batch]:
+    def whole(self, count: int | None = None, size: int | None = None) -> Iterator[Batch]:
         """This process's share of all pictures (or the first ``count``), each whole and squeezed to a square.
 
-        Process r of w gets pictures r, r + w, r + 2w, ... Raises ValueError for a stream, whose pictures have no index
-        to tell them apart.
+        Batch by batch as :meth:`whole_indices` has them, the empty ones left out; ``size`` is the side of the squares
+        (default: that of the crops). Raises ValueError for a stream, whose pictures have no index to tell them apart.
         """
         if isinstance(self.crops, StreamCrops):
             raise ValueError("a stream has no index to keep something for each picture by")
-        mine = np.arange(self.share.rank, min(count or self.length, self.length), self.share.world)
-        size = self.batch_size // self.share.world // self.accumulate
-        return self._read([(None, mine[i : i + size]) for i in range(0, len(mine), size)])
+        size = size or self.crops.options.size
+        return self._read([Request(None, indices, size) for indices in self.whole_indices(count) if len(indices)])
 
-    def whole_batches(self, count: int | None = None) -> int:
-        """How many batches :meth:`whole` gives at most; to some processes it gives one less."""
-        largest = -(-min(count or self.length, self.length) // self.share.world)
-        return -(-largest * self.share.world * self.accumulate // self.batch_size)
+    def whole_indices(self, count: int | None = None) -> list[np.ndarray]:
+        """The indices of all pictures (or the first ``count``), in batches of ``whole_size`` at most.
 
-    def _read(self, requests: list[tuple[int | None, np.ndarray]]) -> Iterator[Batch]:
+        Process r of w gets pictures r, r + w, r + 2w, ..., and as many batches as the others: the last may be empty.
+        """
+        count = min(count or self.length, self.length)
+        mine = np.arange(self.share.rank, count, self.share.world)
+        largest = -(-count // self.share.world)  # of the shares
+        return [mine[i : i + self.whole_size] for i in range(0, largest, self.whole_size)]
+
+    @property
+    def whole_size(self) -> int:
+        return self.batch_size // self.share.world // self.accumulate
+
+    def _read(self, requests: list[Request]) -> Iterator[Batch]:
         if isinstance(self.crops, PreloadedCrops):
             return self._deliver(map(self.crops.__getitem__, requests))
         self.order[:] = requests  # what the loader goes through
@@ -814,8 +863,8 @@ class TrainBatches:
                 self.check_bad()
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 
-    def requests(self, epoch: int, seen: int = 0) -> list[tuple[int, np.ndarray]]:
-        """What this process reads in the rest of an epoch: (epoch, indices (b,)) for every micro-batch."""
+    def requests(self, epoch: int, seen: int = 0) -> list[Request]:
+        """What this process reads in the rest of an epoch: a request for every micro-batch."""
         order, steps = np.random.default_rng((self.seed, epoch)).permutation(self.length), self.steps_left(seen)
         rows = rearrange(
             order[seen : seen + steps * self.batch_size],
@@ -824,7 +873,7 @@ class TrainBatches:
             micro=self.accumulate,
             rank=self.share.world,
         )
-        return [(epoch, indices) for indices in rows[self.share.rank]]
+        return [Request(epoch, indices, self.crops.options.size) for indices in rows[self.share.rank]]
 
     def bad_count(self) -> int:
         """How many bad pictures were met; a stream may bring the same file again, under another index."""

@@ -46,20 +46,34 @@ def masked_count(n: int, ratio: float) -> int:
     return m
 
 
-def hint_count(n: int, ratio: float, hint: str, hint_ratio: float) -> int:
-    """How many object patches are shown as hints: round(hint_ratio * m), 0 with ``hint="none"``.
+def hint_count(n: int, ratio: float, hint: str, hint_ratio: float, hint_portion: float = 0.5) -> int:
+    """How many of ``n`` patches are hints: max(2, int(hint_ratio * n)), and 0 with ``hint="none"``.
 
-    Raises ValueError for an unknown strategy, a negative ratio, or more hints than visible patches.
+    Both shares are shares of all patches, as the counts of the paper's Figure 1 have them (9 of 196 for 0.05).
+
+    Raises ValueError for an unknown strategy, for a share outside [0, 1], for more hints than visible patches, and for
+    more hints than there are patches to draw them from.
     """
     if hint not in ("none", "random", "similar"):
         raise ValueError(f"hint must be none, random or similar, got {hint!r}")
-    if not 0 <= hint_ratio < 1:
-        raise ValueError(f"the hint ratio must lie in [0, 1), got {hint_ratio}")
-    m = masked_count(n, ratio)
-    k = 0 if hint == "none" else round(hint_ratio * m)
-    if k > n - m:
-        raise ValueError(f"hint ratio {hint_ratio} asks for {k} hints, but only {n - m} of {n} patches are visible")
+    for name, share in (("ratio", hint_ratio), ("portion", hint_portion)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"the hint {name} must lie between 0 and 1, got {share}")
+    if hint == "none":
+        return 0
+    k, v, candidates = max(2, _part(n, hint_ratio)), n - masked_count(n, ratio), _part(n, hint_portion)
+    if k > v:
+        raise ValueError(f"hint ratio {hint_ratio} of {n} patches asks for {k} hints, but only {v} patches are visible")
+    if k > candidates:
+        raise ValueError(
+            f"hint portion {hint_portion} of {n} patches holds {candidates} patches, too few for {k} hints"
+        )
     return k
+
+
+def _part(n: int, share: float) -> int:
+    """``share`` of ``n`` patches, rounded down: 29 for 0.29 * 100, which is 28.999999999999996 as a float."""
+    return int(share * n + 1e-6)
 
 
 def random_mask(b: int, n: int, ratio: float = 0.75, *, noise: Tensor | None = None, device=None) -> Mask:
@@ -78,6 +92,7 @@ def self_guided_mask(
     foreground: str = "border",
     scoring: str = "contrast",
     *,
+    hint_portion: float = 0.5,
     noise: Tensor | None = None,
 ) -> Mask:
     """Mask the main object of each image, as the patch features (b, n, d) of an (h, w) grid show it.
@@ -87,7 +102,7 @@ def self_guided_mask(
     number), the mask is random. Raises ValueError if features and grid disagree.
     """
     scores, _ = find_object(features, grid, foreground, scoring)
-    return informed_mask(scores, ratio, hint, hint_ratio, noise=noise)
+    return informed_mask(scores, ratio, hint, hint_ratio, hint_portion, noise=noise)
 
 
 @torch.no_grad()
@@ -225,10 +240,14 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
     """True (b, n) for the side of the cut ``y`` (b, n) that is the object; the sign of ``y`` does not matter.
 
     ``border``: the side with the smaller share of its patches on the border of the (h, w) grid; of two equal shares,
-    the side without the top left patch. ``peak``: the side of the largest absolute value (TokenCut, Wang et al., CVPR
-    2022). Raises ValueError for another rule.
+    the side without the top left patch. ``small``: the side with fewer patches, which in the three pictures of the
+    paper's Figure 1 is the object; of two equal ones, the side without the top left patch. ``peak``: the side of the
+    largest absolute value (TokenCut, Wang et al., CVPR 2022). Raises ValueError for another rule.
     """
     side = bipartition(y)
+    if rule == "small":
+        side = side != side[:, :1]  # without the top left patch, whatever the sign of y
+        return torch.where(side.sum(1, keepdim=True) <= (~side).sum(1, keepdim=True), side, ~side)
     if rule == "border":
         border = torch.ones(grid, dtype=torch.bool, device=y.device)
         border[1:-1, 1:-1] = False
@@ -240,7 +259,7 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
         return torch.where(border_share(side) <= border_share(~side), side, ~side)
     if rule == "peak":
         return side == side.gather(1, y.abs().argmax(dim=1, keepdim=True))
-    raise ValueError(f"the foreground rule must be border or peak, got {rule!r}")
+    raise ValueError(f"the foreground rule must be border, small or peak, got {rule!r}")
 
 
 def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -> Tensor:
@@ -308,32 +327,73 @@ def informed_mask(
     ratio: float = 0.75,
     hint: str = "random",
     hint_ratio: float = 0.05,
+    hint_portion: float = 0.5,
     *,
     noise: Tensor | None = None,
 ) -> Mask:
-    """Mask the most relevant patches, showing a few of them as hints: relevance (b, n) to a Mask.
+    """Mask the most relevant patches, but for a few hints: relevance (b, n) to a Mask.
 
-    The m + k most relevant patches are candidates; k = ``hint_count(...)`` of them stay visible, the other m are
-    masked. ``hint``: "random", uniform among the candidates; "similar", with a probability that rises with
-    relevance; "none", k = 0. Rows whose relevance is constant or not finite get a random mask.
+    The hints (:func:`choose_hints`) stay visible; of the other patches the ``masked_count(n, ratio)`` most relevant are
+    masked. Patches of equal relevance are ranked by chance, so that rows that say nothing (constant but for rounding,
+    not finite) get a uniformly random mask.
     """
     b, n = relevance.shape
-    m, k = masked_count(n, ratio), hint_count(n, ratio, hint, hint_ratio)
-    noise = _uniform(noise, b, n, relevance.device)
-    low, high = relevance.aminmax(dim=1, keepdim=True)
-    says_something = (high - low) > 1e-4 * high.abs()  # more than rounding; False for not-a-number, too
-    relevance = torch.where(says_something & relevance.isfinite().all(1, keepdim=True), relevance, noise)
+    m, noise = masked_count(n, ratio), _uniform(noise, b, n, relevance.device)
+    hints = choose_hints(relevance, ratio, hint, hint_ratio, hint_portion, noise=noise)
+    order = _ranking(_meaningful(relevance), noise)
+    is_hint = torch.zeros(b, n, dtype=torch.bool, device=order.device).scatter(1, hints, True)
+    order = order.gather(1, is_hint.gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))  # hints come last
+    return _mask(masked=order[:, :m], visible=order[:, m:])
 
-    order = relevance.argsort(dim=1, descending=True)
-    candidates, rest = order[:, : m + k], order[:, m + k :]
-    if hint == "similar":  # sampling without replacement: the k earliest of exponential arrivals at these rates
+
+@torch.no_grad()
+def choose_hints(
+    relevance: Tensor,
+    ratio: float = 0.75,
+    hint: str = "random",
+    hint_ratio: float = 0.05,
+    hint_portion: float = 0.5,
+    *,
+    noise: Tensor,
+) -> Tensor:
+    """The patches that :func:`informed_mask` leaves visible as hints: relevance (b, n) to indices (b, k).
+
+    ``hint_count(...)`` of them are drawn, without replacement, among the most relevant ``hint_portion`` of all patches.
+    ``hint``: "random", uniformly; "similar", with a probability that rises with relevance; "none", k = 0. Raises
+    ValueError where the counts do not fit.
+    """
+    n = relevance.shape[1]
+    k = hint_count(n, ratio, hint, hint_ratio, hint_portion)
+    relevance = _meaningful(relevance)
+    candidates = _ranking(relevance, noise)[:, : _part(n, hint_portion)]
+    arrival = noise.gather(1, candidates)
+    if hint == "similar":  # the k earliest of exponential arrivals at these rates
         scores = relevance.gather(1, candidates)
-        rates = (scores - scores[:, -1:]) / (scores[:, :1] - scores[:, -1:]).clamp(min=1e-12)
-        arrival = -torch.log1p(-noise.gather(1, candidates)) / rates.clamp(min=1e-6)
-    else:
-        arrival = noise.gather(1, candidates)
-    candidates = candidates.gather(1, arrival.argsort(dim=1))
-    return _mask(masked=candidates[:, k:], visible=torch.cat([rest, candidates[:, :k]], dim=1))
+        low, high = scores.aminmax(dim=1, keepdim=True)
+        rates = (scores - low) / (high - low).clamp(min=1e-12)
+        arrival = -torch.log1p(-arrival) / rates.clamp(min=1e-6)
+    return candidates.gather(1, arrival.argsort(dim=1)[:, :k])
+
+
+def _meaningful(relevance: Tensor) -> Tensor:
+    """The relevance (b, n), but 0 in rows that say nothing: constant but for rounding, or not finite."""
+    low, high = relevance.aminmax(dim=1, keepdim=True)
+    differs = (high - low) > 1e-4 * high.abs()  # False for not-a-number, too
+    return torch.where(differs & relevance.isfinite().all(dim=1, keepdim=True), relevance, 0)
+
+
+def _ranking(relevance: Tensor, noise: Tensor) -> Tensor:
+    """Patches (b, n) from the most to the least relevant; ties by ``noise`` (b, n)."""
+    shuffled = noise.argsort(dim=1)
+    return shuffled.gather(1, relevance.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
+
+
+def centrality(grid: tuple[int, int]) -> Tensor:
+    """How central each patch (n,) of an (h, w) grid is: rings around the centre, of the shape of the picture."""
+    h, w = grid
+    y, x = torch.meshgrid(torch.arange(h) - (h - 1) / 2, torch.arange(w) - (w - 1) / 2, indexing="ij")
+    rings = torch.maximum(y.abs() / h, x.abs() / w)
+    return (-rings - 1e-3 * torch.hypot(y / h, x / w)).flatten()
 
 
 def attention_weights(attention: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ ORANGE, GREEN = "#ff7f0e", "#39ff14"
 
 
 @torch.no_grad()
-def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, title: str = "") -> Figure:
-    """What the guide's model would mask in uint8 images (b, 3, H, W), a row each, and what it makes of the rest.
+def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch: int | None = None) -> Figure:
+    """What would be masked in uint8 images (b, 3, H, W), a row each, and what the model makes of the rest.
 
-    Columns of a self-guided model: input, random mask, bi-partition, relevance, informed mask, informed mask with
-    hints, reconstruction; with AMT: input, random mask, attention, mask, reconstruction. ``truth`` (b, H, W) bool
-    outlines the object in the input.
+    Columns: input, random mask, bi-partition, relevance, informed mask, informed mask with the hints of ``epoch``,
+    reconstruction; with AMT: input, random mask, attention, mask, reconstruction. Hints have orange frames. ``truth``
+    (b, H, W) bool outlines the object in the input.
     """
     model = guide.model
     device = model.positions.device
@@ -32,8 +32,10 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, title:
     x = data.normalize(images.to(device), *statistics)
     h, w = model.grid(x)
     noise = data.to_device(data.uniform((0, data.MASKS), np.arange(len(x)), h * w), device)
-    relevance, side = guide.look(x)
-    mask = guide.mask(relevance, noise)
+    relevance, side = guide.look(x, objects=truth)
+    if guide.shuffle:
+        relevance, side = relevance.roll(1, 0), side if side is None else side.roll(1, 0)
+    mask = guide.mask(relevance, noise, epoch)
     pixels = rearrange(images, "b c h w -> b h w c").cpu().numpy() / 255
 
     def patches(indices: Tensor) -> Tensor:  # (b, k) -> (b, h, w) bool
@@ -51,25 +53,24 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, title:
         columns |= {"attention": heat, "AMT mask\n(thrown away: black)": covered(mask)}
         columns["reconstruction"] = hide(rebuilt / 255, ~thrown, ~thrown)
     else:
-        plain = masks.informed_mask(relevance, guide.ratio, "none", noise=noise)
-        k = masks.hint_count(h * w, guide.ratio, guide.hint, guide.hint_ratio)
-        candidates = (plain.masked.shape[1] + k) / (h * w)
-        candidates = masks.informed_mask(relevance, candidates, "none", noise=noise).masked if candidates < 1 else None
-        hinted = f"informed mask,\n{k} hints ({guide.hint})"
+        hints = masks.choose_hints(relevance, guide.ratio, guide.hint, *guide.hint_shares(epoch), noise=noise)
+        hinted = f"informed mask,\n{hints.shape[1]} hints ({guide.hint})"
         columns |= {
             "bi-partition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
             "relevance": heat,
-            "informed mask": covered(plain),
+            "informed mask": covered(masks.informed_mask(relevance, guide.ratio, "none", noise=noise)),
             hinted: covered(mask),
             "reconstruction\nfrom hints + rest": rebuilt / 255,
         }
-        shown = patches(mask.visible)
-        framed[hinted] = shown if candidates is None else shown & patches(candidates)
-    masked = mask.masked.shape[1] / (h * w)
-    note = "; brightness and contrast of a rebuilt patch are the input's" if model.normalize_pixels else ""
-    return contact_sheet(
-        columns, f"{title}masked patches hatched, {masked:.0%} of {h} x {w}{note}", framed, {"input": truth}
-    )
+        framed[hinted] = patches(hints)
+    title = "" if epoch is None else f"epoch {epoch}: "
+    if guide.source_name or guide.shuffle:
+        origin = f"guided by {guide.source_name}" if guide.source_name else "shuffled"
+        title += f"not self-guided but {origin}{', shuffled' * bool(guide.source_name and guide.shuffle)}\n"
+    title += f"masked patches hatched, {mask.masked.shape[1] / (h * w):.0%} of {h} x {w}"
+    if model.normalize_pixels:
+        title += "; brightness and contrast of a rebuilt patch are the input's"
+    return contact_sheet(columns, title, framed, {"input": truth})
 
 
 def contact_sheet(

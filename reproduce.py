@@ -77,8 +77,27 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
 }
 PROBES = 3  # splits of the training data to choose a linear head on: what is chosen varies more than what is fitted
 OURS = ("dataset", "epochs", "seed", "mask", "save_every", "keep", "out", "resume", "overwrite")  # not for --pretrain
-GUIDING = {"mask", "hint", "hint_ratio", "amt_ratio", "throw_ratio", "guide", "guide_start", "guide_every"}
-GUIDING |= {"guide_layer", "guide_debias", "foreground", "relevance"}  # what does not matter before the guide starts
+GUIDING = {
+    "mask",
+    "hint",
+    "hint_ratio",
+    "hint_portion",
+    "hint_end",
+    "amt_ratio",
+    "throw_ratio",
+    "guide",
+    "guide_start",
+    "guide_every",
+}
+GUIDING |= {
+    "guide_layer",
+    "guide_debias",
+    "guide_from",
+    "guide_image_size",
+    "guide_shuffle",
+    "foreground",
+    "relevance",
+}  # what does not matter before the guide starts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,6 +123,17 @@ def parse_arguments() -> argparse.Namespace:
         help="judge on a fifth of the training data, to choose settings by, at the end only, and not on the test data",
     )
     parser.add_argument("--jobs", type=int, help="runs at a time, shared out among the GPUs (default: the scale's)")
+    parser.add_argument(
+        "--judge-at",
+        type=int,
+        nargs="+",
+        help="epochs to judge runs after, multiples of an eighth (default: an eighth, a quarter, half; always: all)",
+    )
+    parser.add_argument(
+        "--evidence",
+        type=Path,
+        help="also keep results here, a few kB a run, and go on from those that are there: weights may be lost",
+    )
     parser.add_argument("--gpus", type=int, default=8, help="of --scale paper")
     parser.add_argument("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
     return complete(parser.parse_args())
@@ -132,6 +162,12 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"--scale {args.scale} needs --dataset: Imagenette, or another with labels and a test split")
     if args.jobs < 1 or args.epochs < 2:
         raise ValueError("--jobs must be at least 1, --epochs at least 2")
+    eighth = max(1, args.epochs // 8)
+    usual = [epoch for epoch in (eighth, 2 * eighth, 4 * eighth) if epoch < args.epochs]
+    args.judge_at = sorted({*(args.judge_at or usual), args.epochs})
+    for epoch in args.judge_at:
+        if not 0 < epoch <= args.epochs or (epoch % eighth and epoch != args.epochs):
+            raise ValueError(f"--judge-at {epoch}: checkpoints are kept every {eighth} epochs, of {args.epochs}")
     parser = train.build_parser()
     parser.set_defaults(**dict.fromkeys(OURS))
     options = vars(parser.parse_args(shlex.split(args.pretrain)))
@@ -154,7 +190,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, arm: str, seed: int):
         self.arm, self.seed, self.name = arm, seed, f"{arm}-seed{seed}"
-        self.out, self.log = args.out / self.name, args.out / f"{self.name}.log"
+        self.out, self.log, self.judge_at = args.out / self.name, args.out / f"{self.name}.log", args.judge_at
         eighth = str(max(1, args.epochs // 8))
         self.options = ["--guide-start", eighth, "--guide-every", eighth, *shlex.split(args.pretrain)]
         self.options += ["--dataset", args.dataset, "--preload", "--epochs", str(args.epochs), "--seed", str(seed)]
@@ -178,15 +214,18 @@ class Run:
         found = {checkpoint.number(folder): folder for folder in checkpoint.folders(self.out)}
         return {step // steps: folder for step, folder in sorted(found.items()) if step % steps == 0}
 
-    def looks(self) -> dict[int, Path]:
-        """The checkpoints to judge: after an eighth, a quarter, half and all of the epochs.
-
-        Not those from before the guide starts, which are the same as with random masks.
-        """
-        eighth, start = max(1, self.settings.epochs // 8), self.settings.guide_start
+    def looks(self) -> list[int]:
+        """The epochs to judge it after: not those in which it has been the same as with random masks."""
+        start = self.settings.guide_start
         first = 0 if self.settings.mask == "random" or start == "auto" else start
-        epochs = {eighth, 2 * eighth, 4 * eighth, self.settings.epochs}
-        return {epoch: folder for epoch, folder in self.checkpoints().items() if epoch in epochs and epoch > first}
+        return [epoch for epoch in self.judge_at if epoch > first]
+
+    def is_judged(self, args: argparse.Namespace) -> bool:
+        """Whether everything that is wanted of it is known, so that its weights are no longer needed."""
+        looks = self.looks()[-1:] if args.select else self.looks()
+        known = read(judgements(args, self))
+        tuned = args.select or not args.finetune or (self.out / "finetune" / "result.json").exists()
+        return tuned and len(self.records()) == self.settings.epochs and all(str(epoch) in known for epoch in looks)
 
     def resume(self, random: "Run") -> list[str]:
         """What it goes on from: itself, or, at first, the run with random masks, with which it begins in common."""
@@ -263,13 +302,13 @@ def pretrain(args: argparse.Namespace, runs: list[Run]) -> list[str]:
     """Train what is not trained; runs with random masks before those that go on from them."""
     random = {run.seed: run for run in runs if run.arm == "random"}
     jobs = []
-    for run in (run for run in runs if not run.done):
+    for run in (run for run in runs if not run.done and not run.is_judged(args)):
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
             return [sys.executable, str(ROOT / "train.py"), *run.options, *run.resume(first)]
 
-        after = None if first is run else f"pre-training {first.name}"
+        after = None if first is run else f"pre-training {first.name}"  # no such job: it is done
         jobs.append(Job(f"pre-training {run.name}", arguments, run.log, after))
     return work(jobs, args.jobs)
 
@@ -307,9 +346,11 @@ def write(file: Path, content: dict | list):
 
 def judge_all(args: argparse.Namespace, runs: list[Run]):
     """kNN and linear probe (mean of PROBES) of every checkpoint not yet judged; the pictures are decoded once."""
-    due = [(run, epoch, folder) for run in runs if run.done for epoch, folder in run.looks().items()]
-    due = [look for look in due if look[1] == look[0].settings.epochs or not args.select]
-    due = [(run, epoch, folder) for run, epoch, folder in due if str(epoch) not in read(judgements(args, run))]
+    due = []
+    for run in (run for run in runs if run.done):
+        known, checkpoints = read(judgements(args, run)), run.checkpoints()
+        looks = run.looks()[-1:] if args.select else run.looks()
+        due += [(run, epoch, checkpoints[epoch]) for epoch in looks if str(epoch) not in known]
     if not due:
         return
     knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
@@ -435,7 +476,7 @@ def report(args: argparse.Namespace):
     """Draw up what is known so far, of all arms and seeds that the folder has ever been asked for."""
     settings, kind = read(args.out / "settings.json"), "selection-" if args.select else ""
     args = argparse.Namespace(**vars(args) | dict(arms=settings["arms"]))
-    runs = [Run(args, arm, seed) for arm in settings["arms"] for seed in settings["seeds"]]
+    runs = [Run(args, arm, seed) for seed in settings["seeds"] for arm in settings["arms"]]
     if records := collect(args, runs):
         write(args.out / f"{kind}results.json", records)
         (args.out / f"{kind}table.md").write_text(table(args, records))
@@ -444,6 +485,37 @@ def report(args: argparse.Namespace):
     for run in reversed(runs):  # of the first seed there is
         if (run.out / "masks.png").exists():
             shutil.copy(run.out / "masks.png", args.out / f"masks-{run.arm}.png")
+
+
+EVIDENCE = ("tests.json", "selection.json", "metrics.jsonl", "finetune/result.json")  # of a run
+
+
+def import_evidence(args: argparse.Namespace):
+    """Bring to --out what --evidence knows and --out does not."""
+    if not (args.evidence and (args.evidence / "settings.json").exists()):
+        return
+    if not (args.out / "settings.json").exists():
+        copy_files(args.evidence, args.out, ("settings.json",))
+    for file in args.evidence.glob("*/metrics.jsonl"):
+        if not (args.out / file.parent.name / "metrics.jsonl").exists():
+            copy_files(file.parent, args.out / file.parent.name, EVIDENCE)
+
+
+def export_evidence(args: argparse.Namespace, runs: list[Run]):
+    """Leave in --evidence what is known of runs that are complete."""
+    if args.evidence:
+        for run in runs:
+            if run.is_judged(args):
+                copy_files(run.out, args.evidence / run.name, EVIDENCE)
+        copy_files(args.out, args.evidence, ("settings.json", "results.json", "table.md"))
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...]):
+    """Copy those files that there are."""
+    for name in names:
+        if (source / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 # ------------------------------------------------------------------------------------------------- paper
@@ -544,14 +616,20 @@ def main():
         args = parse_arguments()
         if args.scale == "paper":
             return paper(args)
-        runs = [Run(args, arm, seed) for arm in args.arms for seed in args.seeds]
+        everything = [Run(args, arm, seed) for seed in args.seeds for arm in args.arms]
+        import_evidence(args)
         note_settings(args)
         signal.signal(signal.SIGTERM, stop)
+        failed = []
         try:
-            failed = pretrain(args, runs)
-            judge_all(args, runs)
-            if args.finetune and not args.select:
-                failed += finetune(args, runs)
+            for start in range(0, len(args.seeds), args.jobs):  # seed after seed, as many at a time as there are jobs
+                runs = [run for run in everything if run.seed in args.seeds[start : start + args.jobs]]
+                failed += pretrain(args, runs)
+                judge_all(args, runs)
+                if args.finetune and not args.select:
+                    failed += finetune(args, runs)
+                report(args)
+                export_evidence(args, runs)
         except KeyboardInterrupt as interrupt:
             print("stopped: the same command goes on", flush=True)
             sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))

@@ -37,7 +37,7 @@ import data
 import masks
 import pictures
 import smae
-from guide import Guide
+from guide import Guide, Source
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     dataset="imagenet-1k",
@@ -74,7 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is masked")
     group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="choice of hint patches")
-    group.add_argument("--hint-ratio", type=float, default=0.05, help="hints as a share of the masked patches")
+    group.add_argument("--hint-ratio", type=float, default=0.05, help="hints as a share of all patches; at least two")
+    group.add_argument(
+        "--hint-portion", type=float, default=0.5, help="most relevant share of all patches with the hints"
+    )
+    group.add_argument(
+        "--hint-end", type=float, default=1.0, help="share of hint ratio and portion that is left in the last epoch"
+    )
     group.add_argument("--amt-ratio", type=float, default=0.45, help="in place of --mask-ratio where AMT masks")
     group.add_argument("--throw-ratio", type=float, default=0.4, help="share of the patches that AMT throws away")
 
@@ -82,22 +88,43 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--guide",
         choices=["online", "cached"],
-        help="look at every crop, or now and then at every whole picture (default: cached for amt, else online)",
+        help="look at every crop, or now and then at every whole picture (default: cached for amt and --guide-from, "
+        "else online)",
+    )
+    group.add_argument(
+        "--guide-from",
+        metavar="WHAT",
+        help="guide by something else, no longer self-guided: a frozen model (run folder or checkpoint), column:NAME "
+        "(masks in the data), or the floors pixels (raw patches) and centre (of the picture)",
+    )
+    group.add_argument(
+        "--guide-image-size", type=int, help="side of the images that --guide-from sees (default: its own)"
+    )
+    group.add_argument(
+        "--guide-shuffle",
+        action="store_true",
+        help="give each picture the relevance of another: masks of the same shapes without their content",
     )
     group.add_argument(
         "--guide-start",
         type=epochs_or_auto,
         help="epochs of random masks before, or auto: until mask tokens serve the decoder more than visible ones "
-        "(default: an eighth of --epochs; a tenth for amt)",
+        "(default: an eighth of --epochs; a tenth for amt; 0 with --guide-from)",
     )
-    group.add_argument("--guide-every", type=int, help="epochs between looks of --guide cached (default: a tenth)")
+    group.add_argument(
+        "--guide-every",
+        type=int,
+        help="epochs between looks of --guide cached, 0: one look, at the start (default: a tenth of --epochs)",
+    )
     group.add_argument(
         "--guide-layer",
         type=block,
         help="block whose output guides: a number, or decoder-1, ... (default: the encoder's last but one)",
     )
     group.add_argument("--guide-debias", action="store_true", help="take off what features owe to their position")
-    group.add_argument("--foreground", choices=["border", "peak"], default="border", help="which side is the object")
+    group.add_argument(
+        "--foreground", choices=["border", "small", "peak"], default="border", help="which side is the object"
+    )
     group.add_argument(
         "--relevance",
         choices=["foreground", "contrast"],
@@ -208,16 +235,18 @@ def complete(args: argparse.Namespace):
     check_training(args)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // (10 if args.mask == "amt" else 8))
+        args.guide_start = 0 if args.guide_from else args.guide_start
     if args.guide_start != "auto" and args.guide_start < 0:
         raise ValueError(f"--guide-start must not be negative, got {args.guide_start}")
     if args.guide is None:
-        args.guide = "cached" if args.mask == "amt" and not args.streaming else "online"
+        args.guide = "cached" if (args.mask == "amt" or args.guide_from) and not args.streaming else "online"
     if args.guide == "cached" and args.streaming and args.mask != "random":
         raise ValueError("a stream has no index to keep maps by: with --streaming the guide must be --guide online")
     if args.guide_every is None:
         args.guide_every = max(1, args.epochs // 10)
-    if args.guide_every < 1:
-        raise ValueError(f"--guide-every must be at least 1, got {args.guide_every}")
+    if args.guide_every < 0:
+        raise ValueError(f"--guide-every must not be negative, got {args.guide_every}")
+    check_guide_source(args)
     if args.lr is None:
         args.lr = args.blr * args.batch_size / 256
     if args.save_every is None:
@@ -227,6 +256,20 @@ def complete(args: argparse.Namespace):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.precision == "auto":
         args.precision = best_precision()
+
+
+def check_guide_source(args: argparse.Namespace):
+    """Raise ValueError where --guide-from and --guide-shuffle do not go with the other options."""
+    if args.guide_from and args.mask != "selfguided":
+        raise ValueError(f"--guide-from guides --mask selfguided, not --mask {args.mask}")
+    if mask_column(args.guide_from) and args.guide != "cached":
+        raise ValueError(f"--guide-from {args.guide_from} is read once for all pictures: it takes --guide cached")
+    if args.guide_shuffle and args.guide != "cached":
+        raise ValueError("--guide-shuffle takes the relevance of whole pictures: add --guide cached")
+    if args.guide_shuffle and args.guide_from == "centre":
+        raise ValueError("--guide-shuffle changes nothing with --guide-from centre, the same for every picture")
+    if args.guide_image_size is not None and (not args.guide_from or args.guide_image_size < 1):
+        raise ValueError("--guide-image-size takes a positive number of pixels, and a model to --guide-from")
 
 
 def sizes(args: argparse.Namespace) -> dict:
@@ -259,14 +302,20 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
     return model
 
 
-def build_guide(args: argparse.Namespace, model: smae.SMAE) -> Guide:
-    """What guides the masks after the first phase, as the arguments have it."""
+def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device="cpu") -> Guide:
+    """What guides the masks after the first phase, as the arguments have it; ``dataset`` may have a column for it."""
     made = Guide(
         model,
         "amt" if args.mask == "amt" else "selfguided",
+        source=guide_source(args.guide_from, dataset, device),
+        source_name=args.guide_from,
+        source_size=args.guide_image_size,
+        shuffle=args.guide_shuffle,
         ratio=args.mask_ratio,
         hint=args.hint,
         hint_ratio=args.hint_ratio,
+        hint_portion=args.hint_portion,
+        hint_end=args.hint_end,
         layer=args.guide_layer,
         foreground=args.foreground,
         scoring=args.relevance,
@@ -275,9 +324,28 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE) -> Guide:
         throw_ratio=args.throw_ratio,
         compile=args.compile,
         start=args.epochs if args.mask == "random" else None if args.guide_start == "auto" else args.guide_start,
+        every=args.guide_every,
+        epochs=args.epochs,
+        seed=args.seed,
     )
     args.guide_layer = made.layer
     return made
+
+
+def guide_source(name: str | None, dataset, device) -> Source | None:
+    """What --guide-from names; a path that exists wins over the names of the floors."""
+    if name is None or (name in ("centre", "pixels") and not Path(name).exists()):
+        return name
+    if column := mask_column(name):
+        return data.ObjectShares(dataset, column)
+    source = smae.load(name, device)
+    source = source.encoder if isinstance(source, smae.Classifier) else source
+    return source.requires_grad_(False)
+
+
+def mask_column(guide_from: str | None) -> str | None:
+    """NAME where --guide-from says column:NAME."""
+    return guide_from.removeprefix("column:") if (guide_from or "").startswith("column:") else None
 
 
 def decoder_sizes(encoder: smae.SMAE) -> dict:
@@ -351,13 +419,13 @@ def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, *
 
 
 def choose_mask(
-    args: argparse.Namespace, phase: str, batch: data.Batch, images: Tensor, guide: Guide, noise: Tensor
+    args: argparse.Namespace, phase: str, epoch: int, batch: data.Batch, images: Tensor, guide: Guide, noise: Tensor
 ) -> masks.Mask:
     """The mask of a batch whose normalised crops are ``images``: random, or guided by what they show."""
     if phase == "random":
         return masks.random_mask(*noise.shape, args.mask_ratio, noise=noise)
     relevance = guide.recall(batch) if args.guide == "cached" else guide.look(images, learn=True)[0]
-    return guide.mask(relevance, noise)
+    return guide.mask(relevance, noise, epoch)
 
 
 def stop_if_too_many_are_bad(batches: data.TrainBatches):
@@ -378,6 +446,11 @@ def together(*kinds: type[Exception]):
         sys.exit(1)
 
 
+def kind_of_masks(args: argparse.Namespace) -> str:
+    """Whose masks those after the first phase are, in log and metrics."""
+    return "guided" if args.guide_from or args.guide_shuffle else args.mask
+
+
 def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: data.TrainBatches):
     """Say what is about to be trained, on what, and how."""
     when = "when mask tokens overtake visible ones" if args.guide_start == "auto" else f"epoch {args.guide_start + 1}"
@@ -388,9 +461,13 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMA
         f"{world} process(es) on {accelerator.device.type}, precision {args.precision}; "
         f"effective batch {args.batch_size} = {world} processes x {args.accumulate} micro-batches "
         f"x {args.batch_size // world // args.accumulate}; learning rate {args.lr:g}\n"
-        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {args.mask} masks"
+        f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {kind_of_masks(args)} masks"
         + (f" ({args.guide} guide), start: {when}" if args.mask != "random" else "")
     )
+    if args.guide_from:
+        accelerator.print(f"not self-guided: relevance comes from {args.guide_from}")
+    if args.guide_shuffle:
+        accelerator.print("shuffled: each picture is masked by the relevance of another")
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and "MASTER_ADDR" in os.environ and world == 1:  # several were asked for
         accelerator.print("on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N")
@@ -400,7 +477,7 @@ def draw(args: argparse.Namespace, epoch: int, guide: Guide, samples: Tensor, ob
     """Refresh masks.png, of eight of the samples, and loss.png."""
     few = torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()
     objects = objects if objects is None else objects[few]
-    sheet = pictures.mask_sheet(guide, samples[few], objects, f"epoch {epoch}: ")
+    sheet = pictures.mask_sheet(guide, samples[few], objects, epoch)
     for name, figure in (("masks.png", sheet), ("loss.png", pictures.loss_curve(args.out / "metrics.jsonl"))):
         figure.savefig(args.out / f"{name}.part", format="png")
         os.replace(args.out / f"{name}.part", args.out / name)
@@ -556,14 +633,11 @@ class Run:
         args, guide, progress = self.args, self.guide, self.progress
         self.clock = time.perf_counter() - progress.seconds
         guided = guide.start is not None and progress.epoch > guide.start
-        self.phase = args.mask if guided else "random"
+        self.phase = kind_of_masks(args) if guided else "random"
         if guided and args.guide == "cached":
-            due = not progress.seen and (progress.epoch - guide.start - 1) % args.guide_every == 0
-            if due or guide.maps is None:
-                if progress.step:
-                    self.save()
-                self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
-                guide.remember(self.batches, self.accelerator, after_each=self.listen)
+            due = not progress.seen and guide.is_due(progress.epoch)
+            if self.peers.largest(due or guide.lacks_maps)[0]:
+                self.remember()
         self.trained.train()
         with contextlib.closing(self.batches.epoch(progress.epoch, progress.seen)) as batches:
             for batch in batches:
@@ -581,6 +655,21 @@ class Run:
                 if (overdue or self.save_after(progress.step)) and not last:
                     self.save()
 
+    def remember(self):
+        """Let the guide look at all whole pictures, which may take long: with a checkpoint before."""
+        if self.progress.step:
+            self.save()
+        self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
+        self.write(lambda: None)  # the folder is ours from here on
+        try:
+            self.guide.remember(self.batches, self.accelerator, self.args.out, after_each=self.listen)
+        except OSError as error:
+            raise Mishap(f"the relevance of the pictures cannot be kept: {data.one_line(error)}") from None
+        if missing := getattr(self.guide.source, "missing", None):
+            self.say(
+                f"{len(missing)} pictures have no mask that can be read, first image {missing[0]}: theirs are random"
+            )
+
     def save_after(self, step: int) -> bool:
         return bool(self.args.save_every_steps) and step % self.args.save_every_steps == 0
 
@@ -591,7 +680,7 @@ class Run:
         noise = data.uniform((args.seed, progress.epoch, data.MASKS), batch.indices, model.patch_count)
         with accelerator.autocast():
             noise = data.to_device(noise, images.device)
-            mask = choose_mask(args, self.phase, batch, images, self.guide, noise)
+            mask = choose_mask(args, self.phase, progress.epoch, batch, images, self.guide, noise)
         steps = args.epochs * self.batches.steps_per_epoch
         lr = learning_rate(self.place(), steps, args.warmup_epochs * self.batches.steps_per_epoch, args.lr)
         for group in self.optimizer.param_groups:
@@ -780,6 +869,11 @@ class Run:
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.guide.load_state_dict(state["guide"])
+        if folder.parent != self.args.out.resolve() and state["guide"]["maps"] is not None:
+            self.write(lambda: None)  # they are copied to our folder
+        found = self.guide.load_maps(state["guide"], folder.parent, self.args.out, accelerator)
+        if self.peers.largest(not found)[0]:
+            self.say("the relevance of whole pictures is no longer there, or of another epoch: it is taken anew")
         self.batches.bad.update(state["bad"])
         self.batches.told = len(self.batches.bad)
         if rank < len(state["processes"]):
@@ -815,14 +909,14 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         state = checkpoint.read(folder) if folder else None
         set_seed(args.seed)
         model = build_model(args, state and state["config"]["model"])
-        guide = build_guide(args, model)
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
         dataset = data.load_images(
             args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
         )
         batches = train_batches(args, accelerator, dataset)
-        samples, objects = data.sample_pictures(dataset, 32, args.image_size)
+        guide = build_guide(args, model, dataset, accelerator.device)
+        samples, objects = data.sample_pictures(dataset, 32, args.image_size, mask_column(args.guide_from) or "mask")
         optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
         config = dict(
             model=model.config,
@@ -881,6 +975,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
             "run, with a checkpoint: the same command with --resume auto goes on"
         )
         sys.exit(128 + stopped_by)
+    guide.forget(args.out, accelerator)
     if guide.start is None:
         accelerator.print("the guide never started: mask tokens never overtook visible ones (see loss.png)")
     accelerator.print(

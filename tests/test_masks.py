@@ -43,20 +43,23 @@ def share_of_same_side(y: torch.Tensor, other: np.ndarray) -> float:
 @settings(deadline=None, max_examples=200)
 @given(
     h=st.integers(2, 9), w=st.integers(1, 9), ratio=st.floats(0.01, 0.99), hint_ratio=st.floats(0, 0.5),
-    hint=st.sampled_from(["none", "random", "similar"]), rule=st.sampled_from(["border", "peak"]), b=st.integers(1, 4),
+    portion=st.floats(0, 1), hint=st.sampled_from(["none", "random", "similar"]),
+    rule=st.sampled_from(["border", "small", "peak"]), b=st.integers(1, 4),
 )  # fmt: skip
-def test_every_strategy_gives_exact_counts_ascending_and_disjoint(h, w, ratio, hint_ratio, hint, rule, b):
+def test_every_strategy_gives_exact_counts_ascending_and_disjoint(h, w, ratio, hint_ratio, portion, hint, rule, b):
     n, m = h * w, round(ratio * h * w)
     if not 0 < m < n:
         with pytest.raises(ValueError, match=r"leaves no (visible|masked) patch"):
             masks.random_mask(b, n, ratio)
         return
     features = torch.randn(b, n, 5)
-    if hint != "none" and round(hint_ratio * m) > n - m:
-        with pytest.raises(ValueError, match="hints, but only"):
-            masks.self_guided_mask(features, (h, w), ratio, hint, hint_ratio, rule)
+    k = 0 if hint == "none" else max(2, int(hint_ratio * n + 1e-6))
+    if hint != "none" and (k > n - m or k > int(portion * n + 1e-6)):
+        with pytest.raises(ValueError, match="hints, but only" if k > n - m else "too few for"):
+            masks.self_guided_mask(features, (h, w), ratio, hint, hint_ratio, rule, hint_portion=portion)
         return
-    guided = masks.self_guided_mask(features, (h, w), ratio, hint, hint_ratio, rule)
+    assert masks.hint_count(n, ratio, hint, hint_ratio, portion) == k
+    guided = masks.self_guided_mask(features, (h, w), ratio, hint, hint_ratio, rule, hint_portion=portion)
     for mask in (masks.random_mask(b, n, ratio), guided):
         assert mask.masked.shape == (b, m) and mask.visible.shape == (b, n - m)
         assert mask.masked.dtype == mask.visible.dtype == torch.int64
@@ -291,11 +294,20 @@ def test_border_rule_takes_the_side_away_from_the_border(sign):
     assert torch.equal(masks.foreground_side(-y, GRID, "border"), inside)
 
 
+@pytest.mark.parametrize("rule", ["border", "small"])
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6)])
-def test_border_rule_does_not_depend_on_the_sign_even_where_the_sides_tie(grid):
+def test_no_rule_depends_on_the_sign_even_where_the_sides_tie(grid, rule):
     y = torch.arange(grid[1]).float().expand(grid).reshape(1, -1)  # left half against right half
-    side = masks.foreground_side(y, grid, "border")
-    assert torch.equal(side, masks.foreground_side(-y, grid, "border")) and not side[0, 0]
+    side = masks.foreground_side(y, grid, rule)
+    assert torch.equal(side, masks.foreground_side(-y, grid, rule)) and not side[0, 0]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_small_rule_takes_the_side_with_fewer_patches(sign):
+    _, inside = object_features(slice(0, 3), slice(0, 8))  # 24 of 64, at the border: "border" would not choose it
+    y = sign * torch.where(inside, 1.0, -0.2)
+    assert torch.equal(masks.foreground_side(y, GRID, "small"), inside)
+    assert torch.equal(masks.foreground_side(y, GRID, "border"), ~inside)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -344,22 +356,56 @@ def test_without_hints_exactly_the_most_relevant_patches_are_masked():
 
 
 @pytest.mark.parametrize("hint", ["random", "similar"])
-def test_hints_are_exactly_k_of_the_m_plus_k_most_relevant_patches(hint):
-    relevance = torch.rand(500, 20)
-    mask = masks.informed_mask(relevance, 0.6, hint, 0.25)  # m = 12, k = 3
-    candidates = torch.zeros(500, 20).scatter(1, relevance.topk(15, dim=1).indices, 1)
-    assert (candidates.gather(1, mask.visible).sum(1) == 3).all()
-    assert (candidates.gather(1, mask.masked) == 1).all()
+def test_hints_come_from_the_portion_and_the_most_relevant_of_the_rest_are_masked(hint):
+    relevance, noise = torch.rand(500, 20), torch.rand(500, 20)
+    mask = masks.informed_mask(relevance, 0.6, hint, 0.15, 0.45, noise=noise)  # 12 masked, 3 hints of 9
+    hints = masks.choose_hints(relevance, 0.6, hint, 0.15, 0.45, noise=noise)
+    rank = relevance.argsort(1, descending=True).argsort(1)
+    assert hints.shape == (500, 3) and rank.gather(1, hints).max() in (7, 8)
+    is_hint = torch.zeros(500, 20).scatter(1, hints, 1)
+    assert (is_hint.gather(1, mask.visible).sum(1) == 3).all()
+    others = torch.where(is_hint.bool(), -1, relevance)
+    assert torch.equal(mask.masked, others.topk(12, dim=1).indices.sort(1).values)
+
+
+def test_hints_are_those_of_the_first_figure_of_the_paper():
+    """196 patches, 45 of them foreground: 9 hints, half of them there, and no gap in what is masked of the rest."""
+    inside = torch.zeros(14, 14)
+    inside[4:9, 3:12] = 1
+    relevance = inside.flatten() + 0.1 * torch.rand(400, 196)
+    noise = torch.rand(400, 196)
+    mask, hints = masks.informed_mask(relevance, noise=noise), masks.choose_hints(relevance, noise=noise)
+    assert mask.masked.shape[1] == 147 and hints.shape[1] == 9
+    assert 0.4 < inside.flatten()[hints].mean() < 0.52  # of the 98 most relevant patches, 45; of all masked ones, 31 %
+    visible = torch.zeros(400, 196).scatter(1, mask.visible, 1).scatter(1, hints, 0).bool()
+    least_masked = relevance.gather(1, mask.masked).amin(1)
+    assert (least_masked > torch.where(visible, relevance, -1).amax(1)).all()
+
+
+def test_patches_of_equal_relevance_are_ranked_by_chance():
+    """The shares of an object in the patches are 0 for most: then the first patches were masked, never the last."""
+    relevance = (torch.arange(64) < 16).float().expand(2000, -1)
+    for hint in ("none", "random", "similar"):
+        mask = masks.informed_mask(relevance, 0.5, hint, 0.05)
+        share = torch.zeros(2000, 64).scatter(1, mask.masked, 1).mean(0)
+        assert (share[16:] - share[16:].mean()).abs().max() < 0.06 and share[:16].min() > 0.7
+
+
+def test_shares_are_rounded_down_but_for_the_rounding_of_floats():
+    assert masks.hint_count(196, 0.75, "random", 0.05) == 9 and masks.hint_count(64, 0.75, "random", 0.05) == 3
+    assert masks.hint_count(16, 0.75, "random", 0.0) == 2  # never less
+    assert masks.hint_count(100, 0.5, "random", 0.29) == 29  # 0.29 * 100 is 28.999999999999996
+    assert masks.hint_count(16, 0.75, "none", 0.9, 0.0) == 0
 
 
 def test_random_hints_are_uniform_and_similar_hints_prefer_the_relevant():
     relevance = torch.linspace(1, 0, 20).expand(20000, -1)  # patch 0 is the most relevant; 15 candidates, 3 hints
 
-    def shown(hint):
-        mask = masks.informed_mask(relevance, 0.6, hint, 0.25)
-        return torch.zeros(20000, 20).scatter(1, mask.visible, 1).mean(0)[:15]
+    def chosen(hint):
+        hints = masks.choose_hints(relevance, 0.6, hint, 0.15, 0.75, noise=torch.rand(20000, 20))
+        return torch.zeros(20000, 20).scatter(1, hints, 1).mean(0)[:15]
 
-    random, similar = shown("random"), shown("similar")
+    random, similar = chosen("random"), chosen("similar")
     assert (random - 0.2).abs().max() < 0.02
     assert (similar.diff() < 0.005).all() and similar[0] > 2 * similar[10]
 
@@ -387,7 +433,7 @@ def test_the_same_noise_gives_the_same_mask_whatever_else_is_in_the_batch():
     ],
     ids=["zero", "constant", "nan", "inf", "huge", "rank one"],
 )
-@pytest.mark.parametrize("rule", ["border", "peak"])
+@pytest.mark.parametrize("rule", ["border", "small", "peak"])
 @pytest.mark.parametrize("hint", ["none", "random", "similar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_that_say_nothing_give_valid_random_masks(features, rule, hint, dtype):

@@ -125,8 +125,10 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     assert "pre-training" in text and "fine-tuning" in text
     assert again.splitlines()[-1] == f"wrote {out / 'table.md'}" and "training" not in again and "tuning" not in again
     assert {name for name in before if before[name] != after[name]} <= {"epochs.png", "minutes.png"}
-    for folder in (out / "cached-seed0").glob("checkpoint-*"):  # killed before its first one
+    for folder in (out / "cached-seed0").glob("checkpoint-*"):
         shutil.rmtree(folder)
+    assert "training" not in reproduced(*QUICK, "--out", out)  # all that is wanted is known
+    (out / "cached-seed0" / "tests.json").unlink()
     assert "pre-training cached-seed0: done" in reproduced(*QUICK, "--out", out)
     assert contents(out)["cached-seed0/model.safetensors"] == after["cached-seed0/model.safetensors"]
     more = reproduced(*QUICK, "--arm", "layer-1=--mask selfguided --guide-layer 1 --guide-every 1", "--out", out)
@@ -146,6 +148,45 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
         with pytest.raises(SystemExit):
             reproduced(*QUICK, *other, "--out", out)
         assert "holds another experiment" in capsys.readouterr().err
+
+
+def test_evidence_outlives_the_weights_and_seed_comes_after_seed(reproduced, tmp_path):
+    out, kept = tmp_path / "first", tmp_path / "evidence"
+    arguments = [*QUICK, "--finetune", "none", "--seeds", "0", "1", "--jobs", "1", "--evidence", kept]
+    text = reproduced(*arguments, "--out", out)
+    first, second = text.index("random-seed1"), text.rindex("cached-seed0")
+    assert text.index("cached-seed0, epoch 2") == second < first  # seed 0 is judged before seed 1 begins
+    names = sorted(str(file.relative_to(kept)) for file in kept.rglob("*") if file.is_file())
+    runs = [f"{arm}-seed{seed}/{name}" for arm in ("cached", "random") for seed in (0, 1)
+            for name in ("metrics.jsonl", "tests.json")]  # fmt: skip
+    assert names == sorted([*runs, "results.json", "settings.json", "table.md"])
+
+    again = tmp_path / "second"  # on another machine
+    assert "training" not in reproduced(
+        *QUICK, "--finetune", "none", "--seeds", "1", "--evidence", kept, "--out", again
+    )
+    assert (again / "table.md").read_text() == (out / "table.md").read_text()  # of both seeds
+    more = reproduced(*arguments, "--seeds", "2", "--arms", "random", "--out", again)
+    assert "pre-training random-seed2: done" in more and "seed1" not in more
+    assert (kept / "random-seed2" / "tests.json").exists()
+    records = json.loads((kept / "results.json").read_text())
+    assert {(r["arm"], r["seed"]) for r in records} == {
+        ("random", 0), ("random", 1), ("random", 2), ("cached", 0), ("cached", 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--judge-at 3", "--judge-at 3: checkpoints are kept every 2 epochs, of 16"),
+    ("--judge-at 18", "--judge-at 18"),
+])  # fmt: skip
+def test_runs_can_be_judged_at_other_epochs(monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--epochs", "16", *options.split()])
+    with pytest.raises(ValueError, match=message):
+        reproduce.parse_arguments()
+    monkeypatch.setattr(sys, "argv", "reproduce.py --epochs 16 --judge-at 12 2".split())
+    args = reproduce.parse_arguments()
+    assert reproduce.Run(args, "random", 0).looks() == [2, 12, 16]
+    assert reproduce.Run(args, "online", 0).looks() == [12, 16]
 
 
 def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path):
@@ -211,7 +252,6 @@ def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(
 def test_runs_are_judged_after_an_eighth_a_quarter_half_and_all_of_their_epochs(monkeypatch, tmp_path, epochs, looks):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--epochs", str(epochs), "--out", str(tmp_path)])
     run = reproduce.Run(reproduce.parse_arguments(), "random", 0)
-    monkeypatch.setattr(run.__class__, "checkpoints", lambda self: dict.fromkeys(range(1, epochs + 1), self.out))
     saved = {epoch for epoch in range(1, epochs + 1) if epoch % run.settings.save_every == 0} | {epochs}
     assert set(run.looks()) == looks <= saved
     guided = reproduce.Run(reproduce.parse_arguments(), "online", 0)
