@@ -15,7 +15,7 @@ import signal
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +31,22 @@ STATE, WEIGHTS = "state.pt", "model.safetensors"
 # ------------------------------------------------------------------------------------------------- writing, reading
 
 
-def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int = 2, passing: Container[int] = ()):
+def write(
+    out: Path,
+    step: int,
+    model: torch.nn.Module,
+    state: dict,
+    keep: int = 2,
+    passing: Container[int] = (),
+    attached: Iterable[Path] = (),
+):
     """Write ``checkpoint-STEP`` into the folder ``out``, and leave no other but the ``keep`` - 1 before it.
 
     Of those whose steps are ``passing`` none is left but the newest two of all.
 
     It is written aside, flushed to the disk, then renamed: at any moment what goes by the name of a checkpoint is
-    whole. ``state`` holds tensors and plain values, "config" what goes to config.json. Raises OSError if the disk does
-    not take it; the checkpoints before it then stay.
+    whole. ``state`` holds tensors and plain values, "config" what goes to config.json; files ``attached`` are linked
+    into it. Raises OSError if the disk does not take it; the checkpoints before it then stay.
     """
     final = out / f"checkpoint-{step:08d}"
     part = final.with_suffix(f".{os.getpid()}.part")
@@ -47,6 +55,8 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
     try:
         part.mkdir(parents=True)
         smae.save(model, part, state["config"])
+        for file in attached:
+            link(file, part / file.name)
         with open(part / STATE, "wb") as file:
             torch.save(state | dict(crc=checksum(part / WEIGHTS)), file)
         smae.flush(part / STATE)
@@ -62,6 +72,17 @@ def write(out: Path, step: int, model: torch.nn.Module, state: dict, keep: int =
     for place, folder in enumerate(folders(out), -len(later)):
         if folder in later or place >= keep or (place > 1 and number(folder) in passing):
             _remove(folder)
+
+
+def link(file: Path, name: Path):
+    """Give a file that is never changed in place another ``name``, in place of what goes by it; else copy the file."""
+    part = name.with_name(f"{name.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(file, part)
+    except OSError:  # some file systems know no links
+        shutil.copyfile(file, part)
+    os.replace(part, name)
 
 
 def _remove(folder: Path):

@@ -419,15 +419,18 @@ def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> Tensor:
     return image.flip(-1) if flip else image
 
 
-def crop_batch(images: Tensor, boxes: Tensor, flips: Tensor, size: int, how: str = "inside") -> Tensor:
-    """:func:`crop` for a batch (b, c, H, W) on its device: (b, c, size, size) of the same type.
+def crop_batch(
+    images: Tensor, boxes: Tensor, flips: Tensor, size: int | tuple[int, int], how: str = "inside"
+) -> Tensor:
+    """:func:`crop` for a batch (b, c, H, W) on its device: (b, c, *size) of the same type; ``size`` is a side or two.
 
     ``boxes`` (b, 4) may be fractional. The same antialiased bicubic filter as PIL's, as two matrix products. Like
     PIL's it sees nothing of the image outside the box ("inside"), or does ("beyond"). "area" takes means over areas.
     """
     top, left, height, width = boxes.float().unbind(1)
-    rows = _resize_weights(top, height, images.shape[-2], size, how)
-    columns = _resize_weights(left, width, images.shape[-1], size, how)
+    size = (size, size) if isinstance(size, int) else size
+    rows = _resize_weights(top, height, images.shape[-2], size[0], how)
+    columns = _resize_weights(left, width, images.shape[-1], size[1], how)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     out = rows[:, None] @ images.float() @ columns.mT[:, None]
     return out if images.is_floating_point() else out.round().clamp(0, 255).to(images.dtype)

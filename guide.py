@@ -5,7 +5,6 @@ made from, what is kept of it from one step to the next, and when a model is rea
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -140,26 +139,30 @@ class Guide:
             side = scores > 0.5
         else:
             scores, side = self._relevance(images, learn)
-        if scores.shape[1:] != own:  # by area
-            scores = F.interpolate(scores[:, None], own, mode="area")[:, 0]
-            side = side if side is None else F.interpolate(side[:, None].float(), own, mode="area")[:, 0] > 0.5
+        if scores.shape[1:] != own:
+            b, *grid = scores.shape
+            whole = torch.tensor([[0, 0, *grid]], device=scores.device).expand(b, 4)
+            both = torch.stack([scores.float(), side.float()], dim=1)
+            with torch.autocast(scores.device.type, enabled=False):
+                both = data.crop_batch(both, whole, whole[:, 0] > 0, own, "area")
+            scores, side = both[:, 0], both[:, 1] > 0.5
         return scores.flatten(1), side if side is None else side.flatten(1)
 
     def _relevance(self, images: Tensor, learn: bool = False) -> tuple[Tensor, Tensor | None]:
         """Relevance (b, h, w) and side of normalised images on the grid of whatever guides. One forward pass."""
-        h, w = grid = self.model.grid(images)
         if self.kind == "amt":
-            return masks.attention_weights(self.attention(images)).view(-1, h, w), None
+            return masks.attention_weights(self.attention(images)).unflatten(1, self.model.grid(images)), None
         if self.source == "centre":
-            scores = data.to_device(masks.centrality(grid), images.device).view(h, w).expand(len(images), -1, -1)
+            grid = self.model.grid(images)
+            scores = data.to_device(masks.centrality(grid), images.device).expand(len(images), -1).unflatten(1, grid)
             return scores, scores > scores[0].median()
-        features, (h, w) = self._features(images)
+        features, grid = self._features(images)
         if self.debias and learn:
             self._learn(features)
         if self.debias and self.mean is not None:
             features = features - self.mean
-        scores, side = masks.find_object(features, (h, w), self.foreground, self.scoring)
-        return scores.view(-1, h, w), side.view(-1, h, w)
+        scores, side = masks.find_object(features, grid, self.foreground, self.scoring)
+        return scores.unflatten(1, grid), side.unflatten(1, grid)
 
     def _features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """What whatever guides sees in normalised images: patch features (b, n, d), and their grid (h, w)."""
@@ -227,13 +230,13 @@ class Guide:
 
     @torch.no_grad()
     def remember(
-        self, batches: data.TrainBatches, accelerator: Accelerator, folder: Path, after_each: Callable = lambda: None
+        self, batches: data.TrainBatches, accelerator: Accelerator, file: Path, after_each: Callable = lambda: None
     ):
-        """Keep the relevance of every picture of the data, whole and not augmented, in a file: one pass, shared out.
+        """Keep the relevance of every picture of the data, whole and not augmented, in ``file``: one pass, shared out.
 
         With ``debias``, another one over the first MEAN_OVER of them before, for the mean. ``after_each`` is
         called after every batch, as often in each process; should it raise, the whole pass is to be done again.
-        The first process of each machine writes the file. Raises OSError if it cannot.
+        Raises OSError, in the main process, if it cannot write the file.
         """
 
         def whole(look: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
@@ -258,15 +261,14 @@ class Guide:
             self.end_step(accelerator)
         seen = whole(lambda images: self._compact(self._relevance(images)[0]))
         maps = known() if isinstance(self.source, data.ObjectShares) else seen
-        file, parts = self._file(folder, accelerator), self._gather(maps, batches, accelerator)
-        if accelerator.is_local_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+        parts = self._gather(maps, batches, accelerator)
+        if accelerator.is_main_process:
             _write_maps(file, parts, (batches.length, *self._map_grid()))
         else:
             for _ in parts:
                 pass
         accelerator.wait_for_everyone()
-        self._open(file)
+        self.maps, self.crc = np.load(file, mmap_mode="r"), checkpoint.checksum(file)
 
     def _gather(self, maps: Iterator[Tensor], batches: data.TrainBatches, accelerator: Accelerator):
         """The maps of all processes, in the order of the pictures: float16 arrays (b * world, h, w), batch by batch."""
@@ -300,7 +302,7 @@ class Guide:
         flips = data.to_device(batch.crops.flips, device)
         how = "beyond" if (h, w) == own else "area"  # neighbours help where a crop is smaller than the map
         with torch.autocast(device.type, enabled=False):
-            return data.crop_batch(maps[:, None].float(), boxes, flips, own[0], how).flatten(1)
+            return data.crop_batch(maps[:, None].float(), boxes, flips, own, how).flatten(1)
 
     def _other_pictures(self) -> np.ndarray:
         """For each picture another one, whose relevance it gets: all pictures in one random ring."""
@@ -316,22 +318,6 @@ class Guide:
             (height, width), p = self.size, self.source.patch_size
         fine = FINE if self.source == "centre" or isinstance(self.source, data.ObjectShares) else 1
         return fine * height // p, fine * width // p
-
-    # ---------------------------------------------------------------------------------------------- the maps' file
-
-    @staticmethod
-    def _file(folder: Path, accelerator: Accelerator) -> Path:
-        """Each machine has a file of its own, named by the number of its first process."""
-        return folder / f"relevance-{accelerator.process_index - accelerator.local_process_index}.npy"
-
-    def _open(self, file: Path):
-        self.maps, self.crc = np.load(file, mmap_mode="r"), checkpoint.checksum(file)
-
-    def forget(self, folder: Path, accelerator: Accelerator):
-        """Remove the file of the maps: the run is over."""
-        self.maps = self.crc = None
-        if accelerator.is_local_main_process:
-            self._file(folder, accelerator).unlink(missing_ok=True)
 
     # ---------------------------------------------------------------------------------------------- starting
 
@@ -361,21 +347,13 @@ class Guide:
         if state["look"] == self._way_to_look():
             self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
 
-    def load_maps(self, state: dict, source: Path, folder: Path, accelerator: Accelerator) -> bool:
-        """Go on with the maps that a checkpoint in ``source`` knew; copied into ``folder`` if that is another one.
-
-        False if they are lost: the file is gone, or holds other ones by now. Maps made in another way are left.
-        """
+    def load_maps(self, state: dict, file: Path) -> bool:
+        """Go on with the maps that a checkpoint knew, unless they were made in another way; False if they are lost."""
         if state["maps"] is None or state["look"] != self._way_to_look():
             return True
-        file, ours = self._file(source, accelerator), self._file(folder, accelerator)
         if not file.is_file() or checkpoint.checksum(file) != state["maps"]:
             return False
-        if accelerator.is_local_main_process and file.resolve() != ours.resolve():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, ours.with_suffix(".part"))
-            os.replace(ours.with_suffix(".part"), ours)
-        self._open(file)
+        self.maps, self.crc = np.load(file, mmap_mode="r"), state["maps"]
         return True
 
     def _way_to_look(self) -> list:

@@ -53,6 +53,7 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     save_every=5,
 )
 LONGEST = 15 * 60  # seconds of work that an interruption may cost, whatever --save-every
+MAPS = "relevance.npy"  # of whole pictures, as long as --guide cached needs it
 RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "loss.png")
 
 
@@ -662,7 +663,7 @@ class Run:
         self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
         self.write(lambda: None)  # the folder is ours from here on
         try:
-            self.guide.remember(self.batches, self.accelerator, self.args.out, after_each=self.listen)
+            self.guide.remember(self.batches, self.accelerator, self.args.out / MAPS, after_each=self.listen)
         except OSError as error:
             raise Mishap(f"the relevance of the pictures cannot be kept: {data.one_line(error)}") from None
         if missing := getattr(self.guide.source, "missing", None):
@@ -795,7 +796,7 @@ class Run:
             return True
         try:
             if self.replaces:  # until there is something to put in its place
-                for name in RUN_FILES:
+                for name in (*RUN_FILES, MAPS):
                     (self.args.out / name).unlink(missing_ok=True)
                 checkpoint.remove_all(self.args.out)
             self.args.out.mkdir(parents=True, exist_ok=True)
@@ -847,7 +848,8 @@ class Run:
         )
         if not (self.save_after(progress.step) if progress.seen else self.due()):
             self.passing.add(progress.step)
-        keep = self.args.keep, self.passing
+        attached = [file for file in [self.args.out / MAPS] if self.guide.crc is not None and file.exists()]
+        keep = self.args.keep, self.passing, attached
         done = self.write(lambda: checkpoint.write(self.args.out, progress.step, self.model, state, *keep))
         if not self.peers.largest(not done)[0]:
             self.saved = progress.step
@@ -869,11 +871,12 @@ class Run:
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.guide.load_state_dict(state["guide"])
-        if folder.parent != self.args.out.resolve() and state["guide"]["maps"] is not None:
-            self.write(lambda: None)  # they are copied to our folder
-        found = self.guide.load_maps(state["guide"], folder.parent, self.args.out, accelerator)
+        if (folder / MAPS).exists():
+            self.write(lambda: checkpoint.link(folder / MAPS, self.args.out / MAPS))
+        accelerator.wait_for_everyone()
+        found = self.guide.load_maps(state["guide"], self.args.out / MAPS)
         if self.peers.largest(not found)[0]:
-            self.say("the relevance of whole pictures is no longer there, or of another epoch: it is taken anew")
+            self.say(f"the relevance of whole pictures ({MAPS}) is no longer there: they will be looked at again")
         self.batches.bad.update(state["bad"])
         self.batches.told = len(self.batches.bad)
         if rank < len(state["processes"]):
@@ -975,7 +978,8 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
             "run, with a checkpoint: the same command with --resume auto goes on"
         )
         sys.exit(128 + stopped_by)
-    guide.forget(args.out, accelerator)
+    if accelerator.is_main_process:
+        (args.out / MAPS).unlink(missing_ok=True)
     if guide.start is None:
         accelerator.print("the guide never started: mask tokens never overtook visible ones (see loss.png)")
     accelerator.print(

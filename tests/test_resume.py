@@ -80,6 +80,8 @@ def end_alike(whole, resumed, step: int | None = None):
         "--accumulate 2 --clip-grad 0.5 --raw-pixels",
         "--guide cached --guide-debias --guide-every 1",
         "--guide cached --guide-every 5 --preload host",
+        "--guide cached --guide-every 0 --guide-shuffle --hint-end 0.6 --hint-ratio 0.2",
+        "--guide-from column:mask --hint-end 0.6 --hint-ratio 0.2",
         "--guide-debias --guide-layer decoder-1 --hint similar",
         "--mask amt --streaming",
         "--mask amt --save-every-steps 3",

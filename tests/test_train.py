@@ -89,10 +89,10 @@ def drawn_by(monkeypatch, *arguments) -> list:
 def test_masks_png_shows_the_way_to_a_mask_for_eight_pictures(monkeypatch, tmp_path):
     axes = drawn_by(monkeypatch, "--out", tmp_path / "run", "--hint-ratio", 0.2)
     titles = [axis.get_title() for axis in axes if axis.get_title()]
-    wanted = ["input", "random mask", "bi-partition", "relevance", "informed mask", "informed mask,\n2 hints", "recon"]
+    wanted = ["input", "random mask", "bi-partition", "relevance", "informed mask", "informed mask,\n3 hints", "recon"]
     assert len(axes) == 56 and all(title.startswith(start) for title, start in zip(titles, wanted, strict=True))
     assert all(axis.images for axis in axes)
-    assert [len(axis.patches) for axis in axes[5::7]] == [2] * 8  # a frame around each hint
+    assert [len(axis.patches) for axis in axes[5::7]] == [3] * 8  # a frame around each hint
     assert all(not axis.patches for i, axis in enumerate(axes) if i % 7 != 5)
     assert [len(axis.collections) for axis in axes] == [1, 0, 0, 0, 0, 0, 0] * 8  # the outline of the object
     for row in range(8):  # a quarter of the 4 x 4 patches shows the picture, the rest hides it
@@ -295,7 +295,7 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--image-size 30", "30x30 is not a positive multiple of the patch size 8"),
         ("--guide-layer 3", "--guide-layer 3: there are 1, 2, decoder-1"),
         ("--guide-layer decoder-2", "--guide-layer decoder-2: there are 1, 2, decoder-1"),
-        ("--guide-every 0", "--guide-every must be at least 1"),
+        ("--guide-every -1", "--guide-every must not be negative"),
         ("--guide-start soon", "'soon' is neither a number of epochs nor auto"),
         ("--guide-layer last", "'last' is neither a number"),
         ("--mask amt --amt-ratio 0.6 --throw-ratio 0.4", "leaves no visible patch"),
@@ -303,7 +303,21 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--mask-ratio 1.2", "between 0 and 1"),
         ("--mask-ratio 0.01", "leaves no masked patch"),
         ("--mask-ratio 0.99", "leaves no visible patch"),
-        ("--hint-ratio 0.5", "asks for 6 hints, but only 4"),
+        ("--hint-ratio 0.5", "asks for 8 hints, but only 4"),
+        ("--hint-portion 0.1", "hint portion 0.1 of 16 patches holds 1 patches, too few for 2 hints"),
+        ("--hint-ratio 0.2 --hint-portion 0.19", "--hint-portion 0.19 must not be smaller than --hint-ratio 0.2"),
+        ("--hint-end 0.1", "too few for 2 hints"),
+        ("--hint-end 1.5", "--hint-end must lie between 0 and 1"),
+        ("--guide-from nowhere", "there is no checkpoint nowhere"),
+        ("--guide-from column:nothing", "the data has no column 'nothing' of mask pictures, but image"),
+        ("--guide-from column:bbox", "no column 'bbox' of mask pictures"),
+        ("--guide-from column:mask --guide online", "takes --guide cached"),
+        ("--guide-from column:mask --streaming", "--guide-from column:mask is read once for all pictures"),
+        ("--guide-from centre --mask amt", "guides --mask selfguided, not --mask amt"),
+        ("--guide-from centre --guide-shuffle", "changes nothing"),
+        ("--guide-from centre --guide-debias", "this --guide-from has none"),
+        ("--guide-image-size 64", "--guide-image-size takes"),
+        ("--guide-shuffle", "add --guide cached"),
         ("--hint-ratio -1", "hint ratio"),
         ("--batch-size 64", "there are only 32"),
         ("--batch-size 0", "--batch-size must be at least 1"),
