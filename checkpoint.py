@@ -83,6 +83,7 @@ def link(file: Path, name: Path):
     except OSError:  # some file systems know no links
         shutil.copyfile(file, part)
     os.replace(part, name)
+    part.unlink(missing_ok=True)  # still there if both were links to the same file
 
 
 def _remove(folder: Path):

@@ -871,12 +871,6 @@ class Run:
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.guide.load_state_dict(state["guide"])
-        if (folder / MAPS).exists():
-            self.write(lambda: checkpoint.link(folder / MAPS, self.args.out / MAPS))
-        accelerator.wait_for_everyone()
-        found = self.guide.load_maps(state["guide"], self.args.out / MAPS)
-        if self.peers.largest(not found)[0]:
-            self.say(f"the relevance of whole pictures ({MAPS}) is no longer there: they will be looked at again")
         self.batches.bad.update(state["bad"])
         self.batches.told = len(self.batches.bad)
         if rank < len(state["processes"]):
@@ -885,6 +879,12 @@ class Run:
             self.saved, self.replaces = progress.step, False
         else:
             progress.name = uuid.uuid4().hex
+        if (folder / MAPS).exists():
+            self.write(lambda: checkpoint.link(folder / MAPS, self.args.out / MAPS))
+        accelerator.wait_for_everyone()
+        found = self.guide.load_maps(state["guide"], self.args.out / MAPS)
+        if self.peers.largest(not found)[0]:
+            self.say(f"the relevance of whole pictures ({MAPS}) is no longer there: they will be looked at again")
         self.bar.update(self.place())
         if progress.records and not progress.seen:  # it may have been killed in between the two
             self.publish()
