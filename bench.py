@@ -39,6 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     step.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")
     step.add_argument("--batch-size", type=int, default=8, help="images per step")
+    step.add_argument("--guide-model", choices=list(smae.PRESETS), default="small", help="size of a frozen guide")
+    step.add_argument("--guide-image-size", type=int, default=224, help="side of the images that it sees, in pixels")
+    step.add_argument("--guide-patch-size", type=int, default=14, help="side of its patches, in pixels")
     step.add_argument("--compile", action="store_true", help="compile both models")
     step.set_defaults(run=bench_step)
 
@@ -110,7 +113,7 @@ def measure(contestants: dict[str, Callable[[], None]], repeats: int, device: to
 
 
 def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """A training step of ours, of transformers', and of ours with cached relevance; the online guide and its parts."""
+    """A training step of ours and of transformers'; guides, online and cached: the model itself, and a frozen one."""
     sizes = smae.PRESETS[args.model] | dict(image_size=args.image_size, patch_size=args.patch_size)
     ours = smae.SMAE(**sizes)
     peer = peer_of(ours).to(device).train()
@@ -120,6 +123,12 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     n = grid[0] * grid[1]
     guide, noise = Guide(ours, compile=args.compile), torch.rand(b, n, device=device)
     guide.maps = np.random.default_rng(0).random((b, *grid)).astype(np.float16)
+    size = args.guide_image_size
+    sizes = smae.PRESETS[args.guide_model] | dict(image_size=size, patch_size=args.guide_patch_size, decoder_depth=0)
+    frozen = smae.SMAE(**sizes).to(device).eval()
+    frozen = Guide(ours, source=frozen, source_name=args.guide_model, compile=args.compile)
+    side = size // args.guide_patch_size
+    frozen.maps = np.random.default_rng(0).random((b, side, side)).astype(np.float16)
     crops = data.Crops(np.tile(np.float32([0.1, 0.2, 0.5, 0.6]), (b, 1)), np.arange(b) % 2 == 0)
     batch = data.Batch(images, np.arange(b), [], np.zeros(b), crops)
     forward = torch.compile(ours, fullgraph=True) if args.compile else ours
@@ -146,6 +155,8 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
             "online guide alone": autocast(lambda: guide.mask(guide.look(images)[0], noise)),
             "of it the features": features,
             "of it all else": autocast(lambda: masks.self_guided_mask(seen, grid)),
+            "frozen guide alone, online": autocast(lambda: frozen.mask(frozen.look(images)[0], noise)),
+            "frozen guide alone, cached": autocast(lambda: frozen.mask(frozen.recall(batch), noise)),
         },
         args.repeats,
         device,

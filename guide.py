@@ -140,11 +140,12 @@ class Guide:
         else:
             scores, side = self._relevance(images, learn)
         if scores.shape[1:] != own:
-            b, *grid = scores.shape
-            whole = torch.tensor([[0, 0, *grid]], device=scores.device).expand(b, 4)
+            (b, *grid), device = scores.shape, scores.device
+            whole = torch.tensor([[0, 0, *grid]], device=device).expand(b, 4)
+            unflipped = torch.zeros(b, dtype=torch.bool, device=device)
             both = torch.stack([scores.float(), side.float()], dim=1)
-            with torch.autocast(scores.device.type, enabled=False):
-                both = data.crop_batch(both, whole, whole[:, 0] > 0, own, "area")
+            with torch.autocast(device.type, enabled=False):
+                both = data.crop_batch(both, whole, unflipped, own, "area")
             scores, side = both[:, 0], both[:, 1] > 0.5
         return scores.flatten(1), side if side is None else side.flatten(1)
 
