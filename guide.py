@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from torch import Tensor
 
@@ -200,9 +201,10 @@ class Guide:
 
     def hint_shares(self, epoch: int | None = None) -> tuple[float, float]:
         """Hint ratio and portion in ``epoch``, counted from 1 (default: the first guided one)."""
-        first, share = (self.start or 0) + 1, 1.0
-        if epoch is not None and self.epochs > first:
-            share += (self.hint_end - 1) * min(1, max(0, epoch - first) / (self.epochs - first))
+        share = 1.0
+        if epoch is not None and self.start is not None and self.epochs > self.start + 1:
+            guided = max(0, epoch - self.start - 1)
+            share += (self.hint_end - 1) * min(1, guided / (self.epochs - self.start - 1))
         return share * self.hint_ratio, share * self.hint_portion
 
     def end_step(self, accelerator: Accelerator):
@@ -237,7 +239,7 @@ class Guide:
 
         With ``debias``, another one over the first MEAN_OVER of them before, for the mean. ``after_each`` is
         called after every batch, as often in each process; should it raise, the whole pass is to be done again.
-        Raises OSError, in the main process, if it cannot write the file.
+        Raises OSError, in all processes, if the main one cannot write the file; earlier maps then stay.
         """
 
         def whole(look: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
@@ -262,13 +264,17 @@ class Guide:
             self.end_step(accelerator)
         seen = whole(lambda images: self._compact(self._relevance(images)[0]))
         maps = known() if isinstance(self.source, data.ObjectShares) else seen
-        parts = self._gather(maps, batches, accelerator)
+        parts, problem = self._gather(maps, batches, accelerator), None
         if accelerator.is_main_process:
-            _write_maps(file, parts, (batches.length, *self._map_grid()))
-        else:
-            for _ in parts:
-                pass
-        accelerator.wait_for_everyone()
+            try:
+                _write_maps(file, parts, (batches.length, *self._map_grid()))
+            except OSError as error:
+                problem = data.one_line(error)
+        for _ in parts:  # other processes have nothing to write, but their share to compute
+            pass
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            raise OSError(problem)
         self.maps, self.crc = np.load(file, mmap_mode="r"), checkpoint.checksum(file)
 
     def _gather(self, maps: Iterator[Tensor], batches: data.TrainBatches, accelerator: Accelerator):
@@ -303,7 +309,8 @@ class Guide:
         flips = data.to_device(batch.crops.flips, device)
         how = "beyond" if (h, w) == own else "area"  # neighbours help where a crop is smaller than the map
         with torch.autocast(device.type, enabled=False):
-            return data.crop_batch(maps[:, None].float(), boxes, flips, own, how).flatten(1)
+            relevance = data.crop_batch(maps[:, None].float(), boxes, flips, own, how).flatten(1)
+        return relevance if how == "beyond" else (relevance * 1024).round() / 1024  # what is equal stays equal
 
     def _other_pictures(self) -> np.ndarray:
         """For each picture another one, whose relevance it gets: all pictures in one random ring."""
@@ -349,10 +356,10 @@ class Guide:
             self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
 
     def load_maps(self, state: dict, file: Path) -> bool:
-        """Go on with the maps that a checkpoint knew, unless they were made in another way; False if they are lost."""
-        if state["maps"] is None or state["look"] != self._way_to_look():
+        """Go on with the maps that a checkpoint knew; False if they are lost or were made in another way."""
+        if state["maps"] is None:
             return True
-        if not file.is_file() or checkpoint.checksum(file) != state["maps"]:
+        if state["look"] != self._way_to_look() or not file.is_file() or checkpoint.checksum(file) != state["maps"]:
             return False
         self.maps, self.crc = np.load(file, mmap_mode="r"), state["maps"]
         return True
@@ -372,6 +379,7 @@ def _write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, 
         with open(part, "wb") as out:
             np.lib.format.write_array_header_1_0(out, dict(descr="<f2", fortran_order=False, shape=shape))
             for rows in parts:
+                assert rows.shape[1:] == shape[1:], (rows.shape, shape)
                 out.write(np.ascontiguousarray(rows).data)
         smae.flush(part)
         os.replace(part, file)

@@ -366,7 +366,7 @@ def choose_hints(
     k = hint_count(n, ratio, hint, hint_ratio, hint_portion)
     relevance = _meaningful(relevance)
     candidates = _ranking(relevance, noise)[:, : _part(n, hint_portion)]
-    arrival = noise.gather(1, candidates)
+    arrival = (noise * 2**12 % 1).gather(1, candidates)  # its low bits: the high ones have ranked patches that tie
     if hint == "similar":  # the k earliest of exponential arrivals at these rates
         scores = relevance.gather(1, candidates)
         low, high = scores.aminmax(dim=1, keepdim=True)

@@ -306,6 +306,9 @@ def pretrain(args: argparse.Namespace, runs: list[Run]) -> list[str]:
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
+            if not checkpoint.folders(run.out):  # what is known of other weights, imported perhaps, goes
+                for name in EVIDENCE:
+                    (run.out / name).unlink(missing_ok=True)
             return [sys.executable, str(ROOT / "train.py"), *run.options, *run.resume(first)]
 
         after = None if first is run else f"pre-training {first.name}"  # no such job: it is done
@@ -350,7 +353,10 @@ def judge_all(args: argparse.Namespace, runs: list[Run]):
     for run in (run for run in runs if run.done):
         known, checkpoints = read(judgements(args, run)), run.checkpoints()
         looks = run.looks()[-1:] if args.select else run.looks()
-        due += [(run, epoch, checkpoints[epoch]) for epoch in looks if str(epoch) not in known]
+        looks = [epoch for epoch in looks if str(epoch) not in known]
+        if gone := [epoch for epoch in looks if epoch not in checkpoints]:
+            print(f"{run.name}: not judged after epochs {gone}, whose checkpoints are gone", flush=True)
+        due += [(run, epoch, checkpoints[epoch]) for epoch in looks if epoch in checkpoints]
     if not due:
         return
     knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
@@ -400,7 +406,7 @@ def collect(args: argparse.Namespace, runs: list[Run]) -> list[dict]:
     for run in runs:
         past = {record["epoch"]: record for record in run.records()}
         for epoch, scores in read(judgements(args, run)).items():
-            if int(epoch) not in run.looks():
+            if int(epoch) not in run.looks() or int(epoch) not in past:
                 continue
             minutes = sum(record["seconds"] for e, record in past.items() if e <= int(epoch)) / 60
             known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=past[int(epoch)]["loss"])
@@ -492,10 +498,8 @@ EVIDENCE = ("tests.json", "selection.json", "metrics.jsonl", "finetune/result.js
 
 def import_evidence(args: argparse.Namespace):
     """Bring to --out what --evidence knows and --out does not."""
-    if not (args.evidence and (args.evidence / "settings.json").exists()):
+    if not args.evidence:
         return
-    if not (args.out / "settings.json").exists():
-        copy_files(args.evidence, args.out, ("settings.json",))
     for file in args.evidence.glob("*/metrics.jsonl"):
         if not (args.out / file.parent.name / "metrics.jsonl").exists():
             copy_files(file.parent, args.out / file.parent.name, EVIDENCE)
@@ -507,7 +511,8 @@ def export_evidence(args: argparse.Namespace, runs: list[Run]):
         for run in runs:
             if run.is_judged(args):
                 copy_files(run.out, args.evidence / run.name, EVIDENCE)
-        copy_files(args.out, args.evidence, ("settings.json", "results.json", "table.md"))
+        tables = [f"{kind}{name}" for kind in ("", "selection-") for name in ("results.json", "table.md")]
+        copy_files(args.out, args.evidence, ("settings.json", *tables))
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]):
@@ -538,8 +543,13 @@ def paper(args: argparse.Namespace):
         settings = train.parse_arguments(["--preset", "paper", *shlex.split(options)])
         train.complete(settings)
         before = settings.epochs if settings.mask == "random" else settings.guide_start
+        before = settings.epochs // 2 if before == "auto" else before  # nobody knows
         after = settings.epochs - before
-        looks = after if settings.guide == "online" else math.ceil(after / settings.guide_every)
+        looks = after
+        if settings.guide == "cached":
+            once = settings.guide_from or settings.guide_every == 0
+            looks = min(after, 1) if once else math.ceil(after / settings.guide_every)
+        looks = 0 if settings.guide_from == "centre" else looks
         cost = before * seconds["random"] + after * seconds["amt" if settings.mask == "amt" else "random"]
         cost = hours(pictures, cost + looks * seconds["look"])
         for seed in args.seeds:
@@ -592,20 +602,26 @@ def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
 
 
 def note_settings(args: argparse.Namespace):
-    """Raise ValueError if --out holds runs of other settings; note ours. Arms and seeds may be added to it."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Raise ValueError if --out or --evidence holds runs of other settings; note ours. Arms and seeds may be added."""
     ours = {name: getattr(args, name) for name in ("scale", "dataset", "epochs", "pretrain", "finetune", "probe")}
-    file, ours = args.out / "settings.json", {name: value for name, value in ours.items() if value is not None}
-    theirs = dict(arms={}, seeds=[]) | read(file)
-    other = [f"--{name} {theirs[name]!r}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
-    arms = theirs["arms"]
-    other += [
-        f"--arm {name}={arms[name]!r}" for name in args.arms if arms.get(name, args.arms[name]) != args.arms[name]
-    ]
-    if other:
-        raise ValueError(f"{args.out} holds another experiment ({', '.join(other)}): choose another --out")
-    seeds = sorted({*theirs["seeds"], *args.seeds})
-    write(file, theirs | ours | dict(arms=arms | args.arms, seeds=seeds))
+    ours = {name: value for name, value in ours.items() if value is not None}
+    known = dict(arms={}, seeds=[])
+    for folder in filter(None, (args.evidence, args.out)):
+        theirs = dict(arms={}, seeds=[]) | read(folder / "settings.json")
+        other = [f"--{name} {theirs[name]!r}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
+        expected = known["arms"] | args.arms
+        for name, options in theirs["arms"].items():
+            if expected.get(name, options) != options:
+                other.append(f"--arm {name}={options!r}")
+        if other:
+            raise ValueError(
+                f"{folder} holds another experiment ({', '.join(other)}): choose another --out or --evidence"
+            )
+        both = dict(arms=known["arms"] | theirs["arms"], seeds=known["seeds"] + theirs["seeds"])
+        known |= theirs | both
+    args.out.mkdir(parents=True, exist_ok=True)
+    both = dict(arms=known["arms"] | args.arms, seeds=sorted({*known["seeds"], *args.seeds}))
+    write(args.out / "settings.json", known | ours | both)
 
 
 def main():
@@ -617,8 +633,8 @@ def main():
         if args.scale == "paper":
             return paper(args)
         everything = [Run(args, arm, seed) for seed in args.seeds for arm in args.arms]
-        import_evidence(args)
         note_settings(args)
+        import_evidence(args)
         signal.signal(signal.SIGTERM, stop)
         failed = []
         try:

@@ -263,13 +263,20 @@ def check_guide_source(args: argparse.Namespace):
     """Raise ValueError where --guide-from and --guide-shuffle do not go with the other options."""
     if args.guide_from and args.mask != "selfguided":
         raise ValueError(f"--guide-from guides --mask selfguided, not --mask {args.mask}")
+    if mask_column(args.guide_from) and args.streaming:
+        raise ValueError(
+            f"--guide-from {args.guide_from} finds masks by their index, which a stream has not: drop --streaming"
+        )
     if mask_column(args.guide_from) and args.guide != "cached":
         raise ValueError(f"--guide-from {args.guide_from} is read once for all pictures: it takes --guide cached")
+    if args.guide_shuffle and args.mask == "random":
+        raise ValueError("--guide-shuffle is for guided masks, not for --mask random")
     if args.guide_shuffle and args.guide != "cached":
         raise ValueError("--guide-shuffle takes the relevance of whole pictures: add --guide cached")
     if args.guide_shuffle and args.guide_from == "centre":
         raise ValueError("--guide-shuffle changes nothing with --guide-from centre, the same for every picture")
-    if args.guide_image_size is not None and (not args.guide_from or args.guide_image_size < 1):
+    frozen = args.guide_from and args.guide_from not in ("centre", "pixels") and not mask_column(args.guide_from)
+    if args.guide_image_size is not None and (not frozen or args.guide_image_size < 1):
         raise ValueError("--guide-image-size takes a positive number of pixels, and a model to --guide-from")
 
 
@@ -305,6 +312,9 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
 
 def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device="cpu") -> Guide:
     """What guides the masks after the first phase, as the arguments have it; ``dataset`` may have a column for it."""
+    hint = args.hint
+    if args.mask == "random" and not hints_fit(args, model.patch_count):  # only masks.png would show them
+        hint = "none"
     made = Guide(
         model,
         "amt" if args.mask == "amt" else "selfguided",
@@ -313,7 +323,7 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
         source_size=args.guide_image_size,
         shuffle=args.guide_shuffle,
         ratio=args.mask_ratio,
-        hint=args.hint,
+        hint=hint,
         hint_ratio=args.hint_ratio,
         hint_portion=args.hint_portion,
         hint_end=args.hint_end,
@@ -331,6 +341,15 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
     )
     args.guide_layer = made.layer
     return made
+
+
+def hints_fit(args: argparse.Namespace, n: int) -> bool:
+    """Whether ``n`` patches have room for the hints."""
+    try:
+        masks.hint_count(n, args.mask_ratio, args.hint, args.hint_ratio, args.hint_portion)
+    except ValueError:
+        return False
+    return True
 
 
 def guide_source(name: str | None, dataset, device) -> Source | None:
@@ -449,6 +468,8 @@ def together(*kinds: type[Exception]):
 
 def kind_of_masks(args: argparse.Namespace) -> str:
     """Whose masks those after the first phase are, in log and metrics."""
+    if args.guide_shuffle and args.mask == "amt":
+        return "shuffled amt"
     return "guided" if args.guide_from or args.guide_shuffle else args.mask
 
 
@@ -661,15 +682,24 @@ class Run:
         if self.progress.step:
             self.save()
         self.say(f"looking at {self.batches.length} whole pictures, for the masks of the next epochs")
-        self.write(lambda: None)  # the folder is ours from here on
         try:
+            self.claim()
             self.guide.remember(self.batches, self.accelerator, self.args.out / MAPS, after_each=self.listen)
         except OSError as error:
-            raise Mishap(f"the relevance of the pictures cannot be kept: {data.one_line(error)}") from None
-        if missing := getattr(self.guide.source, "missing", None):
+            if self.guide.maps is None:
+                raise Mishap(f"the relevance of the pictures cannot be kept: {data.one_line(error)}") from None
+            self.say(f"WARNING: {data.one_line(error)}; training goes on with the relevance of an earlier epoch")
+        missing = sorted(gather_object(list(getattr(self.guide.source, "missing", []))))
+        if missing:
             self.say(
-                f"{len(missing)} pictures have no mask that can be read, first image {missing[0]}: theirs are random"
+                f"{len(missing)} pictures have no mask that can be read, image {missing[0]} first: theirs are empty"
             )
+
+    def claim(self):
+        """Make --out the folder of this run, in the main process. Raises OSError, or Locked if it is another's."""
+        if self.accelerator.is_main_process:
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
 
     def save_after(self, step: int) -> bool:
         return bool(self.args.save_every_steps) and step % self.args.save_every_steps == 0
@@ -796,11 +826,10 @@ class Run:
             return True
         try:
             if self.replaces:  # until there is something to put in its place
-                for name in (*RUN_FILES, MAPS):
+                for name in RUN_FILES:
                     (self.args.out / name).unlink(missing_ok=True)
                 checkpoint.remove_all(self.args.out)
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            self.lock.take()
+            self.claim()
             self.replaces = False
             how()
         except OSError as error:
@@ -879,12 +908,16 @@ class Run:
             self.saved, self.replaces = progress.step, False
         else:
             progress.name = uuid.uuid4().hex
-        if (folder / MAPS).exists():
-            self.write(lambda: checkpoint.link(folder / MAPS, self.args.out / MAPS))
+        if accelerator.is_main_process and (folder / MAPS).exists():
+            with contextlib.suppress(OSError):  # then it is lost
+                self.claim()
+                checkpoint.link(folder / MAPS, self.args.out / MAPS)
         accelerator.wait_for_everyone()
-        found = self.guide.load_maps(state["guide"], self.args.out / MAPS)
+        found = self.guide.load_maps(state["guide"], self.args.out / MAPS) or self.args.guide != "cached"
         if self.peers.largest(not found)[0]:
-            self.say(f"the relevance of whole pictures ({MAPS}) is no longer there: they will be looked at again")
+            self.say(
+                f"the relevance of whole pictures ({MAPS}) is lost or of another kind: they will be looked at again"
+            )
         self.bar.update(self.place())
         if progress.records and not progress.seen:  # it may have been killed in between the two
             self.publish()
@@ -917,8 +950,8 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         dataset = data.load_images(
             args.dataset, args.split, args.image_column, args.label_column, args.streaming, args.max_images
         )
-        batches = train_batches(args, accelerator, dataset)
         guide = build_guide(args, model, dataset, accelerator.device)
+        batches = train_batches(args, accelerator, dataset)
         samples, objects = data.sample_pictures(dataset, 32, args.image_size, mask_column(args.guide_from) or "mask")
         optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
         config = dict(

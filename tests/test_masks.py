@@ -382,6 +382,14 @@ def test_hints_are_those_of_the_first_figure_of_the_paper():
     assert (least_masked > torch.where(visible, relevance, -1).amax(1)).all()
 
 
+@pytest.mark.parametrize("objects", [8, 16, 24])
+def test_hints_are_uniform_in_the_portion_also_among_patches_of_equal_relevance(objects):
+    """One noise once ranked the background and drew the hints: half as many of them fell on the object as should."""
+    relevance = (torch.arange(64) < objects).float().expand(4000, -1)
+    hints = masks.choose_hints(relevance, noise=torch.rand(4000, 64))  # of the 32 most relevant
+    assert abs((hints < objects).float().mean() - objects / 32) < 0.03
+
+
 def test_patches_of_equal_relevance_are_ranked_by_chance():
     """The shares of an object in the patches are 0 for most: then the first patches were masked, never the last."""
     relevance = (torch.arange(64) < 16).float().expand(2000, -1)

@@ -175,6 +175,30 @@ def test_evidence_outlives_the_weights_and_seed_comes_after_seed(reproduced, tmp
     }  # fmt: skip
 
 
+def test_evidence_of_another_experiment_is_refused_before_it_is_copied(monkeypatch, tmp_path):
+    kept, out = tmp_path / "evidence", tmp_path / "out"
+    arguments = ["reproduce.py", "--arms", "random", "--seeds", "1", "--evidence", str(kept), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    args = reproduce.parse_arguments()
+    (kept / "random-seed0").mkdir(parents=True)
+    (kept / "random-seed0" / "metrics.jsonl").write_text("{}\n")
+    theirs = dict(scale="demo", dataset="elsewhere", arms={"random": "--mask random", "late": "--mask amt"}, seeds=[0])
+    (kept / "settings.json").write_text(json.dumps(theirs))
+    with pytest.raises(ValueError, match=r"evidence holds another experiment \(--dataset 'elsewhere'\)"):
+        reproduce.note_settings(args)
+    assert not out.exists()
+    (kept / "settings.json").write_text(json.dumps(theirs | dict(dataset="shapes:easy")))
+    reproduce.note_settings(args)
+    reproduce.import_evidence(args)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["seeds"] == [0, 1] and list(settings["arms"]) == ["random", "late"]
+    assert (out / "random-seed0" / "metrics.jsonl").exists()
+    run = reproduce.Run(args, "random", 0)
+    reproduce.write(run.out / "tests.json", {"1": dict(knn=1.0, linear=2.0), "8": dict(knn=1.0, linear=2.0)})
+    (run.out / "metrics.jsonl").write_text(json.dumps(dict(epoch=1, seconds=60, loss=1.0)) + "\n")
+    assert [record["epoch"] for record in reproduce.collect(args, [run])] == [1]  # of what is being trained again
+
+
 @pytest.mark.parametrize("options, message", [
     ("--judge-at 3", "--judge-at 3: checkpoints are kept every 2 epochs, of 16"),
     ("--judge-at 18", "--judge-at 18"),
@@ -222,6 +246,8 @@ def test_a_scale_is_fine_tuned_as_it_says_and_as_asked(monkeypatch, options, exp
     ("--mask selfguided --guide-start 2", 2),
     ("--mask selfguided --guide-start 3 --hint none --guide-layer 1", 3),
     ("--mask selfguided --guide-start 6", 4),
+    ("--mask selfguided --guide-start 3 --guide cached --guide-shuffle --hint-end 0.5 --hint-portion 0.7", 3),
+    ("--mask selfguided --guide-start 2 --guide-from elsewhere --guide-image-size 8", 2),
     ("--mask selfguided --guide-start 0", None),
     ("--mask selfguided --guide-start 2 --mask-ratio 0.6", None),
     ("--mask selfguided --guide-start 2 --blr 1e-4", None),
