@@ -116,7 +116,7 @@ def _check_division(length: int | None, batch_size: int, accumulate: int, share:
     if not length:
         raise ValueError("the stream does not say how many images it has: set --max-images")
     if length < batch_size:
-        raise ValueError(f"the data has {length} images, fewer than a batch of {batch_size}: lower --batch-size")
+        raise ValueError(f"a batch of {batch_size} needs more images than the data has ({length}): lower --batch-size")
 
 
 # --------------------------------------------------------------------------------- evaluation
