@@ -24,6 +24,7 @@ import masks
 import pictures
 import smae
 import train
+from cropping import RandomStream, uniform
 
 MEASURES = {
     "iou": "IoU of the foreground side with the object",
@@ -43,7 +44,7 @@ class Pictures:
         images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
         for record in tqdm(dataset, desc="pictures", disable=None):
             try:
-                image, mask = data.decode(record["image"]), data.object_of(record[mask_column])
+                image, mask = data.decode(record["image"]), data.object_mask(record[mask_column])
             except Exception as error:  # a broken file
                 tqdm.write(data.describe_bad(len(images) + self.skipped, record["image"], error).description)
                 self.skipped += 1
@@ -189,7 +190,7 @@ def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: 
 
     uint8 images (N, 3, H, W); every model meets the same masks.
     """
-    noise = torch.from_numpy(data.uniform((seed, data.MASKS), range(len(images)), share.shape[1]))
+    noise = torch.from_numpy(uniform((seed, RandomStream.MASK), range(len(images)), share.shape[1]))
     sums, device = torch.zeros(2, 2), model.positions.device  # of errors and of areas; object, background
     for part, share_, noise_ in zip(images.split(64), share.split(64), noise.split(64)):
         x = data.normalize(part.to(device), model.config["mean"], model.config["std"])

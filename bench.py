@@ -23,6 +23,8 @@ from torch import Tensor
 import data
 import masks
 import smae
+from batches import Batch
+from cropping import Crops
 from guide import Guide
 
 BASE = "ours, random masks"
@@ -129,8 +131,8 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     frozen = Guide(ours, source=frozen, source_name=args.guide_model, compile=args.compile)
     side = size // args.guide_patch_size
     frozen.maps = np.random.default_rng(0).random((b, side, side)).astype(np.float16)
-    crops = data.Crops(np.tile(np.float32([0.1, 0.2, 0.5, 0.6]), (b, 1)), np.arange(b) % 2 == 0)
-    batch = data.Batch(images, np.arange(b), [], np.zeros(b), crops)
+    crops = Crops(np.tile(np.float32([0.1, 0.2, 0.5, 0.6]), (b, 1)), np.arange(b) % 2 == 0)
+    batch = Batch(images, np.arange(b), [], np.zeros(b), crops)
     forward = torch.compile(ours, fullgraph=True) if args.compile else ours
     peer_forward = torch.compile(peer) if args.compile else peer
 

@@ -38,6 +38,8 @@ from tqdm import tqdm
 import data
 import smae
 import train
+from batches import EvalBatches, Share
+from cropping import RandomStream, uniform
 
 RESULT_FILES = {  # what each command leaves in --out
     "knn": ("result.json",),
@@ -176,7 +178,7 @@ def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.
     """
     options = args.image_column, args.label_column, args.streaming
     training = data.load_images(args.dataset, args.split, *options, args.max_images)
-    tests = data.load_tests(args.dataset, args.test_split, *options)
+    tests = data.load_test_images(args.dataset, args.test_split, *options)
     for dataset in (training, tests):
         label = (dataset.features or {}).get("label")
         if label is None:
@@ -240,7 +242,7 @@ class Rows(NamedTuple):
 def compute_rows(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    batches: data.EvalBatches,
+    batches: EvalBatches,
     model: nn.Module,
     compute: Callable[[Tensor], Tensor],
 ) -> Iterator[Rows]:
@@ -280,9 +282,9 @@ def compute_rows(
         )
 
 
-def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, keep: bool = False) -> data.EvalBatches:
-    share = data.Share(accelerator.process_index, accelerator.num_processes)
-    return data.EvalBatches(
+def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, keep: bool = False) -> EvalBatches:
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    return EvalBatches(
         dataset,
         args.image_size,
         max(1, min(256, args.batch_size // share.world)),
@@ -295,7 +297,7 @@ def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, ke
 
 
 def extract(
-    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, batches: data.EvalBatches
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, batches: EvalBatches
 ) -> tuple[Tensor, Tensor]:
     """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
     parts, labels = [], []
@@ -320,7 +322,7 @@ def check_labels(labels: Tensor):
         raise ValueError("some labels are hidden (-1 or none)")
 
 
-def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: data.EvalBatches, model: nn.Module) -> dict:
+def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: EvalBatches, model: nn.Module) -> dict:
     """Top-1 and top-5 accuracy of a classifier in per cent, and the number of images it was tested on."""
     hits, count = torch.zeros(2, dtype=torch.float64), 0
     model.eval()
@@ -667,7 +669,7 @@ def fit(
                 lr = train.learning_rate(step, steps, warmup, args.lr, least)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("scale", 1.0)
-                torch.manual_seed(int(data.uniform((args.seed, epoch, data.MIX, micro), rank, 1)[0, 0] * 2**24))
+                torch.manual_seed(int(uniform((args.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0] * 2**24))
                 images = data.normalize(batch.images, model.config["mean"], model.config["std"])
                 labels = data.to_device(batch.labels, accelerator.device)
                 with accelerator.accumulate(trained):

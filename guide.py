@@ -21,12 +21,14 @@ import checkpoint
 import data
 import masks
 import smae
+from batches import Batch, TrainBatches
+from cropping import RandomStream, crop_batch, uniform
 
 MOMENTUM = 0.95  # of the running mean of the features, from step to step
 MEAN_OVER = 2048  # whole pictures that the mean of the features is taken over
 FINE = 4  # cells to the side of a patch, in maps of what is known exactly (the centre, a mask column)
 
-Source = smae.SMAE | data.ObjectShares | Literal["pixels", "centre"]
+Source = smae.SMAE | data.ObjectMasks | Literal["pixels", "centre"]
 
 
 class Guide:
@@ -111,7 +113,7 @@ class Guide:
                 raise ValueError(
                     f"--guide-from cannot see the pictures: {error}; try another --guide-image-size"
                 ) from None
-        if self.debias and (self.source == "centre" or isinstance(self.source, data.ObjectShares)):
+        if self.debias and (self.source == "centre" or isinstance(self.source, data.ObjectMasks)):
             raise ValueError("--guide-debias takes the mean off features, and this --guide-from has none")
         if self.kind == "amt":
             masks.amt_mask(torch.ones(1, n), self.amt_ratio, self.throw_ratio)
@@ -135,7 +137,7 @@ class Guide:
         images: then the ``objects`` (b, H, W) bool are. AMT has no sides: None.
         """
         own = self.model.grid(images)
-        if isinstance(self.source, data.ObjectShares):
+        if isinstance(self.source, data.ObjectMasks):
             scores = objects.to(images.device).float()
             side = scores > 0.5
         else:
@@ -146,7 +148,7 @@ class Guide:
             unflipped = torch.zeros(b, dtype=torch.bool, device=device)
             both = torch.stack([scores.float(), side.float()], dim=1)
             with torch.autocast(device.type, enabled=False):
-                both = data.crop_batch(both, whole, unflipped, own, "area")
+                both = crop_batch(both, whole, unflipped, own, "area")
             scores, side = both[:, 0], both[:, 1] > 0.5
         return scores.flatten(1), side if side is None else side.flatten(1)
 
@@ -233,7 +235,7 @@ class Guide:
 
     @torch.no_grad()
     def remember(
-        self, batches: data.TrainBatches, accelerator: Accelerator, file: Path, after_each: Callable = lambda: None
+        self, batches: TrainBatches, accelerator: Accelerator, file: Path, after_each: Callable = lambda: None
     ):
         """Keep the relevance of every picture of the data, whole and not augmented, in ``file``: one pass, shared out.
 
@@ -243,8 +245,8 @@ class Guide:
         """
 
         def whole(look: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
-            pictures = batches.whole(count, max(self.size))
-            for indices in batches.whole_indices(count):
+            pictures = batches.uncropped(count, max(self.size))
+            for indices in batches.plan.uncropped(count):
                 if len(indices):  # not in every process the last time
                     images = data.normalize(next(pictures).images, self.model.config["mean"], self.model.config["std"])
                     with accelerator.autocast():
@@ -253,8 +255,8 @@ class Guide:
                 after_each()
 
         def known() -> Iterator[Tensor]:
-            for indices in batches.whole_indices():
-                yield self._compact(self.source.shares(indices, self._map_grid()))
+            for indices in batches.plan.uncropped():
+                yield self._compact(self.source.coverage(indices, self._map_grid()))
                 after_each()
 
         if self.debias and self.kind == "selfguided":
@@ -263,7 +265,7 @@ class Guide:
                 self._learn(features)
             self.end_step(accelerator)
         seen = whole(lambda images: self._compact(self._relevance(images)[0]))
-        maps = known() if isinstance(self.source, data.ObjectShares) else seen
+        maps = known() if isinstance(self.source, data.ObjectMasks) else seen
         parts, problem = self._gather(maps, batches, accelerator), None
         if accelerator.is_main_process:
             try:
@@ -277,11 +279,11 @@ class Guide:
             raise OSError(problem)
         self.maps, self.crc = np.load(file, mmap_mode="r"), checkpoint.checksum(file)
 
-    def _gather(self, maps: Iterator[Tensor], batches: data.TrainBatches, accelerator: Accelerator):
+    def _gather(self, maps: Iterator[Tensor], batches: TrainBatches, accelerator: Accelerator):
         """The maps of all processes, in the order of the pictures: float16 arrays (b * world, h, w), batch by batch."""
         world, done = accelerator.num_processes, 0
         for part in maps:
-            part = F.pad(part, (0, 0, 0, 0, 0, batches.whole_size - len(part)))  # the last one is smaller
+            part = F.pad(part, (0, 0, 0, 0, 0, batches.plan.micro_batch_size - len(part)))  # the last one is smaller
             rows = accelerator.gather(part.to(accelerator.device)).cpu() if world > 1 else part
             rows = rearrange(rows, "(world b) h w -> (b world) h w", world=world)
             yield rows[: batches.length - done].numpy()
@@ -294,7 +296,7 @@ class Guide:
             relevance = (relevance - low) / torch.where(high - low > 1e-4 * high.abs(), high - low, torch.inf)
         return relevance.nan_to_num(0).half().cpu()
 
-    def recall(self, batch: data.Batch) -> Tensor:
+    def recall(self, batch: Batch) -> Tensor:
         """Relevance (b, n) of the crops of a batch, cut out of that of the whole pictures."""
         device, (h, w), own = batch.images.device, self._map_grid(), self.model.grid(batch.images)
         indices = np.asarray(batch.indices)
@@ -309,13 +311,13 @@ class Guide:
         flips = data.to_device(batch.crops.flips, device)
         how = "beyond" if (h, w) == own else "area"  # neighbours help where a crop is smaller than the map
         with torch.autocast(device.type, enabled=False):
-            relevance = data.crop_batch(maps[:, None].float(), boxes, flips, own, how).flatten(1)
+            relevance = crop_batch(maps[:, None].float(), boxes, flips, own, how).flatten(1)
         return relevance if how == "beyond" else (relevance * 1024).round() / 1024  # what is equal stays equal
 
     def _other_pictures(self) -> np.ndarray:
         """For each picture another one, whose relevance it gets: all pictures in one random ring."""
         if self._others is None:
-            ring = np.random.default_rng((self.seed, data.MASKS)).permutation(len(self.maps))
+            ring = np.random.default_rng((self.seed, RandomStream.MASK)).permutation(len(self.maps))
             self._others = np.empty_like(ring)
             self._others[ring] = np.roll(ring, 1)
         return self._others
@@ -324,14 +326,14 @@ class Guide:
         (height, width), p = self.model.config["image_size"], self.model.patch_size
         if isinstance(self.source, smae.SMAE):
             (height, width), p = self.size, self.source.patch_size
-        fine = FINE if self.source == "centre" or isinstance(self.source, data.ObjectShares) else 1
+        fine = FINE if self.source == "centre" or isinstance(self.source, data.ObjectMasks) else 1
         return fine * height // p, fine * width // p
 
     # ---------------------------------------------------------------------------------------------- starting
 
     def measure(self, images: Tensor):
         """Add to ``history`` how far the decoder lives on mask tokens and on visible ones, on normalised images."""
-        noise = data.uniform((0, data.MASKS), range(len(images)), self.model.patch_count)
+        noise = uniform((0, RandomStream.MASK), range(len(images)), self.model.patch_count)
         mask = masks.random_mask(*noise.shape, self.ratio, noise=data.to_device(noise, images.device))
         masked, visible = exploitation(self.model, images, mask)
         self.history.append(dict(exploitation_masked=masked.tolist(), exploitation_visible=visible.tolist()))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import data
 import masks
+from cropping import RandomStream, uniform
 from guide import Guide
 
 matplotlib.rcParams["savefig.dpi"] = 100
@@ -31,7 +32,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     statistics = model.config["mean"], model.config["std"]
     x = data.normalize(images.to(device), *statistics)
     h, w = model.grid(x)
-    noise = data.to_device(data.uniform((0, data.MASKS), np.arange(len(x)), h * w), device)
+    noise = data.to_device(uniform((0, RandomStream.MASK), np.arange(len(x)), h * w), device)
     relevance, side = guide.look(x, objects=truth)
     if guide.shuffle:
         relevance, side = relevance.roll(1, 0), side if side is None else side.roll(1, 0)

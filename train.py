@@ -37,6 +37,8 @@ import data
 import masks
 import pictures
 import smae
+from batches import Batch, Share, TrainBatches
+from cropping import RandomStream, uniform
 from guide import Guide, Source
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
@@ -357,7 +359,7 @@ def guide_source(name: str | None, dataset, device) -> Source | None:
     if name is None or (name in ("centre", "pixels") and not Path(name).exists()):
         return name
     if column := mask_column(name):
-        return data.ObjectShares(dataset, column)
+        return data.ObjectMasks(dataset, column)
     source = smae.load(name, device)
     source = source.encoder if isinstance(source, smae.Classifier) else source
     return source.requires_grad_(False)
@@ -419,9 +421,9 @@ def one_line_errors(*kinds: type[Exception], ranks: str = "first"):
 # ------------------------------------------------------------------------------------------------- training
 
 
-def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, **options) -> data.TrainBatches:
+def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, **options) -> TrainBatches:
     """This process's batches of the data set, as the arguments have them."""
-    return data.TrainBatches(
+    return TrainBatches(
         dataset,
         args.image_size,
         args.batch_size,
@@ -431,7 +433,7 @@ def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, *
         workers=args.workers,
         preload=args.preload,
         device=accelerator.device,
-        share=data.Share(accelerator.process_index, accelerator.num_processes),
+        share=Share(accelerator.process_index, accelerator.num_processes),
         length=args.max_images,
         max_bad=args.max_bad_images,
         **options,
@@ -439,7 +441,7 @@ def train_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, *
 
 
 def choose_mask(
-    args: argparse.Namespace, phase: str, epoch: int, batch: data.Batch, images: Tensor, guide: Guide, noise: Tensor
+    args: argparse.Namespace, phase: str, epoch: int, batch: Batch, images: Tensor, guide: Guide, noise: Tensor
 ) -> masks.Mask:
     """The mask of a batch whose normalised crops are ``images``: random, or guided by what they show."""
     if phase == "random":
@@ -448,11 +450,12 @@ def choose_mask(
     return guide.mask(relevance, noise, epoch)
 
 
-def stop_if_too_many_are_bad(batches: data.TrainBatches):
+def stop_if_too_many_are_bad(batches: TrainBatches):
     """Add up the bad pictures of all processes; if they are too many, all stop together."""
-    everywhere = gather_object(list(batches.bad.items()))
+    everywhere = gather_object(list(batches.bad.descriptions.items()))
     with together(data.TooManyBadImages):
-        batches.check_bad(everywhere)
+        batches.bad.add(everywhere)
+        batches.bad.check()
 
 
 @contextlib.contextmanager
@@ -473,7 +476,7 @@ def kind_of_masks(args: argparse.Namespace) -> str:
     return "guided" if args.guide_from or args.guide_shuffle else args.mask
 
 
-def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: data.TrainBatches):
+def announce(args: argparse.Namespace, accelerator: Accelerator, model: smae.SMAE, batches: TrainBatches):
     """Say what is about to be trained, on what, and how."""
     when = "when mask tokens overtake visible ones" if args.guide_start == "auto" else f"epoch {args.guide_start + 1}"
     world, parameters = accelerator.num_processes, sum(p.numel() for p in model.parameters())
@@ -670,7 +673,7 @@ class Run:
                 progress.step += 1
                 progress.seen += args.batch_size
                 self.bar.update()
-                last = not self.batches.steps_left(progress.seen)  # then the end of the epoch does what is due
+                last = not self.batches.plan.steps_left(progress.seen)  # then the end of the epoch does what is due
                 overdue = self.listen(stop=not last)
                 if progress.step % 10 == 0:  # this waits for the device: not at every step
                     self.check_losses()
@@ -704,11 +707,11 @@ class Run:
     def save_after(self, step: int) -> bool:
         return bool(self.args.save_every_steps) and step % self.args.save_every_steps == 0
 
-    def learn(self, batch: data.Batch):
+    def learn(self, batch: Batch):
         """Forward, backward and, at the end of a step, update."""
         args, accelerator, model, progress = self.args, self.accelerator, self.model, self.progress
         images = data.normalize(batch.images, model.config["mean"], model.config["std"])
-        noise = data.uniform((args.seed, progress.epoch, data.MASKS), batch.indices, model.patch_count)
+        noise = uniform((args.seed, progress.epoch, RandomStream.MASK), batch.indices, model.patch_count)
         with accelerator.autocast():
             noise = data.to_device(noise, images.device)
             mask = choose_mask(args, self.phase, progress.epoch, batch, images, self.guide, noise)
@@ -738,7 +741,7 @@ class Run:
             lr=self.optimizer.param_groups[0]["lr"],
             images_per_second=progress.seen / seconds,
             seconds=seconds,
-            bad_images=self.batches.bad_count(),
+            bad_images=self.batches.bad.count,
         )
         with accelerator.autocast():
             mean, std = self.model.config["mean"], self.model.config["std"]
@@ -786,11 +789,11 @@ class Run:
         Raises Interrupted, in all processes, if one of them was told to stop, unless this is no moment to ``stop``.
         """
         overdue = self.accelerator.is_main_process and time.monotonic() > self.written + LONGEST
-        news = len(self.batches.bad) - self.batches.told
+        news = self.batches.bad.unreported
         number, news, overdue = self.peers.largest(self.signals.caught(), news, overdue)
         if news:
             stop_if_too_many_are_bad(self.batches)
-            for description in self.batches.news():
+            for description in self.batches.bad.take_unreported():
                 self.say(f"skipped a broken image: {description}")
         if number and stop:
             raise Interrupted(number)
@@ -873,7 +876,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
             guide=self.guide.state_dict(),
-            bad=dict(self.batches.bad),
+            bad=self.batches.bad.state_dict(),
         )
         if not (self.save_after(progress.step) if progress.seen else self.due()):
             self.passing.add(progress.step)
@@ -900,8 +903,7 @@ class Run:
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.guide.load_state_dict(state["guide"])
-        self.batches.bad.update(state["bad"])
-        self.batches.told = len(self.batches.bad)
+        self.batches.bad.load_state_dict(state["bad"])
         if rank < len(state["processes"]):
             checkpoint.set_random_states(state["processes"][rank]["random"])
         if folder.parent == self.args.out.resolve():

@@ -1,14 +1,13 @@
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 REAL = ROOT.parent / "shared" / "data"  # photographs for development, see its README; not part of the project
 
-import data  # noqa: E402
+import shapes  # noqa: E402
 import smae  # noqa: E402
 import train  # noqa: E402
 
@@ -56,7 +55,7 @@ def photos(tmp_path):
     """A folder of 40 pictures, one of them broken."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i, row in enumerate(data.draw_shapes("test", 40, 32)):
+    for i, row in enumerate(shapes.draw_shapes("test", 40, 32)):
         row["image"].save(folder / f"{i:02d}.png")
     (folder / "17.png").write_bytes(b"not a picture")
     return folder

@@ -3,13 +3,13 @@
 import torch
 from accelerate import PartialState
 
-import data
 import train
+from batches import TrainBatches
 
 
 def apply():
     record = {"indices": [], "masked": []}
-    read, choose, main, run = data.TrainBatches.epoch, train.choose_mask, train.main, train.Run
+    read, choose, main, run = TrainBatches.epoch, train.choose_mask, train.main, train.Run
 
     def noted_epoch(self, epoch, seen=0):
         for batch in read(self, epoch, seen):
@@ -31,5 +31,5 @@ def apply():
         record.update(weights=noted.model.state_dict(), guide=noted.guide.state_dict(), world=state.num_processes)
         torch.save(record, noted.args.out.parent / f"{state.process_index}.pt")
 
-    data.TrainBatches.epoch, train.choose_mask, train.Run, train.main = noted_epoch, noted_choice, noted_run, noted_main
+    TrainBatches.epoch, train.choose_mask, train.Run, train.main = noted_epoch, noted_choice, noted_run, noted_main
     train.draw = lambda args, *_: (args.out / "masks.png").write_text("drawn")

@@ -1,4 +1,4 @@
-"""Whatever lies among the pictures: none of it stops or stalls a run; each is used, or skipped, counted and named."""
+"""Odd and broken pictures do not stop or stall a run. Each is used, or else skipped, counted and named."""
 
 import io
 import struct
@@ -7,17 +7,15 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import forked
 import numpy as np
 import pytest
-import torch
+from helpers import SMALL, image_bytes, needs_proc, picture, records, status, train_here
 from PIL import Image
-from test_data import image_bytes, picture
-from test_safety import needs_proc, status
-from test_train import SMALL, records, train_here
 
 import data
+from batches import TrainBatches
+from cropping import random_crops, uniform
 
 TRAIN = [*SMALL, *"--max-images 60 --batch-size 12 --epochs 2 --guide-start 1 --precision no".split()]
 
@@ -53,7 +51,7 @@ USABLE = {  # content of a file
     "16 bit, large.png": image_bytes(sixteen_bits(2400, 3000)),
     "CMYK.jpg": image_bytes(picture().convert("CMYK"), "JPEG"),
     "animated.gif": animated(),
-    "a picture of another kind than its name says.jpg": image_bytes(picture(), "PNG"),
+    "PNG by content.jpg": image_bytes(picture(), "PNG"),
     "transparent.png": image_bytes(picture().convert("RGBA")),
 }
 BROKEN = {
@@ -82,7 +80,7 @@ def test_odd_pictures_are_decoded_cropped_and_centred_in_little_memory(name):
         image = data.decode({"bytes": USABLE[name], "path": None})
         assert image.mode == "RGB" and min(image.size) >= 1
         sizes = np.array([(image.height, image.width)])
-        crops = data.random_crops(sizes, data.uniform((0,), np.arange(1), 23))
+        crops = random_crops(sizes, uniform((0,), np.arange(1), 23))
         assert data.crop(image, crops.boxes[0], crops.flips[0], 224).shape == (3, 224, 224)
         assert data.center_crop(image, 224, 256).shape == (3, 224, 224)
 
@@ -103,26 +101,6 @@ def test_broken_pictures_raise_at_once_and_take_no_memory(name):
     assert time.perf_counter() - start < 5
 
 
-def test_a_batch_of_a_data_set_that_is_gone_does_not_try_it_all_again_and_again():
-    gone = datasets.Dataset.from_dict(
-        {"image": [dict(bytes=None, path=f"/nowhere/{i}.png") for i in range(1000)]},
-        datasets.Features(image=datasets.Image(decode=False)),
-    )
-    crops = data.MapCrops(gone, data.CropOptions(16, (0.2, 1.0), 0, tries=100))
-    batch = crops[1, np.arange(64)]
-    assert len(batch.images) == 64 and len(batch.bad) < 200
-
-
-def test_a_stream_counts_a_file_once_however_often_it_meets_it():
-    rows = [dict(bytes=image_bytes(picture(seed=i)), path=f"{i}.png") for i in range(4)]
-    rows[2]["bytes"] = b"broken"
-    features = datasets.Features(image=datasets.Image(decode=False))
-    stream = datasets.Dataset.from_dict({"image": rows}, features).to_iterable_dataset()
-    batches = data.TrainBatches(stream, 16, 10, length=40, max_bad=0.05)
-    assert len(list(batches.epoch(1))) == 4 and len(batches.bad) > 2
-    assert batches.bad_count() == 1 and len(batches.news()) == 1 and not batches.news()
-
-
 @pytest.fixture
 def folder(tmp_path):
     """43 good pictures, 10 odd ones, 7 broken ones."""
@@ -136,20 +114,20 @@ def folder(tmp_path):
 
 
 def check(out, printed: str, names):
-    """Each of the names was counted and named once, nothing else was."""
+    """Each of the names was counted and named once, and nothing else."""
     assert printed.count("skipped a broken image") == len(names)
     assert all(f"/{name}: " in printed for name in names)
     assert records(out)[-1]["bad_images"] == len(names) and len(records(out)) == 2
 
 
 @pytest.mark.parametrize("extra", ["--workers 0", "--workers 2", "--preload", "--guide cached --workers 0"])
-def test_a_run_gets_through_whatever_lies_among_the_pictures(extra, folder, monkeypatch, tmp_path, capfd):
+def test_a_run_skips_broken_pictures_and_names_each_once(extra, folder, monkeypatch, tmp_path, capfd):
     arguments = [*TRAIN, *extra.split(), "--max-bad-images", 0.2, "--dataset", folder, "--out", tmp_path / "run"]
     train_here(monkeypatch, *arguments)
     check(tmp_path / "run", capfd.readouterr().out, BROKEN)
 
 
-def test_a_stream_gets_through_whatever_lies_among_the_pictures(folder, monkeypatch, tmp_path, capfd):
+def test_a_streamed_run_skips_broken_pictures_and_names_each_once(folder, monkeypatch, tmp_path, capfd):
     arguments = [*TRAIN, "--streaming", "--workers", 1, "--max-bad-images", 0.9, "--dataset", folder]
     train_here(monkeypatch, *arguments, "--epochs", 1, "--out", tmp_path / "run")
     printed = capfd.readouterr().out
@@ -157,7 +135,7 @@ def test_a_stream_gets_through_whatever_lies_among_the_pictures(folder, monkeypa
     assert len(met) >= 4 and records(tmp_path / "run")[0]["bad_images"] == printed.count("skipped a broken image")
 
 
-def test_two_processes_get_through_it_too_and_count_together(folder, tmp_path):
+def test_two_processes_add_up_their_broken_pictures(folder, tmp_path):
     arguments = [*TRAIN, "--workers", 1, "--dataset", folder, "--out", tmp_path / "run"]
     processes = forked.start(tmp_path / "log", *arguments, "--max-bad-images", 0.2, world=2)
     assert forked.finish(processes, 60) == [0, 0]
@@ -172,8 +150,7 @@ def test_two_processes_get_through_it_too_and_count_together(folder, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_that_vanish_or_cannot_be_read_during_a_run_are_skipped(workers, folder, monkeypatch, tmp_path, capfd):
-    """The second is a read error of the disk."""
-    epoch, open_image = data.TrainBatches.epoch, Image.open
+    epoch, open_image = TrainBatches.epoch, Image.open
 
     def failing(file, *rest):
         if str(file).endswith("05.png"):
@@ -185,7 +162,7 @@ def test_files_that_vanish_or_cannot_be_read_during_a_run_are_skipped(workers, f
             (folder / name).unlink(missing_ok=True)
         return epoch(self, number, seen)
 
-    monkeypatch.setattr(data.TrainBatches, "epoch", vanishing)
+    monkeypatch.setattr(TrainBatches, "epoch", vanishing)
     monkeypatch.setattr(Image, "open", failing)
     arguments = [*TRAIN, "--workers", workers, "--max-bad-images", 0.2, "--dataset", folder]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
@@ -194,46 +171,7 @@ def test_files_that_vanish_or_cannot_be_read_during_a_run_are_skipped(workers, f
     assert "17.png: FileNotFoundError" in printed and "05.png: OSError: [Errno 5] Input/output error" in printed
 
 
-def test_a_table_that_cannot_be_read_in_places_is_skipped_there(monkeypatch):
-    class Failing(datasets.Dataset):
-        def __getitem__(self, key):
-            if key in (3, 4):
-                raise OSError("read error")
-            return super().__getitem__(key)
-
-    features = datasets.Features(image=datasets.Image(decode=False))
-    rows = [dict(bytes=image_bytes(picture(seed=i)), path=None) for i in range(8)]
-    dataset = datasets.Dataset.from_dict({"image": rows}, features)
-    dataset.__class__ = Failing
-    image, _, bad = data.decode_or_next(dataset, 3, tries=5)
-    assert [what.description for what in bad] == ["image 3: OSError: read error", "image 4: OSError: read error"]
-    assert np.array_equal(np.asarray(image), np.asarray(picture(seed=5)))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_that_breaks_starts_anew_and_is_counted(workers):
-    calls = []
-
-    def rows(shard):
-        calls.append(shard)
-        for i in range(20):
-            if i == 13:
-                raise ConnectionError("the line is dead")
-            yield {"image": dict(bytes=image_bytes(picture(seed=i)), path=None)}
-
-    features = datasets.Features(image=datasets.Image(decode=False))
-    stream = datasets.IterableDataset.from_generator(rows, features, gen_kwargs=dict(shard=[0, 1]))
-    batches = data.TrainBatches(stream, 16, 10, length=40, max_bad=0.2, workers=workers)
-    got = list(batches.epoch(1))
-    assert [len(batch.images) for batch in got] == [10] * 4 and 1 <= len(batches.bad) <= 8
-    assert all("ConnectionError: the line is dead" in text for text in batches.bad.values())
-    again = list(batches.epoch(1))
-    assert all(torch.equal(a.images, b.images) for a, b in zip(got, again))
-    with pytest.raises(data.TooManyBadImages, match="the line is dead"):
-        list(data.TrainBatches(stream, 16, 10, length=40, max_bad=0.0, workers=workers).epoch(1))
-
-
-def test_every_kind_of_it_is_named_where_only_it_is_too_much(folder, monkeypatch, tmp_path, capfd):
+def test_too_many_broken_pictures_stop_a_run_before_it_writes_anything(folder, monkeypatch, tmp_path, capfd):
     arguments = [*TRAIN, "--workers", 0, "--dataset", folder, "--max-bad-images", 0, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *arguments)

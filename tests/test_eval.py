@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from helpers import SMALL, run
 from PIL import Image
-from test_train import SMALL, run
 
 import data
 import eval as judge
@@ -163,8 +163,8 @@ def test_the_fast_probe_never_chooses_by_the_test(monkeypatch, checkpoint, folde
     assert result["top1"] > 90 and result["top5"] == 100 and len(result["grid"]) == 40
     scores = [setting["held_out_top1"] for setting in result["grid"]]
     assert result["chosen"]["held_out_top1"] == max(scores)
-    labels = data.load_tests(str(folder), None)["label"]
-    load = data.load_tests
+    labels = data.load_test_images(str(folder), None)["label"]
+    load = data.load_test_images
 
     def with_wrong_labels(*args):
         tests = load(*args)
@@ -172,7 +172,7 @@ def test_the_fast_probe_never_chooses_by_the_test(monkeypatch, checkpoint, folde
             "label", [(i + 1) % 3 for i in labels], feature=tests.features["label"]
         )
 
-    monkeypatch.setattr(data, "load_tests", with_wrong_labels)
+    monkeypatch.setattr(data, "load_test_images", with_wrong_labels)
     wrong = evaluate(monkeypatch, "linear", tmp_path / "b", *arguments)
     assert wrong["top1"] < 10 and wrong["chosen"] == result["chosen"]
 
@@ -286,39 +286,6 @@ def test_augmentation_erases_a_quarter_of_the_crops_and_does_nothing_when_told_s
     assert 0.2 < same < 0.45  # neither operation: 1/4, and one of the 14 operations does nothing
 
 
-@pytest.mark.parametrize("preload", [None, "host"])
-def test_augmentation_depends_on_seed_epoch_and_picture_only(preload, folder):
-    dataset, seen = data.load_images(str(folder)), []
-    for workers, batch in ((0, 8), (2, 16)):
-        batches = data.TrainBatches(
-            dataset, 24, batch, seed=3, workers=workers, preload=preload, labels=True, augment=judge.Augment(9, 0.5)
-        )
-        torch.manual_seed(workers)
-        epochs = {}
-        for epoch in (1, 2):
-            for part in batches.epoch(epoch):
-                epochs |= {(epoch, int(i)): image for i, image in zip(part.indices, part.images)}
-                assert part.labels.tolist() == [dataset[int(i)]["label"] for i in part.indices]
-        seen.append(epochs)
-    assert seen[0].keys() == seen[1].keys() and len(seen[0]) == 96
-    assert all(torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
-    assert not torch.equal(seen[0][1, 0], seen[0][2, 0])
-
-
-def test_what_replaces_a_broken_picture_brings_its_own_label(folder):
-    records = data.load_images(str(folder))[:40]
-    records["image"][7] = {"bytes": b"broken", "path": None}
-    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
-    dataset = datasets.Dataset.from_dict({"image": records["image"], "label": list(range(40))}, features)
-    options = dict(seed=0, labels=True, max_bad=0.1)
-    stream = data.TrainBatches(dataset.to_iterable_dataset(), 16, 39, length=39, **options)
-    assert 7 not in np.concatenate([part.labels for part in stream.epoch(1)])
-    for preload in (None, "host"):
-        batches = data.TrainBatches(dataset, 16, 20, preload=preload, **options)
-        labels = {int(i): int(label) for part in batches.epoch(1) for i, label in zip(part.indices, part.labels)}
-        assert labels == {i: 8 if i == 7 else i for i in range(40)}
-
-
 FINETUNE = ["--epochs", 4, "--warmup-epochs", 1, "--batch-size", 16, "--lr", "3e-3", "--layer-decay", 0.9]
 
 
@@ -396,21 +363,6 @@ def test_a_resumed_fine_tuning_ends_as_an_uninterrupted_one(monkeypatch, checkpo
 # ------------------------------------------------------------------------------------------- every image once
 
 
-@pytest.mark.parametrize("world, batch, workers", [(1, 4, 0), (2, 4, 2), (3, 7, 0), (5, 100, 0), (20, 3, 0)])
-def test_every_picture_comes_exactly_once(world, batch, workers, folder):
-    dataset, seen = data.load_images(str(folder), "val"), {}
-    for rank in range(world):
-        batches = data.EvalBatches(dataset, 32, batch, workers=workers, share=data.Share(rank, world))
-        assert batches.length == 15
-        for part in batches:
-            for i, image, label, name in zip(part.indices.tolist(), part.images, part.labels, part.names):
-                assert i not in seen
-                seen[i] = name
-                assert label == dataset[i]["label"] and name == dataset[i]["image"]["path"]
-                assert torch.equal(image, data.center_crop(data.decode(dataset[i]["image"]), 32, 37))
-    assert sorted(seen) == list(range(15))
-
-
 def test_two_processes_count_every_picture_once_and_agree_with_one(monkeypatch, finetuned, folder, tmp_path):
     tuned, _ = finetuned
     for command, extra in (("knn", ["--k", 5]), ("predict", []), ("embed", [])):
@@ -467,18 +419,6 @@ def test_broken_pictures_are_left_out_and_named_or_stop_the_evaluation(
     assert "left out a broken image" in (out := capsys.readouterr().out) and "green/3.png" in out
 
 
-def test_a_broken_mask_beside_a_picture_does_not_matter():
-    image = {"bytes": b"broken", "path": None}
-    features = datasets.Features(
-        image=datasets.Image(decode=False), mask=datasets.Image(), label=datasets.Value("int64")
-    )
-    dataset = data.load_images("shapes", max_images=2).select_columns(["image"])
-    records = [dataset[i]["image"] for i in range(2)]
-    dataset = datasets.Dataset.from_dict({"image": records, "mask": [image] * 2, "label": [3, 4]}, features)
-    (batch,) = data.EvalBatches(dataset, 32, 8)
-    assert batch.labels.tolist() == [3, 4] and batch.bad == [None, None]
-
-
 def test_images_are_normalised_as_the_encoder_wants(monkeypatch, checkpoint, folder, tmp_path):
     model = smae.load(checkpoint)
     for name, mean in (("plain", [0.485, 0.456, 0.406]), ("other", [0.5, 0.5, 0.5])):
@@ -531,31 +471,7 @@ def test_a_data_set_of_the_paper_goes_by_its_name(monkeypatch):
     (training, tests, classes), asked = labelled(monkeypatch, splits, "--dataset", "cifar100")
     assert asked == [("uoft-cs/cifar100", None, "train"), ("uoft-cs/cifar100", None, "test")]
     assert classes == ["a", "b"] and training["label"][:] == [1, 0] and tests["label"][:] == [0]
-    for name, source in data.DATASETS.items():
-        assert source.hub is None or source.hub.count("/") == 1
-        assert source.test in ("validation", "val", "test"), name
     assert train.PAPER["dataset"] in data.DATASETS
-
-
-def test_a_folder_of_the_same_name_comes_first(monkeypatch, folder, tmp_path):
-    import shutil
-
-    shutil.copytree(folder, tmp_path / "cifar10")
-    monkeypatch.chdir(tmp_path)
-    assert len(data.load_images("cifar10")) == 48 and len(data.load_tests("cifar10", None)) == 15
-
-
-def test_data_that_cannot_be_had_comes_with_advice(monkeypatch):
-    def gated(*args, **options):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset is gated")
-
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    with pytest.raises(FileNotFoundError, match=r"ILSVRC/imagenet-1k.*accept its terms.*hf auth login.*gated"):
-        data.load_images("imagenet-1k")
-    with pytest.raises(FileNotFoundError, match=r"not on the hub.*inat_comp.*--dataset"):
-        data.load_images("inat2019")
-    with pytest.raises(FileNotFoundError, match="neither here nor on the Hugging Face hub"):
-        data.load_images("someone/something")
 
 
 @pytest.mark.parametrize(
@@ -585,20 +501,6 @@ def test_unusable_labels_are_refused_in_a_line(monkeypatch, splits, message):
     splits = {name: pictures_with(*labels) for name, labels in splits.items()}
     with pytest.raises(ValueError, match=message):
         labelled(monkeypatch, splits, "--dataset", "someone/something", "--label-column", "fine_label")
-
-
-def test_the_training_data_are_never_taken_for_the_test(folder, tmp_path):
-    dataset = data.load_images(str(folder))
-    dataset.to_parquet(tmp_path / "pictures.parquet")
-    dataset.save_to_disk(tmp_path / "saved")
-    for path in (tmp_path / "pictures.parquet", tmp_path / "saved", folder / "train"):
-        assert len(data.load_images(str(path))) == 48
-        with pytest.raises(ValueError, match="no split validation, val or test to test on"):
-            data.load_tests(str(path), None)
-        with pytest.raises(ValueError, match="Unknown split 'val'"):
-            data.load_tests(str(path), "val")
-    with pytest.raises(ValueError, match="--image-column"):  # not hidden by the search for a split
-        data.load_tests(str(folder), None, "nonsense")
 
 
 @pytest.mark.parametrize("label", [[1, 2], 0.5])
@@ -667,7 +569,7 @@ def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folde
 
 
 def test_training_goes_on_from_a_checkpoint_with_masks_of_its_own_from_the_start(monkeypatch, checkpoint, tmp_path):
-    from test_train import QUICK, records, train_here
+    from helpers import QUICK, records, train_here
 
     smae.save(smae.load(checkpoint), tmp_path / "vit", format="timm")
     quick = QUICK[len(SMALL) :]

@@ -8,18 +8,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from einops import reduce
+from helpers import QUICK, dataset_of, image_bytes, picture, records, train_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_data import dataset_of, image_bytes, picture
-from test_train import QUICK, records, train_here
 
 import data
 import guide as guide_module
 import masks
 import smae
 import train
+from batches import Batch, TrainBatches
+from cropping import Crops, RandomStream, uniform
 from guide import Guide, exploitation
+from shapes import load_shapes
 
 
 @pytest.fixture
@@ -104,9 +106,9 @@ def test_a_crop_of_the_map_is_the_map_of_the_crop(size, preload, small_model):
     """
     half_a_pixel = 0.5 / min(size)
     dataset = dataset_of([ramps(*size)] * 8)
-    batches = data.TrainBatches(dataset, 64, 8, scale=(0.1, 1.0), preload=preload, seed=3)
+    batches = TrainBatches(dataset, 64, 8, scale=(0.1, 1.0), preload=preload, seed=3)
     guide = Guide(smae.SMAE(**small_model.config | dict(image_size=64)))  # 8 x 8 patches
-    (whole,) = batches.whole()
+    (whole,) = batches.uncropped()
     maps = patch_means(whole.images)
     flips, at_border, errors = set(), 0, []
     for epoch in range(1, 9):
@@ -125,11 +127,11 @@ def test_a_crop_of_the_map_is_the_map_of_the_crop(size, preload, small_model):
 
 def test_a_crop_finds_the_object_where_the_picture_shows_it(small_model):
     """On drawn shapes: the map is the object itself."""
-    shapes = data.load_shapes("test", 64).select(range(40))
+    shapes = load_shapes("test", 64).select(range(40))
     drawn = dataset_of([image_bytes(row["mask"].convert("RGB")) for row in shapes])
-    batches = data.TrainBatches(drawn, 32, 40, scale=(0.3, 1.0))
+    batches = TrainBatches(drawn, 32, 40, scale=(0.3, 1.0))
     guide = Guide(small_model)
-    (whole,) = batches.whole()
+    (whole,) = batches.uncropped()
     guide.maps = patch_means(whole.images)[0].view(-1, 4, 4).half().numpy()
     (batch,) = batches.epoch(1)
     recalled, shown = guide.recall(batch), patch_means(batch.images)[0]
@@ -143,14 +145,14 @@ def test_a_crop_finds_the_object_where_the_picture_shows_it(small_model):
 @pytest.mark.parametrize("options", [dict(), dict(workers=2), dict(preload="host")], ids=str)
 def test_every_picture_is_remembered_as_a_look_at_the_whole_of_it(kind, options, small_model, accelerator, tmp_path):
     dataset = dataset_of([image_bytes(picture(40 + i, 30 + 2 * i, seed=i)) for i in range(11)])
-    batches = data.TrainBatches(dataset, 32, 4, **options)
+    batches = TrainBatches(dataset, 32, 4, **options)
     guide = Guide(small_model, kind)
     guide.remember(batches, accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (11, 4, 4) and guide.maps.dtype == np.float16
     assert isinstance(guide.maps, np.memmap) and [file.name for file in tmp_path.iterdir()] == ["maps.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), guide.maps)
     for i, record in enumerate(dataset["image"]):
-        image = data.TF.pil_to_tensor(data.decode(record).resize((32, 32), Image.Resampling.BICUBIC))
+        image = data.stretch(data.decode(record), 32)
         expected = guide.look(data.normalize(image[None]))[0][0]
         if kind == "selfguided":
             expected = (expected - expected.min()) / (expected.max() - expected.min())
@@ -161,7 +163,7 @@ def test_every_picture_is_remembered_as_a_look_at_the_whole_of_it(kind, options,
 
 def test_a_map_that_says_nothing_leaves_the_mask_to_chance(small_model, accelerator, monkeypatch, tmp_path):
     dataset = dataset_of([image_bytes(Image.new("RGB", (40, 40), "gray"))] * 4)
-    batches = data.TrainBatches(dataset, 32, 4)
+    batches = TrainBatches(dataset, 32, 4)
     with torch.no_grad():
         for block in small_model.blocks:  # no positions come through either
             block.norm1.weight.zero_()
@@ -183,11 +185,11 @@ def test_a_map_that_says_nothing_leaves_the_mask_to_chance(small_model, accelera
 
 def test_a_new_pass_starts_with_a_new_mean(small_model, accelerator, tmp_path):
     dataset = dataset_of([image_bytes(picture(seed=i)) for i in range(11)])
-    batches = data.TrainBatches(dataset, 32, 4)  # three batches, the last one smaller
+    batches = TrainBatches(dataset, 32, 4)  # three batches, the last one smaller
     guide = Guide(small_model, debias=True)
     guide.mean = torch.full((16, 32), 1e3)
     guide.remember(batches, accelerator, tmp_path / "maps.npy")
-    images = torch.cat([batch.images for batch in batches.whole()])
+    images = torch.cat([batch.images for batch in batches.uncropped()])
     expected = small_model.features(data.normalize(images), 2).mean(dim=0)
     torch.testing.assert_close(guide.mean, expected, rtol=1e-4, atol=1e-4)
 
@@ -195,7 +197,7 @@ def test_a_new_pass_starts_with_a_new_mean(small_model, accelerator, tmp_path):
 def test_streams_have_no_index_to_remember_by(small_model, accelerator, monkeypatch, tmp_path, capfd):
     stream = dataset_of([image_bytes(picture(seed=i)) for i in range(8)]).to_iterable_dataset()
     with pytest.raises(ValueError, match="a stream has no index"):
-        Guide(small_model).remember(data.TrainBatches(stream, 32, 4, length=8), accelerator, tmp_path / "maps.npy")
+        Guide(small_model).remember(TrainBatches(stream, 32, 4, length=8), accelerator, tmp_path / "maps.npy")
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *QUICK, "--streaming", "--guide", "cached", "--out", tmp_path / "run")
     assert "with --streaming the guide must be --guide online" in capfd.readouterr().err
@@ -203,7 +205,7 @@ def test_streams_have_no_index_to_remember_by(small_model, accelerator, monkeypa
 
 def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
     guide = Guide(small_model, debias=True, start=None)
-    batches = data.TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(11)]), 32, 4)
+    batches = TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(11)]), 32, 4)
     guide.remember(batches, accelerator, tmp_path / "maps.npy")
     guide.start, guide.history = 7, [dict(exploitation_masked=[0.5])]
     torch.save(guide.state_dict(), tmp_path / "guide.pt")
@@ -269,11 +271,11 @@ def test_a_frozen_model_sees_the_pictures_as_it_was_made_for(small_model):
 @pytest.mark.parametrize("preload", [None, "host"])
 def test_a_frozen_model_looks_at_whole_pictures_at_its_own_size(preload, small_model, accelerator, tmp_path):
     dataset = dataset_of([image_bytes(picture(70, 80, seed=i)) for i in range(11)])
-    batches, source = data.TrainBatches(dataset, 32, 4, preload=preload), foreign(small_model, mean=data.MEAN)
+    batches, source = TrainBatches(dataset, 32, 4, preload=preload), foreign(small_model, mean=data.MEAN)
     guide = Guide(small_model, source=source, source_name="elsewhere")
     guide.remember(batches, accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (11, 6, 6)
-    seen = torch.cat([batch.images for batch in batches.whole(size=60)])
+    seen = torch.cat([batch.images for batch in batches.uncropped(size=60)])
     scores, _ = masks.find_object(source.features(data.normalize(seen, data.MEAN, source.config["std"]), 2), (6, 6))
     low, high = scores.aminmax(dim=1, keepdim=True)
     expected = ((scores - low) / (high - low)).view(11, 6, 6)
@@ -285,12 +287,12 @@ def test_a_frozen_model_looks_at_whole_pictures_at_its_own_size(preload, small_m
 def test_cropped_maps_of_another_grid_are_means_over_areas(small_model, accelerator):
     guide = Guide(small_model)
     guide.maps = np.random.default_rng(0).random((1, 12, 12)).astype(np.float16)
-    crops = data.Crops(np.float32([[0, 0, 1, 1]]), np.array([False]))
-    batch = data.Batch(torch.zeros(1, 3, 32, 32), np.array([0]), [], np.zeros(1), crops)
+    crops = Crops(np.float32([[0, 0, 1, 1]]), np.array([False]))
+    batch = Batch(torch.zeros(1, 3, 32, 32), np.array([0]), [], np.zeros(1), crops)
     guide._map_grid = lambda: (12, 12)
     expected = reduce(torch.tensor(guide.maps).float(), "b (h p1) (w p2) -> b (h w)", "mean", p1=3, p2=3)
     torch.testing.assert_close(guide.recall(batch), expected)
-    half = data.Crops(np.float32([[0.5, 0, 0.5, 1 / 3]]), np.array([True]))  # rows 6 to 12, columns 0 to 4: mirrored
+    half = Crops(np.float32([[0.5, 0, 0.5, 1 / 3]]), np.array([True]))  # rows 6 to 12, columns 0 to 4: mirrored
     expected = torch.tensor(guide.maps).float()[0, 6:, :4].repeat_interleave(2, 0).unflatten(0, (4, 3)).mean(1)
     torch.testing.assert_close(guide.recall(batch._replace(crops=half)), expected.flip(1).reshape(1, 16))
 
@@ -304,12 +306,12 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
     blobs = [image_bytes(Image.fromarray(pixels)), image_bytes(Image.fromarray(255 - pixels)), b"broken"]
     table = dict(image=images, truth=[dict(bytes=blob, path=None) for blob in blobs])
     dataset = datasets.Dataset.from_dict(table, datasets.Features(image=datasets.Image(), truth=datasets.Image()))
-    column = data.ObjectShares(dataset, "truth")
+    column = data.ObjectMasks(dataset, "truth")
     guide = Guide(small_model, source=column, source_name="column:truth")
-    guide.remember(data.TrainBatches(dataset, 32, 1), accelerator, tmp_path / "maps.npy")
+    guide.remember(TrainBatches(dataset, 32, 1), accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (3, 16, 16) and column.missing == [2] and (guide.maps[2] == 0).all()
-    crops = data.Crops(np.tile(np.float32([0, 0, 1, 1]), (2, 1)), np.array([False, False]))
-    batch = data.Batch(torch.zeros(2, 3, 32, 32), np.arange(2), [], np.zeros(2), crops)
+    crops = Crops(np.tile(np.float32([0, 0, 1, 1]), (2, 1)), np.array([False, False]))
+    batch = Batch(torch.zeros(2, 3, 32, 32), np.arange(2), [], np.zeros(2), crops)
     shares = torch.zeros(4, 4)
     shares[1, :2] = torch.tensor([7 / 16, 1])
     shares[2, :2] = shares[1, :2] * 10 / 16
@@ -317,8 +319,8 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
     seen, side = guide.look(torch.zeros(1, 3, 32, 32), objects=torch.tensor(pixels[None, ::2, ::2] > 0))
     torch.testing.assert_close(seen, shares.view(1, 16), rtol=0, atol=0.07)
     assert torch.equal(side, seen > 0.5)
-    with pytest.raises(ValueError, match="no column 'mask' of mask pictures, but image, truth"):
-        data.ObjectShares(dataset, "mask")
+    with pytest.raises(ValueError, match="no column 'mask' of mask pictures, only image, truth"):
+        data.ObjectMasks(dataset, "mask")
 
 
 def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path):
@@ -334,12 +336,12 @@ def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path
     expected = masks.find_object(smae.patchify(images, 8), (4, 4))
     torch.testing.assert_close(pixels.look(images), expected)
 
-    batches = data.TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(8)]), 32, 8)
+    batches = TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(8)]), 32, 8)
     assert not centre.lacks_maps and pixels.lacks_maps
     pixels.remember(batches, accelerator, tmp_path / "maps.npy")
     (batch,) = batches.epoch(1)
     boxes = np.tile(np.float32([0, 0, 0.5, 0.5]), (8, 1))  # the top left quarter: its bottom right is the centre
-    corner = batch._replace(crops=data.Crops(boxes, np.arange(8) % 2 == 1))
+    corner = batch._replace(crops=Crops(boxes, np.arange(8) % 2 == 1))
     recalled = centre.recall(corner).view(8, 4, 4)
     assert (recalled[::2].flatten(1).argmax(1) == 15).all() and (recalled[1::2].flatten(1).argmax(1) == 12).all()
     assert pixels.recall(batch).shape == (8, 16)
@@ -348,14 +350,14 @@ def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path
 def test_shuffled_maps_are_those_of_other_pictures_each_used_once(small_model):
     guide = Guide(small_model, shuffle=True, seed=3)
     guide.maps = np.tile(np.arange(50, dtype=np.float16)[:, None, None], (1, 4, 4))
-    crops = data.Crops(np.tile(np.float32([0, 0, 1, 1]), (50, 1)), np.zeros(50, bool))
+    crops = Crops(np.tile(np.float32([0, 0, 1, 1]), (50, 1)), np.zeros(50, bool))
     order = np.random.default_rng(0).permutation(50)
-    batch = data.Batch(torch.zeros(50, 3, 32, 32), order, [], np.zeros(50), crops)
+    batch = Batch(torch.zeros(50, 3, 32, 32), order, [], np.zeros(50), crops)
     whose = guide.recall(batch)[:, 0].round().int().numpy()
     assert sorted(whose) == list(range(50)) and (whose != order).all()
     again = Guide(small_model, shuffle=True, seed=3)
     again.maps = guide.maps
-    alone = batch._replace(images=batch.images[:5], indices=order[:5], crops=data.Crops(*(x[:5] for x in crops)))
+    alone = batch._replace(images=batch.images[:5], indices=order[:5], crops=Crops(*(x[:5] for x in crops)))
     assert (again.recall(alone)[:, 0].round().int().numpy() == whose[:5]).all()  # a function of seed and picture only
     other = Guide(small_model, shuffle=True, seed=4)
     other.maps = guide.maps
@@ -664,7 +666,7 @@ def test_loss_of_object_and_background_add_up_to_the_loss_that_is_trained(small_
 
     images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)
     share = torch.rand(70, 16)
-    noise = torch.from_numpy(data.uniform((3, data.MASKS), range(70), 16))
+    noise = torch.from_numpy(uniform((3, RandomStream.MASK), range(70), 16))
     with torch.no_grad():
         whole = small_model(data.normalize(images), masks.random_mask(70, 16, 0.75, noise=noise)).item()
     everything = analyze.losses(small_model, images, torch.ones(70, 16), 0.75, seed=3)
@@ -782,15 +784,15 @@ def test_groups_are_named_and_masks_of_any_kind_understood(monkeypatch, tmp_path
     }  # fmt: skip
     assert "sea: 4 pictures" in text and "off-centre: 0 pictures" in text
     for row in rows:
-        assert set(np.unique(data.object_of(row["truth"]))) == {0, 255}
-        assert (np.asarray(data.object_of(row["truth"])) > 0).sum() == 600
+        assert set(np.unique(data.object_mask(row["truth"]))) == {0, 255}
+        assert (np.asarray(data.object_mask(row["truth"])) > 0).sum() == 600
 
 
 def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
     import datasets
 
     smae.save(small_model, tmp_path / "model")
-    shapes = data.load_shapes("test").select(range(6))
+    shapes = load_shapes("test").select(range(6))
     blobs = [image_bytes(mask) for mask in shapes["mask"]]
     blobs[2] = b"not a picture"
     table = datasets.Dataset.from_dict(
@@ -877,9 +879,9 @@ def test_no_features_whatever_lead_to_anything_but_a_mask(
         if cached:
             guide.maps = guide._compact(relevance.view(-1, 4, 4)).numpy()
             assert np.isfinite(guide.maps).all()
-            crops = data.Crops(np.tile(np.float32([0.1, 0.1, 0.8, 0.7]), (len(x), 1)), np.arange(len(x)) % 2 == 0)
+            crops = Crops(np.tile(np.float32([0.1, 0.1, 0.8, 0.7]), (len(x), 1)), np.arange(len(x)) % 2 == 0)
             relevance = guide.recall(
-                data.Batch(torch.zeros(len(x), 3, 32, 32), np.arange(len(x)), [], np.zeros(len(x)), crops)
+                Batch(torch.zeros(len(x), 3, 32, 32), np.arange(len(x)), [], np.zeros(len(x)), crops)
             )
         mask = guide.mask(relevance, torch.rand(len(x), 16))
         guide.end_step(accelerator)

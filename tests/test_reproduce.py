@@ -14,7 +14,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from test_train import SMALL, contents
+from helpers import SMALL, contents
 
 import data
 import eval as evaluation

@@ -13,13 +13,15 @@ import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_train import SMALL, contents, records, train_here
+from helpers import ROOT, SMALL, contents, records, train_here
 
 import checkpoint
 import data
 import smae
 import train
+from batches import TrainBatches
+from readers import Share, StreamCrops
+from shapes import draw_shapes
 
 BRIEF = [*SMALL, *"--max-images 40 --batch-size 8 --epochs 4 --guide-start 2 --lr 1e-3".split()]
 BRIEF += "--workers 0 --precision no --save-every-steps 1 --keep 99".split()  # 5 steps an epoch, a checkpoint each
@@ -110,10 +112,10 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(extra, quick_drawing, monkey
 def test_a_different_point_in_the_data_would_be_noticed(quick_drawing, monkeypatch, tmp_path):
     """The comparison above can fail: a resumed run that begins the epoch anew ends elsewhere."""
     train_here(monkeypatch, *BRIEF, "--out", tmp_path / "whole")
-    epoch, resume = data.TrainBatches.epoch, ["--resume", tmp_path / "whole" / "checkpoint-00000003"]
+    epoch, resume = TrainBatches.epoch, ["--resume", tmp_path / "whole" / "checkpoint-00000003"]
     for name, part in (("same", slice(24 // 8, None)), ("other", slice(0, 2))):
         monkeypatch.setattr(
-            data.TrainBatches,
+            TrainBatches,
             "epoch",
             lambda self, number, seen, part=part: (
                 batch for batch in list(epoch(self, number, 0))[part if seen else slice(None)]
@@ -476,14 +478,14 @@ def test_another_batch_size_goes_on_with_the_pictures_not_yet_seen_and_says_so(
     arguments = [*BRIEF, "--blr", 0.032, "--epochs", 3]
     del arguments[arguments.index("--lr") : arguments.index("--lr") + 2]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
-    seen, epoch = [], data.TrainBatches.epoch
+    seen, epoch = [], TrainBatches.epoch
 
     def noted(self, number, start):
         for batch in epoch(self, number, start):
             seen.append((number, [int(i) for i in batch.indices]))
             yield batch
 
-    monkeypatch.setattr(data.TrainBatches, "epoch", noted)
+    monkeypatch.setattr(TrainBatches, "epoch", noted)
     resume = ["--resume", tmp_path / "whole" / "checkpoint-00000002"]
     train_here(monkeypatch, *arguments, "--batch-size", 4, "--out", tmp_path / "run", *resume)
     printed = capfd.readouterr().out
@@ -782,12 +784,12 @@ def test_fewer_pictures_than_processes_need_end_in_a_line(extra, tmp_path):
     arguments = [*LONG[: LONG.index("--guide")], "--max-images", 1, *extra.split(), "--out", tmp_path / "run"]
     codes = forked.finish(forked.start(tmp_path / "log", *arguments, world=2), 60)
     assert codes == [1, 1]
-    assert "there are only 1" in (tmp_path / "log-0").read_text()
+    assert "needs more images than the data has (1)" in (tmp_path / "log-0").read_text()
 
 
 def write_shards(folder, sizes):
     folder.mkdir()
-    row = next(data.draw_shapes("test", 1, 32))["image"]
+    row = next(draw_shapes("test", 1, 32))["image"]
     row.save(folder.parent / "picture.png")
     blob = (folder.parent / "picture.png").read_bytes()
     import datasets
@@ -811,7 +813,7 @@ def test_empty_and_uneven_shards_of_a_stream_never_hang(sizes, workers, tmp_path
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_process_with_no_share_of_a_stream_says_so(workers, monkeypatch):
     stream = data.load_images("shapes", streaming=True, max_images=20)
-    monkeypatch.setattr(data.StreamCrops, "_records", lambda self: iter(()))
-    batches = data.TrainBatches(stream, 32, 4, length=20, workers=workers, share=data.Share(1, 2))
+    monkeypatch.setattr(StreamCrops, "_records", lambda self: iter(()))
+    batches = TrainBatches(stream, 32, 4, length=20, workers=workers, share=Share(1, 2))
     with pytest.raises(data.NothingToRead, match="process 1 of 2 has nothing to read"):
         list(batches.epoch(1))

@@ -30,6 +30,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from helpers import needs_proc, status
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,12 +46,6 @@ def model(**changes) -> smae.SMAE:
 
 
 # ------------------------------------------------------------------------------------------- the other process
-
-
-def status(name: str) -> float:
-    """A line of /proc/self/status, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
 
 def try_load(path: str) -> dict:
@@ -116,9 +111,6 @@ def faults(results: list[dict]) -> list[dict]:
         return asked or not good or seconds > SECONDS or mebibytes > MEBIBYTES
 
     return [result for result in results if wrong(**result)]
-
-
-needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured on Linux")
 
 
 # ------------------------------------------------------------------------------------------- hostile files by hand

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -8,42 +7,11 @@ from itertools import pairwise
 import forked
 import pytest
 import torch
-from conftest import ROOT
+from helpers import QUICK, ROOT, contents, records, run, train_here
 
 import eval as judge
 import smae
 import train
-
-SMALL = "--width 32 --depth 2 --heads 2 --decoder-width 16 --decoder-depth 1 --decoder-heads 2 --image-size 32".split()
-QUICK = [*SMALL, *"--max-images 32 --batch-size 16 --epochs 2 --workers 0 --precision no".split()]
-
-
-def run(*arguments, processes: int = 1, script: str = "train.py") -> subprocess.CompletedProcess:
-    """Run a script on the CPU: under ``accelerate launch``, or under torchrun where it takes several processes."""
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    if processes > 1:
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command = [str(x) for x in (sys.executable, "-m", *launch, script, *arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def train_here(monkeypatch, *arguments):
-    """Run train.main() in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    train.main()
-
-
-def contents(folder) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def records(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
 
 # ------------------------------------------------------------------------------------------- what a run leaves
 

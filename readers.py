@@ -1,0 +1,476 @@
+"""Three ways to read training pictures: by index, from memory, and from a stream.
+
+:class:`MapReader` decodes pictures anew in every epoch, :class:`PreloadedReader` keeps them
+decoded, :class:`StreamReader` reads shards as they come. All have the methods of :class:`Reader`.
+
+Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels.
+"""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+import data
+from cropping import CropOptions, Crops, crop_batch
+from data import BadImage, BadImages
+
+
+class Share(NamedTuple):
+    """The part of the work that this process does: ``rank`` of ``world`` processes."""
+
+    rank: int = 0
+    world: int = 1
+
+
+class Plan(NamedTuple):
+    """The division of ``length`` pictures over steps, processes and micro-batches.
+
+    A step takes ``batch_size`` pictures. Each process reads its share of them in ``accumulate``
+    micro-batches.
+    """
+
+    length: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    share: Share
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size // self.share.world // self.accumulate
+
+    def steps_left(self, seen: int = 0) -> int:
+        """Steps left of an epoch of which some pictures are ``seen``."""
+        return (self.length - seen) // self.batch_size
+
+    def micro_batches(self, epoch: int, seen: int = 0) -> np.ndarray:
+        """Indices (micro-batches, b) that this process reads in what is left of an epoch."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        steps = self.steps_left(seen)
+        by_rank = rearrange(
+            order[seen : seen + steps * self.batch_size],
+            "(step micro rank b) -> rank (step micro) b",
+            step=steps,
+            micro=self.accumulate,
+            rank=self.share.world,
+        )
+        return by_rank[self.share.rank]
+
+    def uncropped(self, count: int | None = None) -> list[np.ndarray]:
+        """Indices of this process's share of all pictures (or the first ``count``), by batch.
+
+        Process r of w gets pictures r, r + w, r + 2w, ... All processes get the same number of
+        batches, the last of which may be empty.
+        """
+        count = min(count or self.length, self.length)
+        mine = np.arange(self.share.rank, count, self.share.world)
+        largest_share = -(-count // self.share.world)
+        size = self.micro_batch_size
+        return [mine[start : start + size] for start in range(0, largest_share, size)]
+
+
+class Batch(NamedTuple):
+    """Crops for training.
+
+    ``images`` (b, 3, H, W) uint8. ``indices`` (b,) int64, the key of their random numbers. ``bad``:
+    the broken pictures met. ``labels`` (b,) int64; a broken picture has the label of its
+    replacement. ``crops``: where in the pictures they lie, as fractions.
+    """
+
+    images: Tensor
+    indices: np.ndarray
+    bad: list[BadImage]
+    labels: np.ndarray
+    crops: Crops
+
+
+class Reader(Protocol):
+    """Reads the batches of this process."""
+
+    def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
+        """Micro-batches of what is left of an epoch of which some pictures are ``seen``."""
+
+    def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
+        """Whole pictures in the order of ``Plan.uncropped``, stretched to squares of ``size``."""
+
+    def close(self):
+        """End the worker processes."""
+
+
+def make_reader(
+    dataset: data.Dataset,
+    options: CropOptions,
+    plan: Plan,
+    bad: BadImages,
+    *,
+    preload: str | None,
+    workers: int,
+    device: torch.device,
+) -> Reader:
+    """The reader for a data set; see :class:`batches.TrainBatches` for the arguments."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamReader(dataset, options, plan, bad, _loader_options(workers, device))
+    if preload:
+        store = torch.device("cpu") if preload == "host" else device
+        return PreloadedReader(dataset, options, plan, bad, workers, store, device)
+    return MapReader(dataset, options, plan, _loader_options(workers, device))
+
+
+def _loader_options(workers: int, device: torch.device) -> dict:
+    return dict(
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the global one would be in another state after resuming
+        worker_init_fn=_ignore_signals,
+    )
+
+
+def _ignore_signals(worker: int):
+    """Let a worker outlive the signals that ask a whole process group to stop.
+
+    A run stops in order and needs its workers for that. They end at the second SIGTERM: the main
+    process sends as many as it takes.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
+
+
+# --------------------------------------------------------------------------------- by index
+
+
+class Request(NamedTuple):
+    """Pictures ``indices`` (b,) to read, as squares of ``size`` pixels.
+
+    They are cropped as in ``epoch``; without one, they are whole.
+    """
+
+    epoch: int | None
+    indices: np.ndarray
+    size: int
+
+
+class IndexReader:
+    """Base of the readers that find pictures by index: turns epochs into requests to read."""
+
+    def __init__(self, options: CropOptions, plan: Plan):
+        self.options, self.plan = options, plan
+
+    def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
+        micro_batches = self.plan.micro_batches(epoch, seen)
+        return self.read([Request(epoch, indices, self.options.size) for indices in micro_batches])
+
+    def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
+        size = size or self.options.size
+        batches = [indices for indices in self.plan.uncropped(count) if len(indices)]
+        return self.read([Request(None, indices, size) for indices in batches])
+
+    def read(self, requests: list[Request]) -> Iterable[Batch]:
+        raise NotImplementedError
+
+    def close(self):
+        pass
+
+
+class MapReader(IndexReader):
+    """Decodes and crops in worker processes, anew in every epoch."""
+
+    def __init__(self, dataset: datasets.Dataset, options: CropOptions, plan: Plan, loader_options: dict):
+        super().__init__(options, plan)
+        self.requests: list[Request] = []  # what the loader goes through
+        self.loader = DataLoader(
+            MapCrops(dataset, options),
+            sampler=self.requests,
+            persistent_workers=loader_options["num_workers"] > 0,
+            **loader_options,
+        )
+
+    def read(self, requests: list[Request]) -> Iterable[Batch]:
+        self.requests[:] = requests
+        return self.loader
+
+    def close(self):
+        self.loader = None
+
+
+class MapCrops(torch.utils.data.Dataset):
+    """The part of :class:`MapReader` in worker processes: answers requests."""
+
+    def __init__(self, dataset: datasets.Dataset, options: CropOptions):
+        self.dataset, self.options = dataset, options
+
+    def __getitem__(self, request: Request) -> Batch:
+        epoch, indices, size = request
+        pictures, labels, bad = [], [], []
+        for index in indices:
+            tries = max(1, self.options.bad_limit - len(bad))
+            picture, label, met = data.decode_or_next(self.dataset, int(index), tries)
+            pictures.append(picture)
+            labels.append(label)
+            bad += met
+        sizes = np.array([(picture.height, picture.width) for picture in pictures])
+        crops = self.options.crops(sizes, epoch, indices)
+        images = torch.stack([data.crop(*each, size) for each in zip(pictures, *crops)])
+        images = self.options.augmented(images, epoch, indices)
+        return Batch(images, indices, bad, np.array(labels), crops.as_fractions(sizes))
+
+
+class PreloadedReader(IndexReader):
+    """Decodes once into one uint8 tensor (images, 3, side, side); crops whole batches.
+
+    The tensor lies on ``store``, crops are made on ``device``. Every picture is stored stretched to
+    a square. Crops are drawn in the original picture and undo the stretching. ``side`` is the
+    longest short side of the first 100 pictures, but at most twice the side of a crop. Raises
+    TooManyBadImages.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        options: CropOptions,
+        plan: Plan,
+        bad: BadImages,
+        threads: int,
+        store: torch.device,
+        device: torch.device,
+    ):
+        super().__init__(options, plan)
+        self.device = device
+        count, side = len(dataset), self._side(dataset)
+        self.images = torch.empty(count, 3, side, side, dtype=torch.uint8)
+        self.sizes = np.empty((count, 2), np.int64)
+        self.labels = np.empty(count, np.int64)
+        self.bad: list[BadImage] = []
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            list(pool.map(lambda index: self._store(dataset, index), range(count)))
+        self.images = self.images.to(store)
+        bad.add(self.bad)
+        bad.check()
+
+    def _side(self, dataset: datasets.Dataset) -> int:
+        short_sides = []
+        for index in range(min(100, len(dataset))):
+            picture, *_ = data.decode_or_next(dataset, index, self.options.bad_limit)
+            short_sides.append(min(picture.size))
+        return min(max(short_sides), 2 * self.options.size)
+
+    def _store(self, dataset: datasets.Dataset, index: int):
+        tries = max(1, self.options.bad_limit - len(self.bad))
+        picture, self.labels[index], met = data.decode_or_next(dataset, index, tries)
+        self.sizes[index] = picture.height, picture.width
+        self.images[index] = data.stretch(picture, self.images.shape[-1])
+        self.bad += met
+
+    def read(self, requests: list[Request]) -> Iterable[Batch]:
+        return map(self._answer, requests)
+
+    def _answer(self, request: Request) -> Batch:
+        epoch, indices, size = request
+        sizes = self.sizes[indices]
+        crops = self.options.crops(sizes, epoch, indices).as_fractions(sizes)
+        boxes = data.to_device(crops.boxes * np.float32(self.images.shape[-1]), self.device)
+        flips = data.to_device(crops.flips, self.device)
+        images = self.images[data.to_device(indices, self.images.device)]
+        if images.device.type == "cpu":
+            images = data.to_device(images, self.device)
+        images = crop_batch(images, boxes, flips, size)
+        images = self.options.augmented(images, epoch, indices)
+        return Batch(images, indices, self.bad, self.labels[indices], crops)
+
+
+# --------------------------------------------------------------------------------- streams
+
+
+class StreamReader:
+    """Reads shards of a stream in worker processes, which start anew in each epoch."""
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        options: CropOptions,
+        plan: Plan,
+        bad: BadImages,
+        loader_options: dict,
+    ):
+        self.plan, self.bad = plan, bad
+        self.crops = StreamCrops(dataset, options, plan.micro_batch_size, plan.share)
+        self.loader = DataLoader(self.crops, **loader_options)
+
+    def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
+        if not seen:
+            self.bad.clear()  # this epoch meets the same pictures under other indices
+        done = seen * self.plan.accumulate // self.plan.batch_size
+        wanted = self.plan.steps_left(seen) * self.plan.accumulate
+        if not wanted:
+            return
+        self.crops.start(epoch, done, set(self.bad.descriptions))
+        for self.crops.alone in (False, True):  # without shards, a process reads those of others
+            for batch in self._until_idle():
+                if done:
+                    done -= 1
+                    continue
+                yield batch
+                wanted -= 1
+                if not wanted:
+                    return
+        rank, world = self.plan.share
+        raise data.NothingToRead(f"process {rank} of {world} has nothing to read in the stream")
+
+    def _until_idle(self) -> Iterator[Batch]:
+        """Batches of the loader, until none of its workers has any."""
+        idle = 0
+        for batch in self.loader:
+            idle = idle + 1 if batch is None else 0
+            if idle > self.loader.num_workers:
+                return
+            if batch is not None:
+                yield batch
+
+    def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
+        raise ValueError("a stream has no index to find whole pictures by: drop --streaming")
+
+    def close(self):
+        self.loader = None
+
+
+class StreamCrops(IterableDataset):
+    """The part of :class:`StreamReader` in worker processes: endless batches of a worker's share.
+
+    Pass follows pass, each in another order. A stream has no index, so its order depends on the
+    number of processes and workers; given these, it is a function of seed and epoch.
+
+    To continue in the middle of an epoch, the stream is read again from its start. The first
+    ``done`` batches of this process come out empty: their pictures are counted without decoding
+    them, except for those known to be ``bad``. A worker without a share gives None for ever. If
+    ``alone`` is set, the other processes are ignored.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch_size: int, share: Share):
+        self.dataset, self.options, self.batch_size, self.share = dataset, options, batch_size, share
+        self.alone = False
+        self.start(epoch=0, done=0, bad=set())
+
+    def start(self, epoch: int, done: int, bad: set[int]):
+        """Say what to read next."""
+        self.epoch, self.done, self.bad = epoch, done, bad
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        place, stride = worker_place(self.share)
+        workers = stride // self.share.world
+        to_skip = self.done // workers * self.batch_size  # good pictures of this worker
+        parts, bad = [], []
+        for number, record in enumerate(self._records()):
+            index = number * stride + place
+            if to_skip:
+                if index not in self.bad:
+                    to_skip -= 1
+                    if to_skip % self.batch_size == 0:
+                        yield self._join([], [])
+                continue
+            try:
+                picture = self._decode(record)
+            except Exception as error:  # a decoder raises anything on a broken file
+                image = None if isinstance(record, Exception) else record["image"]
+                bad.append(data.describe_bad(index, image, error))
+                if self._is_hopeless(bad):
+                    yield self._join([], bad)
+                    return
+                continue
+            parts.append(self._crop(picture, index, record.get("label", 0)))
+            if len(parts) == self.batch_size:
+                yield self._join(parts, bad)
+                parts, bad = [], []
+        while True:
+            yield None
+
+    def _decode(self, record: dict | Exception) -> Image.Image:
+        if isinstance(record, Exception):
+            raise record
+        return data.decode(record["image"])
+
+    def _crop(self, picture: Image.Image, index: int, label: int) -> tuple:
+        size = np.array([(picture.height, picture.width)])
+        crops = self.options.crops(size, self.epoch, np.array([index]))
+        image = data.crop(picture, crops.boxes[0], crops.flips[0], self.options.size)
+        return image, index, label, crops.as_fractions(size)
+
+    def _is_hopeless(self, bad: list[BadImage]) -> bool:
+        """Whether a batch has met so many broken pictures that training has to stop."""
+        limit = self.options.bad_limit
+        files = {picture.description for picture in bad[-limit:]}
+        return len(files) == limit or len(bad) == 100 * limit
+
+    def _join(self, parts: list[tuple], bad: list[BadImage]) -> Batch:
+        """The batch of crops made one by one; an empty one if there are none."""
+        if not parts:
+            images = torch.empty(0, 3, self.options.size, self.options.size)
+            crops = Crops(np.empty((0, 4)), np.empty(0, bool))
+            return Batch(images, np.array([], np.int64), bad, np.array([]), crops)
+        images, indices, labels, crops = zip(*parts)
+        indices = np.array(indices, np.int64)
+        images = self.options.augmented(torch.stack(images), self.epoch, indices)
+        crops = Crops(*map(np.concatenate, zip(*crops)))
+        return Batch(images, indices, bad, np.array(labels), crops)
+
+    def _records(self) -> Iterator[dict | Exception]:
+        """This worker's records, pass after pass; an exception where the stream breaks.
+
+        After it, the stream starts anew. Shards are dealt out anew in each pass: 20 passes without
+        any for this worker end it.
+        """
+        empty_passes, (place, _) = 0, worker_place(self.share)
+        for number in itertools.count():
+            key = (self.options.seed, self.epoch, number)
+            dataset = self.dataset.shuffle(generator=np.random.default_rng(key), buffer_size=1)
+            if not self.alone:
+                dataset = split_dataset_by_node(dataset, *self.share)
+            empty_passes += 1
+            for record in _shuffled(dataset, np.random.default_rng((*key, place))):
+                empty_passes = 0
+                yield record
+            if empty_passes == 20:
+                return
+
+
+def _shuffled(records: Iterable, random: np.random.Generator, size: int = 1000) -> Iterator:
+    """Records, shuffled in a buffer; last, the exception that ended them early, if one did.
+
+    The buffer of ``datasets`` would lose its content if a stream broke before it was full.
+    """
+    buffer, records, end = [], iter(records), []
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            break
+        except Exception as error:
+            end = [error]
+            break
+        if len(buffer) < size:
+            buffer.append(record)
+        else:
+            i = random.integers(size)
+            yield buffer[i]
+            buffer[i] = record
+    yield from (buffer[i] for i in random.permutation(len(buffer)))
+    yield from end
+
+
+def worker_place(share: Share) -> tuple[int, int]:
+    """The number of this worker among those of all processes, and how many there are."""
+    worker = get_worker_info()
+    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    return share.rank + share.world * number, share.world * workers

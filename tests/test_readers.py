@@ -1,0 +1,148 @@
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import dataset_of, image_bytes, picture, with_bad
+
+import data
+from batches import TrainBatches
+from cropping import CropOptions
+from readers import MapCrops, Request, Share
+
+
+def crops_of(dataset, **options) -> torch.Tensor:
+    return torch.cat([batch.images for batch in TrainBatches(dataset, 16, 8, **options).epoch(1)])
+
+
+def test_a_data_set_that_is_gone_is_not_tried_again_for_every_picture_of_a_batch():
+    gone = datasets.Dataset.from_dict(
+        {"image": [dict(bytes=None, path=f"/nowhere/{i}.png") for i in range(1000)]},
+        datasets.Features(image=datasets.Image(decode=False)),
+    )
+    crops = MapCrops(gone, CropOptions(16, (0.2, 1.0), seed=0, bad_limit=100))
+    batch = crops[Request(1, np.arange(64), 16)]
+    assert len(batch.images) == 64 and len(batch.bad) < 200
+
+
+# ------------------------------------------------------------------------------------------- preloaded
+
+
+def test_preloaded_square_pictures_equal_decoding_anew():
+    squares = dataset_of([image_bytes(picture(32, 32, seed=i)) for i in range(8)])
+    difference = crops_of(squares).int() - crops_of(squares, preload="device").int()
+    assert difference.abs().max() <= 2
+
+
+def test_preloaded_pictures_of_other_shapes_keep_their_aspect():
+    pictures = dataset_of([image_bytes(picture(seed=i)) for i in range(20)])
+    anew, preloaded = crops_of(pictures).int(), crops_of(pictures, preload="device").int()
+    assert (anew - preloaded).abs().float().mean() < 2  # stretched and back: smooth, nearly the same
+    wrong = crops_of(pictures, seed=1, preload="device").int()
+    assert (anew - wrong).abs().float().mean() > 10
+
+
+def test_preloading_keeps_no_more_pixels_than_crops_can_use():
+    large = dataset_of([image_bytes(picture(300, 200, seed=i)) for i in range(8)])
+    batches = TrainBatches(large, 16, 8, preload="host")
+    assert batches.reader.images.shape == (8, 3, 32, 32)
+    assert batches.reader.sizes.tolist() == [[200, 300]] * 8
+
+
+# ------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_streams_are_divided_without_overlap_and_start_anew(workers, shards):
+    blobs = [image_bytes(picture(seed=i)) for i in range(32)]
+    names = {np.asarray(picture(seed=i)).tobytes(): i for i in range(32)}
+    seen, keys = [], []
+    for rank in (0, 1):
+        stream = dataset_of(blobs).to_iterable_dataset(num_shards=shards)
+        batches = TrainBatches(stream, 16, 8, length=32, workers=workers, share=Share(rank, 2))
+        records = [data.decode(r["image"]) for r in itertools.islice(batches.reader.crops._records(), 16)]
+        seen.append({names[np.asarray(image).tobytes()] for image in records})
+        assert batches.steps_per_epoch == 4
+        for epoch in (1, 2, 3):  # three times as many as this process's share
+            got = list(batches.epoch(epoch))
+            assert [batch.images.shape for batch in got] == [(4, 3, 16, 16)] * 4
+            keys += [i for batch in got for i in batch.indices]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 32
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stream_continues_where_it_was_left(workers, world):
+    def batches():
+        stream = with_bad(40, (3, 17)).to_iterable_dataset(num_shards=4)
+        return TrainBatches(stream, 16, 8, length=40, workers=workers, share=Share(0, world), max_bad=0.5)
+
+    whole, resumed = batches(), batches()
+    expected = list(whole.epoch(2))
+    resumed.bad.add(bad for batch in expected[:2] for bad in batch.bad)
+    rest = list(resumed.epoch(2, seen=16))
+    assert len(expected) == 5 and len(rest) == 3
+    for one, other in zip(expected[2:], rest):
+        assert torch.equal(one.images, other.images) and np.array_equal(one.indices, other.indices)
+    assert resumed.bad.descriptions == whole.bad.descriptions
+
+
+def test_a_stream_knows_its_length_by_its_description(photographs):
+    stream = data.load_images(photographs("imagenette128"), "validation", streaming=True)
+    assert TrainBatches(stream, 16, 8).length == 3925
+
+
+def test_a_stream_skips_and_counts_broken_pictures():
+    stream = with_bad().to_iterable_dataset()
+    batches = TrainBatches(stream, 16, 8, length=20, max_bad=0.9)
+    assert len(list(batches.epoch(1))) == 2 and 1 <= batches.bad.count <= 4
+    batches = TrainBatches(stream, 16, 8, length=20, max_bad=0.0)
+    with pytest.raises(data.TooManyBadImages):
+        for epoch in range(1, 4):
+            list(batches.epoch(epoch))
+
+
+def test_a_stream_of_nothing_but_broken_pictures_stops():
+    stream = with_bad(20, range(20)).to_iterable_dataset()
+    with pytest.raises(data.TooManyBadImages):
+        list(TrainBatches(stream, 16, 8, length=20, max_bad=0.5).epoch(1))
+
+
+def test_a_stream_counts_a_file_once_however_often_it_meets_it():
+    rows = [dict(bytes=image_bytes(picture(seed=i)), path=f"{i}.png") for i in range(4)]
+    rows[2]["bytes"] = b"broken"
+    features = datasets.Features(image=datasets.Image(decode=False))
+    stream = datasets.Dataset.from_dict({"image": rows}, features).to_iterable_dataset()
+    batches = TrainBatches(stream, 16, 10, length=40, max_bad=0.05)
+    for epoch in (1, 2, 3):
+        assert len(list(batches.epoch(epoch))) == 4 and len(batches.bad.descriptions) > 2
+        assert batches.bad.count == 1 and len(batches.bad.take_unreported()) == 1
+        assert not batches.bad.take_unreported()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_breaks_starts_anew_and_is_counted(workers):
+    def rows(shard):
+        for i in range(20):
+            if i == 13:
+                raise ConnectionError("the line is dead")
+            yield {"image": dict(bytes=image_bytes(picture(seed=i)), path=None)}
+
+    features = datasets.Features(image=datasets.Image(decode=False))
+    stream = datasets.IterableDataset.from_generator(rows, features, gen_kwargs=dict(shard=[0, 1]))
+    batches = TrainBatches(stream, 16, 10, length=40, max_bad=0.2, workers=workers)
+    got = list(batches.epoch(1))
+    assert [len(batch.images) for batch in got] == [10] * 4 and 1 <= batches.bad.count <= 8
+    assert all("ConnectionError: the line is dead" in text for text in batches.bad.descriptions.values())
+    again = list(batches.epoch(1))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(got, again))
+    with pytest.raises(data.TooManyBadImages, match="the line is dead"):
+        list(TrainBatches(stream, 16, 10, length=40, max_bad=0.0, workers=workers).epoch(1))
+
+
+def test_whole_pictures_of_a_stream_are_refused():
+    with pytest.raises(ValueError, match="a stream has no index"):
+        TrainBatches(with_bad().to_iterable_dataset(), 16, 8, length=20).uncropped()
