@@ -146,7 +146,7 @@ def from_foreign(
     patch_shape = weights["embed.weight"].shape
     weights = flatten(weights)
 
-    image_size = infer_image_size(weights, config, patch_shape[2]) if not image_size else image_size
+    image_size = image_size or infer_image_size(weights, config, patch_shape[2])
     grid = patch_grid(image_size, patch_shape[2])
     weights = add_class_position(weights, grid)
     arguments = infer_sizes(weights, patch_shape) | read_options(config)
@@ -235,7 +235,7 @@ def infer_image_size(weights: Weights, config: dict, p: int):
     rows, cls = len(weights["positions"]), "cls_token" in weights
     side = math.isqrt(rows)
     if rows not in (side * side, side * side + cls):
-        raise ValueError(f"{rows} positions are no square grid: image_size=(H, W) is needed")
+        raise ValueError(f"{rows} positions do not form a square grid: give image_size=(H, W)")
     return side * p
 
 

@@ -76,19 +76,16 @@ class Config:
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
-        per_channel = "a list of 3 numbers or one per channel", (3, self.channels)
-        lists = dict(image_size=("a side or a pair of sides, in pixels", (2,)), mean=per_channel, std=per_channel)
+        lengths = dict(image_size=[2], mean=[3, self.channels], std=[3, self.channels])
         for argument in fields(self):
-            name, value = argument.name, getattr(self, argument.name)
-            if name in lists:
-                expected, lengths = lists[name]
-                if not isinstance(value, (list, tuple)) or len(value) not in lengths:
-                    raise ValueError(f"{name} must be {expected}, got {describe(value)}")
-                setattr(self, name, list(value))
-            elif argument.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{name} must be true or false, got {describe(value)}")
-            if argument.metadata:
-                check_numbers(name, value if name in lists else [value], **argument.metadata)
+            name, values = argument.name, getattr(self, argument.name)
+            if name not in lengths:
+                values = [values]
+            elif not isinstance(values, (list, tuple)) or len(values) not in lengths[name]:
+                raise ValueError(f"{name} must be a list of {lengths[name][-1]} numbers, got {describe(values)}")
+            for value in values:
+                check(name, value, **argument.metadata)
+        self.image_size, self.mean, self.std = list(self.image_size), list(self.mean), list(self.std)
         self._check_sizes()
 
     def _check_sizes(self):
@@ -104,12 +101,15 @@ class Config:
             raise ValueError(f"an image of {height}x{width} has more than {MOST_PATCHES} patches of {p}")
 
 
-def check_numbers(name: str, values: Sequence, above: float, most: float):
-    """Raise ValueError unless all values are in their range, and integers if its limits are."""
-    kind, noun = (int, "an integer") if isinstance(most, int) else ((int, float), "a number")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, kind) or not above < value <= most:
-            raise ValueError(f"{name} must be {noun} above {above} and at most {most}, got {describe(value)}")
+def check(name: str, value, above: float = False, most: float = True):
+    """Raise ValueError unless ``value`` is in its range and of the type of its limits: int, float or bool."""
+    kind = type(most)
+    expected = f"{'an integer' if kind is int else 'a number'} above {above} and at most {most}"
+    right = isinstance(value, (int, kind)) and not isinstance(value, bool) and above < value <= most
+    if kind is bool:
+        right, expected = isinstance(value, bool), "true or false"
+    if not right:
+        raise ValueError(f"{name} must be {expected}, got {describe(value)}")
 
 
 def describe(value) -> str:
@@ -281,11 +281,10 @@ class SMAE(nn.Module):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """The patch grid (h, w) of images (b, c, H, W). Raises ValueError if they do not fit the model."""
-        channels, height, width = images.shape[1:]
-        grid = patch_grid(height, width, self.patch_size)
-        if channels != self.config["channels"]:
-            raise ValueError(f"the model takes {self.config['channels']} channels, the images have {channels}")
-        return grid
+        expected, received = self.config["channels"], images.shape[1]
+        if received != expected:
+            raise ValueError(f"the model takes {expected} channels, the images have {received}")
+        return patch_grid(*images.shape[2:], self.patch_size)
 
     def resize_positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (prefix + n, d) of any ``grid``, from those of the model's own grid."""
@@ -411,9 +410,14 @@ def pool(tokens: Tensor, how: str, prefix: int = 1) -> Tensor:
 
     Raises ValueError for any other ``how``, and for "cls" without a CLS token (``prefix`` 0).
     """
-    if how not in ("cls", "mean") or (how == "cls" and not prefix):
-        raise ValueError(f"cannot pool by {how!r}, but by {'cls or ' * prefix}mean")
+    check_pool(how, prefix)
     return tokens[:, 0] if how == "cls" else tokens[:, prefix:].mean(dim=1)
+
+
+def check_pool(how: str, prefix: int):
+    known = ["cls", "mean"] if prefix else ["mean"]
+    if how not in known:
+        raise ValueError(f"cannot pool by {describe(how)}, but by {' or '.join(known)}")
 
 
 class Classifier(nn.Module):
@@ -431,9 +435,7 @@ class Classifier(nn.Module):
         named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
         if not named or not classes:
             raise ValueError(f"classes must be a list of names, got {describe(classes)}")
-        known = ["mean", "cls"] if encoder.prefix else ["mean"]
-        if pool not in known:
-            raise ValueError(f"cannot pool by {describe(pool)}, but by {' or '.join(known)}")
+        check_pool(pool, encoder.prefix)
         if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be a number from 0 to below 1, got {describe(drop_path)}")
         self.encoder = SMAE(**encoder.config | dict(decoder_depth=0))
@@ -547,17 +549,22 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, path)
         flush(path.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))  # all that safetensors tells of an OSError
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it there
-        if code:
-            cause = OSError(int(code[1]), os.strerror(int(code[1])))
-        if not isinstance(cause, OSError):
-            raise
-        if cause.errno and not cause.filename:  # write() and fsync() do not name the file
-            cause.filename = str(path)
-        raise cause from None
+        raise disk_error(error, path) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def disk_error(error: Exception, path: Path) -> Exception:
+    """The OSError behind an error of safetensors or torch.save, with ``path``; any other error as it is."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    if code and isinstance(error, safetensors.SafetensorError):
+        error = OSError(int(code[1]), os.strerror(int(code[1])))
+    behind = error.__context__  # torch.save hides a failed write() here
+    if isinstance(error, RuntimeError) and isinstance(behind, OSError) and not behind.filename:
+        error = behind
+    if isinstance(error, OSError) and error.errno and not error.filename:  # from write() or fsync()
+        error.filename = str(path)
+    return error
 
 
 def flush(path: str | os.PathLike):
@@ -572,9 +579,7 @@ def flush(path: str | os.PathLike):
         os.close(handle)
 
 
-def load(
-    path: str | os.PathLike, device: str | torch.device = "cpu", *, heads: int | None = None, image_size=None
-) -> SMAE | Classifier:
+def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, image_size=None) -> SMAE | Classifier:
     """Read the model of a checkpoint, in evaluation mode on ``device``.
 
     Reads what :func:`save` and ``train.py`` write. With ``convert.py`` it also reads encoders, and decoders
@@ -610,9 +615,6 @@ def load(
 
 def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -> SMAE | Classifier:
     """Build a model, or a classifier with arguments of its own, and load the weights if they fit."""
-    for name, part in (("model", arguments), ("classifier", classifier)):
-        if not isinstance(part, dict):
-            raise ValueError(f"the configuration should hold a dictionary as {name}, not {describe(part)}")
 
     def build() -> SMAE | Classifier:
         if classifier:
@@ -657,15 +659,13 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
         config = read_json(path / "preprocessor_config.json") | read_json(path / "config.json")
     elif not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    if file.suffix != ".safetensors":
-        import convert
-
-        options, weights = convert.read_pth(file)
-        return config | options, weights
-    try:
+    if file.suffix == ".safetensors":
         return config, safetensors.torch.load_file(file)
-    except Exception as error:  # safetensors raises several kinds
-        raise ValueError(f"{file} is not a file of tensors alone: {' '.join(str(error).split())[:300]}") from None
+
+    import convert
+
+    options, weights = convert.read_pth(file)
+    return config | options, weights
 
 
 def read_json(file: Path) -> dict:

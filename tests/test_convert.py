@@ -1,4 +1,4 @@
-"""Checkpoints of other implementations, read and written, against those implementations themselves."""
+"""Checkpoints of other projects, read and written, against the code of those projects."""
 
 import argparse
 import json
@@ -6,38 +6,10 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from foreign import mae_checkpoint, same_weights, scrambled, timm_vit, vitmae
 
 import masks
 import smae
-import train
-
-
-def scrambled(module: torch.nn.Module) -> torch.nn.Module:
-    """Nothing at its initial zero or one, so that nothing can be mistaken for something else."""
-    for tensor in module.state_dict().values():
-        torch.nn.init.normal_(tensor, std=0.2)
-    return module.eval()
-
-
-def timm_vit(name: str = "vit_base_patch16_224", **options) -> torch.nn.Module:
-    timm = pytest.importorskip("timm")
-    sizes = dict(img_size=48, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=7)
-    return scrambled(timm.create_model(name, **sizes | options))
-
-
-def vitmae(kind: str = "ViTMAEForPreTraining", **options) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTMAEConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192, decoder_hidden_size=32,
-        decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=128,
-        image_size=48, patch_size=8, norm_pix_loss=True, **options,
-    )  # fmt: skip
-    return scrambled(getattr(transformers, kind)(config))
-
-
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
@@ -138,7 +110,7 @@ def test_vitmae_of_transformers_comes_back_bit_by_bit(eps, images, tmp_path):
         expected, latent = peer(images, noise=noise), ours.encode(images, mask.visible)
         torch.testing.assert_close(ours(images, mask), expected.loss, rtol=1e-5, atol=0)
         prediction = ours.decode(latent, mask, (6, 6))
-        torch.testing.assert_close(prediction, smae.take(expected.logits, mask.masked), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prediction, smae.gather_tokens(expected.logits, mask.masked), rtol=1e-5, atol=1e-5)
     smae.save(ours, tmp_path / "ours", format="transformers")
     again, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
@@ -160,7 +132,7 @@ def test_the_encoder_alone_of_a_vitmae(images, tmp_path):
         order = noise.argsort(1)  # in which the peer keeps the patches
         tokens = ours.encode(images)
         torch.testing.assert_close(tokens[:, 0], hidden[:, 0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(smae.take(tokens[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(smae.gather_tokens(tokens[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="no decoder"):
         ours(images, masks.random_mask(2, 36))
 
@@ -187,21 +159,6 @@ def test_what_a_format_has_no_place_for_is_refused(small_model, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- facebookresearch/mae
-
-
-def mae_checkpoint(decoder: bool = True) -> dict[str, torch.Tensor]:
-    """What facebookresearch/mae saves, by the names and shapes of its model: a ViT of timm and a decoder like one."""
-    encoder = timm_vit()
-    tensors = {n: t for n, t in encoder.state_dict().items() if not n.startswith("head.")}
-    tensors["pos_embed"] = smae.position_table((6, 6), 64, prefix=1)[None]
-    if decoder:
-        blocks = timm_vit(embed_dim=32, num_heads=1).state_dict()
-        tensors |= {f"decoder_{n}": t for n, t in blocks.items() if n.startswith(("blocks.", "norm."))}
-        tensors["decoder_pos_embed"] = smae.position_table((6, 6), 32, prefix=1)[None]
-        shapes = {"mask_token": (1, 1, 32), "decoder_embed.weight": (32, 64), "decoder_embed.bias": (32,)}
-        shapes |= {"decoder_pred.weight": (192, 32), "decoder_pred.bias": (192,)}
-        tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
-    return tensors
 
 
 @pytest.mark.parametrize("decoder", [True, False])
@@ -276,18 +233,6 @@ def test_what_weights_do_not_tell_is_written_beside_them(small_model, tmp_path):
 # ------------------------------------------------------------------------------------------- what does not fit
 
 
-class Boom:
-    def __reduce__(self):
-        return (print, ("arbitrary code ran",))
-
-
-def test_a_pickle_is_never_run(tmp_path, capsys):
-    torch.save({"model": mae_checkpoint(False), "extra": Boom()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="not a file of tensors alone"):
-        smae.load(tmp_path / "evil.pth")
-    assert "arbitrary code" not in capsys.readouterr().out
-
-
 def change(tensors: dict, name: str, value: torch.Tensor | None = None) -> dict:
     tensors = dict(tensors)
     tensors.pop(name, None)
@@ -304,7 +249,7 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
         (change(tensors, "dist_token", torch.ones(1, 1, 64)), r"not known here: dist_token"),
         (change(tensors, "decoder_embed.bias"), "missing: .*decoder_embed.bias"),
         (change(tensors, "pos_embed"), "no absolute positions"),
-        (change(tensors, "pos_embed", torch.zeros(1, 30, 64)), "30 positions, no square"),
+        (change(tensors, "pos_embed", torch.zeros(1, 30, 64)), "30 positions do not form a square"),
         (change(tensors, "patch_embed.proj.weight"), r"not a ViT known here"),
         ({"layer1.weight": torch.ones(2)}, r"not a ViT known here: .*layer1\.weight"),
     ]
@@ -321,49 +266,7 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="not a file of tensors alone"):
         smae.load(tmp_path / "text.pth")
     (tmp_path / "text.safetensors").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="not a file of tensors alone"):
+    with pytest.raises(ValueError, match=r"text\.safetensors cannot be loaded: SafetensorError"):
         smae.load(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         smae.load(tmp_path / "nowhere.pth")
-
-
-# ------------------------------------------------------------------------------------------- a start from elsewhere
-
-
-def start_from(path, *options) -> tuple[smae.SMAE, smae.SMAE]:
-    args = train.parse_arguments(["--init-from", str(path), *map(str, options)])
-    train.complete(args)
-    return train.build_model(args), smae.load(path, heads=args.heads)
-
-
-def test_training_starts_from_encoder_and_decoder_of_another(tmp_path):
-    torch.save({"model": mae_checkpoint()}, tmp_path / "mae.pth")
-    model, source = start_from(tmp_path / "mae.pth", "--image-size", 64, "--heads", 4)
-    assert model.config == source.config | dict(image_size=[64, 64])
-    assert same_weights(model, source)
-    fresh, _ = start_from(
-        tmp_path / "mae.pth", "--image-size", 64, "--heads", 4, "--fresh-decoder", "--decoder-depth", 3
-    )
-    assert len(fresh.decoder_blocks) == 3 and torch.equal(fresh.cls_token, source.cls_token)
-    assert not torch.equal(fresh.mask_token[:32], source.mask_token)
-
-
-def test_training_starts_from_an_encoder_alone_with_interpolated_positions(tmp_path):
-    safetensors.torch.save_file(timm_vit().state_dict(), tmp_path / "vit.safetensors")
-    model, source = start_from(tmp_path / "vit.safetensors", "--image-size", 64, "--heads", 4)
-    assert model.config["decoder_width"] == 512 and len(model.decoder_blocks) == 8
-    images = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval().encode(images), source.encode(images))
-    assert isinstance(model.positions, torch.nn.Parameter) and model.positions.shape == (65, 64)
-    own_size, _ = start_from(tmp_path / "vit.safetensors", "--heads", 4)
-    assert own_size.config["image_size"] == [48, 48] and torch.equal(own_size.positions, source.positions)
-    with pytest.raises(ValueError, match=r"another shape: cls_token"):
-        start_from(tmp_path / "vit.safetensors", "--heads", 4, "--width", 32)
-
-
-def test_a_decoder_goes_on_with_its_own_target_and_a_new_one_with_normalised_pixels(tmp_path):
-    torch.save({"model": mae_checkpoint(), "args": {"norm_pix_loss": False}}, tmp_path / "mae.pth")
-    for options, normalized in (([], False), (["--fresh-decoder"], True), (["--fresh-decoder", "--raw-pixels"], False)):
-        model, _ = start_from(tmp_path / "mae.pth", "--heads", 4, *options)
-        assert model.normalize_pixels == normalized
