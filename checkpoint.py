@@ -1,9 +1,9 @@
 """What lets a run survive: whole checkpoints, random states, a lock, signals, messages between processes.
 
-A checkpoint is a folder ``checkpoint-STEP`` of a run. It holds ``model.safetensors`` and ``config.json``,
-which ``smae.load`` reads, and ``state.pt``, everything else that resuming needs. Accelerate's
-``save_state`` would write in place, from every process, and unpickle custom states without
-``weights_only``.
+A checkpoint is a folder ``checkpoint-STEP`` of a run. It holds ``model.safetensors`` and
+``config.json``, which ``smae.load`` reads, and ``state.pt``, everything else that resuming needs.
+Accelerate's ``save_state`` would write in place, from every process, and unpickle custom states
+without ``weights_only``.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ def write(
 
     Of the checkpoints whose steps are ``passing``, only the newest two of all stay.
 
-    The folder is written beside its name, flushed to the disk, then renamed: whatever has the name of a
-    checkpoint is whole. ``state`` holds tensors and plain values, and under "config" the content of
-    config.json. Files ``attached`` are linked into it. Raises OSError if the disk fails; the earlier
-    checkpoints then stay.
+    The folder is written beside its name, flushed to the disk, then renamed: whatever has the name
+    of a checkpoint is whole. ``state`` holds tensors and plain values, and under "config" the
+    content of config.json. Files ``attached`` are linked into it. Raises OSError if the disk fails;
+    the earlier checkpoints then stay.
     """
     final = out / f"checkpoint-{step:08d}"
     part = final.with_suffix(f".{os.getpid()}.part")
@@ -125,8 +125,8 @@ def read(folder: Path) -> dict:
 def find(place: Path, say: Callable = print, aside: bool = False) -> Path | None:
     """The checkpoint ``place``, or the newest whole one of the run in that folder; None if it has none.
 
-    Says which broken ones it skips. With ``aside`` it also renames them, once it has found a whole one.
-    Raises ValueError if ``place`` itself is broken, or every checkpoint is.
+    Says which broken ones it skips. With ``aside`` it also renames them, once it has found a whole
+    one. Raises ValueError if ``place`` itself is broken, or every checkpoint is.
     """
     place = place.resolve()
     if (place / STATE).exists() and not folders(place):
@@ -229,9 +229,9 @@ def set_random_states(states: dict):
 class Signals:
     """Catch requests to stop: ``with Signals() as signals: ... signals.caught()``, a signal's number or 0.
 
-    A second request ends the process at once, unless it comes within a second: launchers repeat what the
-    terminal has already sent to every process. ``accelerate launch`` dies of a signal without passing it
-    on: a launcher that is gone counts as SIGTERM.
+    A second request ends the process at once, unless it comes within a second: launchers repeat
+    what the terminal has already sent to every process. ``accelerate launch`` dies of a signal
+    without passing it on: a launcher that is gone counts as SIGTERM.
     """
 
     ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

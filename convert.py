@@ -1,11 +1,11 @@
-"""Checkpoints of other projects: their tensors and configuration to those of ``smae.SMAE``, and back.
+"""Checkpoints of other projects: from their tensors and configuration to ``smae.SMAE``, and back.
 
-Read: facebookresearch/mae, transformers' ViTMAE, and ViTs in timm's naming (plain ViT, DeiT, MoCo v3,
-DINO). Written: timm, transformers, facebookresearch/mae. ``weights`` are state dicts, ``config`` is what
-lies beside them as JSON; ``arguments`` are those of ``smae.SMAE``. Imports nothing of this project;
-``smae.load`` and ``smae.save`` import it when they meet another format than their own.
+Reads facebookresearch/mae, transformers' ViTMAE, and ViTs with timm's names (plain ViT, DeiT, MoCo v3,
+DINO). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts, ``config`` is
+the JSON beside them, ``arguments`` are those of ``smae.SMAE``. Imports nothing of this project;
+``smae.load`` and ``smae.save`` import it for every format but their own.
 
-Letters in shapes: ``d`` width, ``p`` patch side, ``c`` channels, ``n`` patches.
+Letters in shapes: ``d`` width, ``p`` patch side, ``c`` channels.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+Folder = tuple[Weights, dict[str, dict]]  # tensors, and the content of JSON files by name
 
 MAE_NAMES = {  # our names: those of facebookresearch/mae and of timm
     "embed": "patch_embed.proj",
@@ -38,7 +39,7 @@ TRANSFORMERS_NAMES = {  # our names: those of transformers' ViTMAE
     "positions": "vit.embeddings.position_embeddings",
     "blocks": "vit.encoder.layer",
     "norm1": "layernorm_before",
-    "attention.query": "attention.attention.query",  # query, key and value make up our attention.qkv
+    "attention.query": "attention.attention.query",  # these three are our attention.qkv
     "attention.key": "attention.attention.key",
     "attention.value": "attention.attention.value",
     "attention.out": "attention.output.dense",
@@ -67,24 +68,24 @@ PTH_OPTIONS = (
     "decoder_num_attention_heads",
 )
 
-# ------------------------------------------------------------------------------------------ .pth files
+# --------------------------------------------------------------------------------------- .pth files
 
 
 def read_pth(file: Path) -> tuple[dict, Weights]:
-    """The options and tensors in a file by ``torch.save``. Runs nothing that the file holds.
+    """Read the options and the tensors in a file that ``torch.save`` wrote. Runs no code from it.
 
     Raises ValueError if it holds anything but tensors and plain values, or no tensors.
     """
     try:
         content = unpickle(file)
-    except Exception as error:  # torch has no common one
+    except Exception as error:  # torch raises several kinds
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} is not a file of tensors alone: {reason}") from None
+        raise ValueError(f"{file} must hold tensors and plain values only: {reason}") from None
     config, weights = unwrap(content)
     if not weights:
-        raise ValueError(f"{file} holds no model: neither tensors nor a 'model' or 'state_dict' of them")
+        raise ValueError(f"{file} holds no model: expected tensors, or a 'model' or 'state_dict'")
     if any(t.layout != torch.strided or t.is_meta or t.is_quantized for t in weights.values()):
-        raise ValueError(f"{file} holds tensors that are sparse, quantized or without numbers")
+        raise ValueError(f"{file} holds sparse, quantized or meta tensors, expected dense ones")
     # a stride of 0 shows one stored number as many
     if sum(t.numel() * t.element_size() for t in weights.values()) > file.stat().st_size:
         raise ValueError(f"{file} claims more numbers than it holds")
@@ -92,33 +93,33 @@ def read_pth(file: Path) -> tuple[dict, Weights]:
 
 
 def unpickle(file: Path):
-    """What ``torch.save`` wrote, if it is tensors and plain values alone. Raises ValueError and others."""
-    zipped = zipfile.is_zipfile(file)  # as since PyTorch 1.6
+    """Unpickle tensors and plain values. Raises errors of many kinds for anything else."""
+    zipped = zipfile.is_zipfile(file)  # the format since PyTorch 1.6
     if zipped:
         with zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's checkpoints hold their options
-        # mapped, the file takes no memory for sizes that it only claims
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of MAE's checkpoints
+        # a mapped file takes no memory for sizes that it only claims
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def unwrap(content) -> tuple[dict, Weights]:
-    """Options and tensors in nested dictionaries: under "model", "state_dict" or "teacher", if any."""
+    """Find options and tensors, also inside "model", "state_dict" or "teacher"."""
     config = {}
     content = content if isinstance(content, dict) else {}
-    for _ in range(4):  # not for ever: a dictionary can hold itself
+    for _ in range(4):  # a limit, because a dictionary can hold itself
         args = content.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         if isinstance(args, dict):
             config |= {name: args[name] for name in PTH_OPTIONS if name in args}
-        inner = [content[key] for key in ("model", "state_dict", "teacher") if isinstance(content.get(key), dict)]
-        content = inner[0] if inner else content
-    tensors = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, Tensor)}
-    return config, tensors
+        inner = [content.get(key) for key in ("model", "state_dict", "teacher")]
+        content = next((part for part in inner if isinstance(part, dict)), content)
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return config, {name: tensor for name, tensor in tensors.items() if isinstance(name, str)}
 
 
-# ------------------------------------------------------------------------------------------ from others
+# -------------------------------------------------------------------------------------- from others
 
 
 def from_foreign(
@@ -135,7 +136,7 @@ def from_foreign(
     the patch grid is square. Without mean and deviation, images are normalised as ImageNet's.
 
     Leaves out the heads of classifiers, and position tables that equal ``fixed_positions(grid, width,
-    prefix)``: the model computes those. Raises ValueError if the checkpoint is not such a ViT.
+    prefix)``, which the model computes. Raises ValueError if the checkpoint is not such a ViT.
     """
     weights = unify_names(weights)
     names, prefix = recognise(weights)
@@ -143,28 +144,28 @@ def from_foreign(
     weights = rename(weights, {theirs: ours for ours, theirs in names.items()})
     weights = join_qkv(weights)
     check_supported(weights)
-    patch_shape = weights["embed.weight"].shape
+    arguments = infer_sizes(weights) | read_options(config)
+    arguments["heads"] = heads or infer_heads(config, arguments["width"], prefix)
+    if width := arguments.get("decoder_width"):
+        arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or max(1, width // 32)
     weights = flatten(weights)
-
-    image_size = image_size or infer_image_size(weights, config, patch_shape[2])
-    grid = patch_grid(image_size, patch_shape[2])
+    image_size = image_size or infer_image_size(weights, config, arguments["patch_size"])
+    grid = patch_grid(image_size, arguments["patch_size"])
     weights = add_class_position(weights, grid)
-    arguments = infer_sizes(weights, patch_shape) | read_options(config)
-    arguments |= dict(image_size=image_size, heads=heads or infer_heads(config, patch_shape[0], prefix))
-    if arguments["decoder_depth"] and "decoder_embed.bias" in weights:
-        arguments |= infer_decoder(weights, config)
 
-    tables = [name for name in TABLES if name in weights]
-    if all(is_fixed(weights[name], grid, arguments["class_token"], fixed_positions) for name in tables):
-        return arguments, {name: tensor for name, tensor in weights.items() if name not in tables}
-    return arguments | dict(learned_positions=True), weights
+    tables = [weights[name] for name in TABLES if name in weights]
+    fixed = all(is_fixed(table, grid, arguments["class_token"], fixed_positions) for table in tables)
+    if fixed:
+        weights = {name: tensor for name, tensor in weights.items() if name not in TABLES}
+    return arguments | dict(image_size=image_size, learned_positions=not fixed), weights
 
 
 def unify_names(weights: Weights) -> Weights:
-    """The names of ViTMAE as a pre-training model has them, and as transformers 4 writes them."""
-    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)")  # of an encoder alone
-    weights = {bare.sub("vit.", name): tensor for name, tensor in weights.items()}
-    return {name.replace("decoder_encoder.layer.", "decoder_layers."): t for name, t in weights.items()}
+    """Give ViTMAE the names that its pre-training model has in transformers 4."""
+    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)")  # of a ViTMAEModel
+    names = {name: bare.sub("vit.", name) for name in weights}
+    names = {name: new.replace("decoder_encoder.layer.", "decoder_layers.") for name, new in names.items()}
+    return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def recognise(weights: Weights) -> tuple[dict[str, str], str]:
@@ -178,24 +179,36 @@ def recognise(weights: Weights) -> tuple[dict[str, str], str]:
     prefixes = [name.removesuffix(entry) for name in weights if name.endswith(entry)]
     if not prefixes:
         found = ", ".join(list(weights)[:4])
-        raise ValueError(f"not a ViT known here: expected a tensor {entry}, found {found}, ...")
+        raise ValueError(f"not a supported ViT: expected a tensor {entry}, found {found}, ...")
     return names, min(prefixes)
 
 
 def select(weights: Weights, prefix: str) -> Weights:
-    """The tensors of encoder and decoder, float32, without ``prefix``; an ``fc_norm`` replaces a missing norm."""
-    weights = {n.removeprefix(prefix): t.float() for n, t in weights.items() if n.startswith(prefix)}
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CLASSIFIER_HEADS)}
+    """The tensors of encoder and decoder, float32; an ``fc_norm`` becomes the last norm if that is missing."""
+    weights = {name: tensor.float() for name, tensor in strip_prefix(weights, prefix).items()}
+    weights = leave_out(weights, CLASSIFIER_HEADS)
     if "norm.weight" not in weights:
         weights = rename(weights, {"fc_norm": "norm"})
-    return {name: tensor for name, tensor in weights.items() if not name.startswith("fc_norm.")}
+    return leave_out(weights, ("fc_norm.",))
+
+
+def strip_prefix(weights: Weights, prefix: str) -> Weights:
+    """The tensors whose names start with ``prefix``, without it."""
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights[name] for name in names}
+
+
+def leave_out(weights: Weights, starts: tuple[str, ...]) -> Weights:
+    """The tensors whose names start with none of ``starts``."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
 
 
 def rename(weights: Weights, names: dict[str, str]) -> Weights:
     """Replace whole dotted parts of the tensors' names."""
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile(r"(?<![^.])(" + "|".join(map(re.escape, longest_first)) + r")(?![^.])")
-    return {pattern.sub(lambda match: names[match[0]], name): tensor for name, tensor in weights.items()}
+    new_names = {name: pattern.sub(lambda match: names[match[0]], name) for name in weights}
+    return {new_names[name]: tensor for name, tensor in weights.items()}
 
 
 def join_qkv(weights: Weights) -> Weights:
@@ -209,29 +222,75 @@ def join_qkv(weights: Weights) -> Weights:
 
 
 def check_supported(weights: Weights):
-    """Raise ValueError for ViTs without absolute positions, with other patch embeddings or more tokens."""
+    """Raise ValueError for ViTs with other positions, patch embeddings or tokens than ours."""
     embed, positions = weights["embed.weight"], weights.get("positions", torch.empty(0))
     if embed.ndim != 4 or positions.ndim < 2:
-        raise ValueError("not a ViT known here: it has no absolute positions, or no convolution of patches")
+        raise ValueError("not a supported ViT: it lacks absolute positions or a convolution of patches")
     if not embed.numel():
-        raise ValueError("not a ViT known here: its patches hold nothing")
+        raise ValueError("not a supported ViT: its patches are empty")
     if others := {"dist_token", "reg_token"} & weights.keys():
-        raise ValueError(f"it has tokens that are not known here: {', '.join(others)}")
+        raise ValueError(f"not a supported ViT: it has {', '.join(others)}")
 
 
 def flatten(weights: Weights) -> Weights:
-    """Tokens to (d,), position tables to (rows, d), the convolution of patches to a linear layer."""
+    """Reshape tokens to (d,), position tables to (rows, d), the convolution to a linear layer."""
     tokens = {name: weights[name].flatten() for name in TOKENS if name in weights}
     tables = {name: weights[name].flatten(0, -2) for name in TABLES if name in weights}
     embed = rearrange(weights["embed.weight"], "d c p1 p2 -> d (p1 p2 c)")
     return weights | tokens | tables | {"embed.weight": embed}
 
 
+def infer_sizes(weights: Weights) -> dict:
+    """The sizes that names and shapes show, before :func:`flatten`."""
+    width, channels, p, _ = weights["embed.weight"].shape
+    mlp_width = 4 * width
+    if "blocks.0.mlp.0.weight" in weights:
+        mlp_width = len(weights["blocks.0.mlp.0.weight"])
+    sizes = dict(
+        width=width,
+        depth=count_blocks(weights, "blocks."),
+        decoder_depth=count_blocks(weights, "decoder_blocks."),
+        patch_size=p,
+        channels=channels,
+        mlp_ratio=mlp_width / width,
+        class_token="cls_token" in weights,
+    )
+    if sizes["decoder_depth"] and "decoder_embed.bias" in weights:
+        sizes["decoder_width"] = len(weights["decoder_embed.bias"])
+    return sizes
+
+
+def count_blocks(weights: Weights, prefix: str) -> int:
+    return len({name.split(".")[0] for name in strip_prefix(weights, prefix)})
+
+
+def read_options(config: dict) -> dict:
+    """The arguments in a configuration that tensors do not show."""
+    options = dict(
+        norm_eps=config.get("layer_norm_eps", 1e-6),
+        normalize_pixels=config.get("norm_pix_loss", True),
+    )
+    for name in ("mean", "std"):
+        if told := config.get(f"image_{name}") or section(config, "pretrained_cfg").get(name):
+            options[name] = told
+    return options
+
+
+def infer_heads(config: dict, width: int, prefix: str) -> int:
+    """The heads in the configuration, else heads of 64 channels, with two exceptions."""
+    heads = config.get("num_attention_heads") or section(config, "model_args").get("num_heads")
+    if width == 384 and prefix.endswith("base_encoder."):  # the small ViT of MoCo v3
+        return heads or 12
+    if width == 1280:
+        return heads or 16
+    return heads or max(1, width // 64)
+
+
 def infer_image_size(weights: Weights, config: dict, p: int):
     """The image size in the configuration, else that of a square grid with as many positions."""
-    told = config.get("image_size") or section(config, "model_args").get("img_size")
-    if told is not None:
-        return told
+    image_size = config.get("image_size") or section(config, "model_args").get("img_size")
+    if image_size is not None:
+        return image_size
     rows, cls = len(weights["positions"]), "cls_token" in weights
     side = math.isqrt(rows)
     if rows not in (side * side, side * side + cls):
@@ -240,11 +299,12 @@ def infer_image_size(weights: Weights, config: dict, p: int):
 
 
 def patch_grid(image_size, p: int) -> tuple[int, int]:
-    """The patch grid (h, w) of an image size, a side or (H, W). Raises ValueError if it is neither."""
+    """The patch grid (h, w) of an image size. Raises ValueError unless that is a side or (H, W)."""
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     pair = isinstance(sides, (list, tuple)) and len(sides) == 2
     if not pair or not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"image_size must be a side or a pair of sides, in pixels, got {repr(image_size)[:60]}")
+        received = repr(image_size)[:60]
+        raise ValueError(f"image_size must be a side or a pair of sides in pixels, got {received}")
     return sides[0] // p, sides[1] // p
 
 
@@ -256,86 +316,47 @@ def add_class_position(weights: Weights, grid: tuple[int, int]) -> Weights:
     return weights | dict(positions=positions)
 
 
-def infer_sizes(weights: Weights, patch_shape: tuple[int, int, int, int]) -> dict:
-    """The sizes of an encoder, and the depth of its decoder, by the shapes and names of its tensors."""
-    width, channels, p, _ = patch_shape
-    mlp = weights.get("blocks.0.mlp.0.weight")
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    decoder_blocks = {name.split(".")[1] for name in weights if name.startswith("decoder_blocks.")}
-    return dict(
-        width=width,
-        depth=len(blocks),
-        decoder_depth=len(decoder_blocks),
-        patch_size=p,
-        channels=channels,
-        mlp_ratio=4.0 if mlp is None else len(mlp) / width,
-        class_token="cls_token" in weights,
-    )
-
-
-def infer_heads(config: dict, width: int, prefix: str) -> int:
-    """The heads in the configuration, else the usual ones of 64 channels, with two exceptions."""
-    told = config.get("num_attention_heads") or section(config, "model_args").get("num_heads")
-    if width == 384 and prefix.endswith("base_encoder."):  # the small ViT of MoCo v3
-        return told or 12
-    return told or {1280: 16}.get(width, max(1, width // 64))
-
-
-def infer_decoder(weights: Weights, config: dict) -> dict:
-    """Width and heads of a decoder; of 32 channels each, unless the configuration tells their number."""
-    width = len(weights["decoder_embed.bias"])
-    return dict(decoder_width=width, decoder_heads=config.get("decoder_num_attention_heads") or max(1, width // 32))
-
-
-def read_options(config: dict) -> dict:
-    """The arguments in a configuration that tensors do not show."""
-    options = dict(norm_eps=config.get("layer_norm_eps", 1e-6), normalize_pixels=config.get("norm_pix_loss", True))
-    for name in ("mean", "std"):
-        if told := config.get(f"image_{name}") or section(config, "pretrained_cfg").get(name):
-            options[name] = told
-    return options
-
-
 def section(config: dict, name: str) -> dict:
-    """The dictionary ``name`` in a configuration, {} without one. Raises ValueError for anything else."""
+    """The dictionary ``name`` in a configuration, {} if it is empty or missing."""
     part = config.get(name) or {}
     if not isinstance(part, dict):
-        raise ValueError(f"the configuration must hold a dictionary as {name}, got a {type(part).__name__}")
+        received = f"a {type(part).__name__}"
+        raise ValueError(f"the configuration must hold a dictionary as {name}, got {received}")
     return part
 
 
 def is_fixed(table: Tensor, grid: tuple[int, int], prefix: int, fixed_positions: Callable) -> bool:
-    """Whether a position table is the one that the model computes. Computes none of another shape."""
+    """Whether a table has the shape and values of the one that the model computes."""
     if table.ndim != 2 or len(table) != prefix + grid[0] * grid[1] or table.shape[1] % 4:
         return False
     return torch.equal(table, fixed_positions(grid, table.shape[1], prefix))
 
 
-# ------------------------------------------------------------------------------------------ to others
+# ---------------------------------------------------------------------------------------- to others
 
 
 def to_mae(weights: Weights, arguments: dict, classifier: dict | None = None) -> dict:
     """The content of a ``.pth`` file of facebookresearch/mae."""
-    options = transformers_config(arguments)
-    options = {name: value for name, value in options.items() if name in PTH_OPTIONS}
+    config = transformers_config(arguments)
+    options = {name: value for name, value in config.items() if name in PTH_OPTIONS}
     return {"model": mae_weights(weights, arguments, classifier), "args": options}
 
 
-def to_timm(weights: Weights, arguments: dict, classifier: dict | None = None) -> tuple[Weights, dict[str, dict]]:
-    """Tensors and JSON files of a timm folder, without a decoder."""
-    weights = mae_weights(weights, arguments, classifier)
-    decoder = ("decoder_", "mask_token")
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(decoder)}
+def to_timm(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
+    """Tensors and JSON files of a timm folder: the encoder, with the head of a classifier."""
+    weights = leave_out(mae_weights(weights, arguments, classifier), ("decoder_", "mask_token"))
     return weights, {"config.json": timm_config(arguments, classifier)}
 
 
-def to_transformers(
-    weights: Weights, arguments: dict, classifier: dict | None = None
-) -> tuple[Weights, dict[str, dict]]:
-    """Tensors and JSON files of a folder of transformers' ViTMAE. Raises ValueError for what it cannot be."""
+def to_transformers(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
+    """Tensors and JSON files of a folder of transformers' ViTMAE.
+
+    Raises ValueError for classifiers, and models without a CLS token or with another grid than a square.
+    """
     height, width = arguments["image_size"]
     if classifier or not arguments["class_token"] or height != width:
-        raise ValueError("ViTMAE of transformers has a CLS token, a square grid, no classifier: write timm instead")
+        needs = "a CLS token, a square image and no classifier"
+        raise ValueError(f"a ViTMAE of transformers needs {needs}: write the format timm instead")
     weights = split_qkv(unflatten(weights, arguments["patch_size"]))
     config = transformers_config(arguments)
     processor = dict(
@@ -348,15 +369,15 @@ def to_transformers(
     return rename(weights, TRANSFORMERS_NAMES), texts
 
 
-WRITERS = {"timm": to_timm, "transformers": to_transformers, "mae": to_mae}  # by the name of the format
+WRITERS = {"timm": to_timm, "transformers": to_transformers, "mae": to_mae}
 
 
 def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> Weights:
-    """Our tensors, position tables included, in the names and shapes of facebookresearch/mae and timm."""
+    """Our tensors and position tables with the names and shapes of facebookresearch/mae and timm."""
     head = {}
     if classifier:
         head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
-        weights = {n.removeprefix("encoder."): t for n, t in weights.items() if n.startswith("encoder.")}
+        weights = strip_prefix(weights, "encoder.")
     weights = rename(unflatten(weights, arguments["patch_size"]), MAE_NAMES)
     if classifier and classifier["pool"] == "mean":
         weights = rename(weights, {"norm": "fc_norm"})
@@ -364,7 +385,7 @@ def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> W
 
 
 def unflatten(weights: Weights, p: int) -> Weights:
-    """Tokens to (1, 1, d), position tables to (1, rows, d), the embedding of patches to a convolution."""
+    """Reshape tokens to (1, 1, d), position tables to (1, rows, d), the linear layer to a convolution."""
     tokens = {name: weights[name][None, None] for name in TOKENS if name in weights}
     tables = {name: weights[name][None] for name in TABLES if name in weights}
     embed = rearrange(weights["embed.weight"], "d (p1 p2 c) -> d c p1 p2", p1=p, p2=p).contiguous()

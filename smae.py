@@ -1,11 +1,11 @@
 """A ViT masked autoencoder (MAE) written with einops, a classifier on its encoder, and their checkpoints.
 
-Works alone, with torch, einops and safetensors; checkpoints of other projects also need ``convert.py``.
-A mask is any object with ascending integer index tensors ``visible`` (b, v) and ``masked`` (b, m), such
-as a ``masks.Mask``.
+Works alone, with torch, einops and safetensors; checkpoints of other projects also need
+``convert.py``. A mask is any object with ascending integer index tensors ``visible`` (b, v) and
+``masked`` (b, m), such as a ``masks.Mask``.
 
-Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m`` masked,
-``d`` width, ``p`` patch side, ``c`` channels, ``H``/``W`` image height/width in pixels.
+Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m``
+masked, ``d`` width, ``p`` patch side, ``c`` channels, ``H``/``W`` image height/width in pixels.
 
 Sources: MAE (He et al., CVPR 2022, arXiv 2111.06377); ViT (Dosovitskiy et al., ICLR 2021).
 """
@@ -44,14 +44,12 @@ def accepted(above: float, most: float, default=MISSING):
 class Config:
     """The arguments of :class:`SMAE` with their defaults and accepted ranges.
 
-    ``image_size``, a side or an (H, W) pair in pixels, sets the grid of the stored positions; the model
-    takes any other image whose sides are divisible by ``patch_size`` too. ``normalize_pixels`` removes
-    each patch's own mean and deviation from the target of the loss. ``decoder_depth=0`` leaves out the
-    decoder.
-
-    Encoders of other projects need the rest. ``class_token=False`` leaves out the CLS token.
-    ``learned_positions`` makes the position embeddings parameters, interpolated for other grids.
-    ``mean`` and ``std`` tell the caller how to normalise images (RGB in 0 ... 1).
+    ``image_size``, a side or (H, W) in pixels, sets the grid of the stored positions; the model
+    also takes any other size divisible by ``patch_size``. ``normalize_pixels`` removes each patch's
+    own mean and deviation from the target of the loss. ``decoder_depth=0`` leaves out the decoder,
+    ``class_token=False`` the CLS token. ``learned_positions`` makes the position embeddings
+    parameters, interpolated for other grids. ``mean`` and ``std`` are those that the caller
+    normalises images with (RGB in 0 ... 1).
 
     Raises ValueError for wrong types, values out of range, and sizes that do not divide.
     """
@@ -89,10 +87,9 @@ class Config:
         self._check_sizes()
 
     def _check_sizes(self):
-        decoder = "decoder_heads", self.decoder_heads, self.decoder_width
-        for name, heads, width in (("heads", self.heads, self.width), decoder):
+        for heads, width in ((self.heads, self.width), (self.decoder_heads, self.decoder_width)):
             if width % heads:
-                raise ValueError(f"{name} ({heads}) must divide the width ({width})")
+                raise ValueError(f"the number of heads ({heads}) must divide the width ({width})")
             if not round(width * self.mlp_ratio):
                 raise ValueError(f"mlp_ratio ({self.mlp_ratio}) leaves no MLP at a width of {width}")
         (height, width), p = self.image_size, self.patch_size
@@ -129,8 +126,8 @@ def sincos_positions(h: int, w: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine position embeddings of an (h, w) patch grid: (h * w, width), float32.
 
     The first half of the channels encodes the column, the second half the row, each as sines then
-    cosines of geometrically falling frequencies (MAE, appendix A.1). Raises ValueError unless ``width``
-    is divisible by 4.
+    cosines of geometrically falling frequencies (MAE, appendix A.1). Raises ValueError unless
+    ``width`` is divisible by 4.
     """
     if width % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, got {width}")
@@ -224,9 +221,9 @@ class Block(nn.Module):
 class SMAE(nn.Module):
     """A ViT masked autoencoder: ``SMAE(**PRESETS["base"], image_size=224)``.
 
-    The keyword arguments are those of :class:`Config`; ``config`` holds all of them as a dictionary and
-    ``statistics`` the mean and standard deviation that images are normalised with. ``prefix`` is the
-    number of tokens before the patches, 1 (the CLS token) or 0.
+    :class:`Config` lists the keyword arguments; ``config`` holds them as a dictionary.
+    ``statistics`` are the mean and deviation to normalise images with, ``prefix`` is the number of
+    tokens before the patches: 1, the CLS token, or 0.
     """
 
     def __init__(self, **arguments):
@@ -349,8 +346,9 @@ class SMAE(nn.Module):
     def features(self, images: Tensor, layer: int | str) -> Tensor:
         """Patch tokens (b, n, d) of whole images (b, c, H, W) after a block, without the final norm.
 
-        ``layer``: 1 ... depth for an encoder block; "decoder-1", "decoder-2", ... for a decoder block,
-        which then sees all encoded patches and no mask token. Raises ValueError for an unknown block.
+        ``layer``: 1 ... depth for an encoder block; "decoder-1", "decoder-2", ... for a decoder
+        block, which then sees all encoded patches and no mask token. Raises ValueError for an
+        unknown block.
         """
         if layer not in self.layers:
             raise ValueError(f"there is no layer {layer!r}, only {', '.join(map(str, self.layers))}")
@@ -368,21 +366,21 @@ class SMAE(nn.Module):
         Raises ValueError if the model has no CLS token.
         """
         if not self.prefix:
-            raise ValueError("this model has no CLS token and no attention of it")
+            raise ValueError("this model has no CLS token, and therefore no attention from it")
         last = self.blocks[-1]
         x = self.blocks[:-1](self._encoder_tokens(images))
         return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, 1:]
 
     @torch.no_grad()
     def decoder_attention(self, images: Tensor, mask) -> Iterator[Tensor]:
-        """Attention maps (b, heads, t, t) of the decoder blocks, float32; t: CLS, visible, masked patches."""
+        """Attention (b, heads, t, t) in each decoder block, float32; t: CLS, visible, masked tokens."""
         x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
         for block in self.decoder_blocks:
             yield block.attention.weights(block.norm1(x))
             x = block(x)
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
-        """The masked patches' pixels (b, m, p * p * c), patch by patch normalised if the model asks."""
+        """The masked patches' pixels (b, m, p * p * c), each patch normalised with ``normalize_pixels``."""
         target = gather_tokens(patchify(images, self.patch_size), masked).float()
         if self.normalize_pixels:
             mean, std = patch_statistics(target)
@@ -393,8 +391,8 @@ class SMAE(nn.Module):
     def reconstruct(self, images: Tensor, mask) -> Tensor:
         """Images (b, c, H, W) with the masked patches replaced by the model's prediction.
 
-        A model of normalised pixels predicts neither brightness nor contrast of a patch: both come from
-        the input. Patches in neither set of the mask keep their pixels.
+        A model of normalised pixels predicts neither brightness nor contrast of a patch: both come
+        from the input. Patches in neither set of the mask keep their pixels.
         """
         grid, patches = self.grid(images), patchify(images, self.patch_size)
         prediction = self.decode(self.encode(images, mask.visible), mask, grid).to(patches.dtype)
@@ -426,8 +424,7 @@ class Classifier(nn.Module):
     Pools tokens before the last norm, which starts anew for "mean" pooling (MAE, fine-tuning).
     ``drop_path`` grows linearly over the blocks, from 0 to the given value.
 
-    Raises ValueError unless ``classes`` are names, the encoder can be pooled so, and ``drop_path`` is in
-    0 ... 1.
+    Raises ValueError for wrong types, a missing CLS token, and ``drop_path`` outside 0 ... 1.
     """
 
     def __init__(self, encoder: SMAE, classes: Sequence[str], pool: str = "mean", drop_path: float = 0.0):
@@ -485,11 +482,12 @@ LARGEST_CONFIG = 2**21  # bytes of a JSON file
 def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None = None, format: str = "smae"):
     """Write a checkpoint that :func:`load` reads back to the bit. Files appear whole or not at all.
 
-    ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the model's arguments
-    under "model", and whatever ``config`` holds); "timm", a folder of the encoder or classifier for
-    ``timm.create_model("local-dir:" + folder)``, whose norms always have an epsilon of 1e-6;
-    "transformers", a folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a ``.pth`` file as
-    facebookresearch/mae writes it. Raises ValueError if the format has no place for the model.
+    ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the model's
+    arguments under "model", and whatever ``config`` holds); "timm", a folder of the encoder or
+    classifier for ``timm.create_model("local-dir:" + folder)``, whose norms always have an epsilon
+    of 1e-6; "transformers", a folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a
+    ``.pth`` file as facebookresearch/mae writes it. Raises ValueError if the format has no place
+    for the model.
     """
     path, classifier = Path(path), None
     if isinstance(model, Classifier):
@@ -508,14 +506,13 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     if format != "mae":
         return write_folder(path, *content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part, open(part, "wb") as file:  # torch.save(.., part) would hide a full disk
+    with whole_file(path) as part, open(part, "wb") as file:  # given a path, torch.save hides a full disk
         torch.save(content, file)
 
 
 def tensors_of(model: SMAE | Classifier, positions: bool = False) -> dict[str, Tensor]:
-    """The weights of a model on the CPU, with the position tables that it can compute if wanted."""
-    tensors = dict(model.named_buffers()) if positions else {}
-    tensors = model.state_dict() | tensors
+    """The state dict on the CPU; ``positions`` adds the tables that the model computes itself."""
+    tensors = model.state_dict() | (dict(model.named_buffers()) if positions else {})
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -537,8 +534,8 @@ def write_folder(folder: Path, weights: dict[str, Tensor], texts: dict[str, dict
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file whole or not at all: ``with whole_file(path) as part: part.write_text(...)``.
 
-    ``part`` is a name beside ``path``. After the block it is flushed to the disk and renamed; after an
-    error it is removed. Raises OSError, with the path, if the disk fails.
+    ``part`` is a name beside ``path``. After the block it is flushed to the disk and renamed; after
+    an error it is removed. Raises OSError, with the path, if the disk fails.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -582,16 +579,16 @@ def flush(path: str | os.PathLike):
 def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, image_size=None) -> SMAE | Classifier:
     """Read the model of a checkpoint, in evaluation mode on ``device``.
 
-    Reads what :func:`save` and ``train.py`` write. With ``convert.py`` it also reads encoders, and decoders
-    if there are any, from ``.pth`` files of facebookresearch/mae, folders of transformers' ViTMAE, and ViTs
-    in timm's naming (plain ViT, DeiT, MoCo v3, DINO), as ``.safetensors``, ``.pth`` or a folder. ``heads``
-    and ``image_size`` (H, W) tell what a file without a configuration does not; ``convert.from_foreign``
-    has the defaults.
+    Reads what :func:`save` and ``train.py`` write, and with ``convert.py`` the encoder, and decoder
+    if any, of facebookresearch/mae ``.pth`` files, transformers' ViTMAE folders, and ViTs with
+    timm's names (plain ViT, DeiT, MoCo v3, DINO) as ``.safetensors``, ``.pth`` or a folder.
+    ``heads`` and ``image_size`` (H, W) describe files without a configuration;
+    ``convert.from_foreign`` documents the defaults.
 
-    Runs no code from a file. Memory and time stay in proportion to the size of ``config.json`` and
-    ``.safetensors`` files, whatever they hold. A hostile ``.pth`` can make torch's own unpickler take more:
-    prefer safetensors from strangers. Raises FileNotFoundError if there is nothing to read, and ValueError,
-    with the names of tensors that do not fit, if it is not such a model.
+    Runs no code from a file. Memory and time stay in proportion to the size of JSON and safetensors
+    files, whatever they hold; a hostile ``.pth`` can make torch's unpickler take more. Raises
+    FileNotFoundError if there is nothing to read, ValueError, with the names of tensors that do not
+    fit, for anything else.
     """
     path = Path(path)
     try:
@@ -604,7 +601,7 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
         model = build_model(weights, config.get("model") or {}, config.get("classifier") or {})
     except FileNotFoundError:
         raise
-    except Exception as error:  # a broken or hostile file can lead to any; say it in one printable line
+    except Exception as error:  # a hostile file can cause any; report it in one printable line
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         text = kind + " ".join(str(error)[:2000].split())
         text = text if str(path) in text else f"{path} cannot be loaded: {text}"
@@ -614,7 +611,7 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
 
 
 def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -> SMAE | Classifier:
-    """Build a model, or a classifier with arguments of its own, and load the weights if they fit."""
+    """Build the model, inside a classifier if that has arguments, and load the weights if they fit."""
 
     def build() -> SMAE | Classifier:
         if classifier:
@@ -639,8 +636,9 @@ def compare_weights(own: dict[str, Tensor], weights: dict[str, Tensor]):
     }
     texts = []
     for kind, names in problems.items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        texts += [f"{kind}: {', '.join(names[:4])}{more}"] if names else []
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            texts.append(f"{kind}: {', '.join(names[:4])}{more}")
     if texts:
         raise ValueError("the weights do not fit the model; " + "; ".join(texts))
 

@@ -1,7 +1,7 @@
-"""Hostile files: whatever a checkpoint holds, it loads or is refused, in little memory and time. How files are written.
+"""Hostile files are loaded or refused in little memory and time; files are written whole or not at all.
 
-Loads run in another process, whose address space is limited: ``python tests/test_safety.py load PATH ...`` or
-``python tests/test_safety.py fuzz FOLDER SEED FIRST COUNT``, which a failing test tells to repeat one case.
+Loads run in another process with a limited address space: ``python tests/test_safety.py load PATH ...`` or
+``python tests/test_safety.py fuzz FOLDER SEED FIRST COUNT``. A failing test prints the command for one case.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def model(**changes) -> smae.SMAE:
 
 
 def try_load(path: str) -> dict:
-    """What becomes of smae.load(path): outcome, message, seconds, MiB at the peak above those before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    """The result of smae.load(path): outcome, message, seconds, and by how many MiB the peak rose."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start, message = status("VmRSS"), time.monotonic(), ""
-    signal.alarm(3 * SECONDS)  # ends the process, even amidst C code
+    signal.alarm(3 * SECONDS)  # ends the process even inside C code
     try:
         smae.load(path)
         outcome = "loaded"
@@ -69,7 +69,7 @@ def try_load(path: str) -> dict:
 
 
 def work(arguments: list[str]):
-    """The other process: a line of JSON before each load, one after it."""
+    """Run in the other process: print a line of JSON before each load and one after it."""
     torch.set_num_threads(1)
     space = int(status("VmSize") * 2**20) + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
@@ -83,7 +83,7 @@ def work(arguments: list[str]):
             tell(path=path, **try_load(path))
     else:
         folder, seed, first, count = Path(arguments[1]), *map(int, arguments[2:])
-        for path in sorted((folder / "valid").iterdir()):  # for what is imported late not to be counted
+        for path in sorted((folder / "valid").iterdir()):  # imports everything, so that imports are not measured
             assert try_load(str(path))["outcome"] == "loaded", path
         for number in range(first, first + count):
             kind, path = mutated(folder, seed, number)
@@ -92,7 +92,7 @@ def work(arguments: list[str]):
 
 
 def results_of(*arguments) -> tuple[list[dict], dict | None]:
-    """The results of the other process, and what it was about when it ended, if it did not get to its end."""
+    """The results of the other process, and the load that ended it early, if one did."""
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=3000)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -104,7 +104,7 @@ def results_of(*arguments) -> tuple[list[dict], dict | None]:
 
 
 def faults(results: list[dict]) -> list[dict]:
-    """Those of another outcome, or that took or asked for too much (which torch may do for a pickle, in vain)."""
+    """Results that are wrong, slow or large. torch may ask for much memory, and not get it, for a pickle."""
 
     def wrong(outcome: str, message: str, seconds: float, mebibytes: float, **file) -> bool:
         asked = "memory" in message and not file.get("kind", file.get("path", "")).endswith((".pth", ".bin"))
@@ -118,7 +118,7 @@ def faults(results: list[dict]) -> list[dict]:
 
 
 def changed_folder(format: str, part: str | None = None, classes: tuple = (), /, **changes):
-    """A folder of ours, with changes of its config.json or a part of it; None takes a key away."""
+    """A folder of ours with changes in its config.json, or in a part of it; None removes a key."""
 
     def make(folder: Path):
         smae.save(smae.Classifier(model(), classes) if classes else model(), folder, format=format)
@@ -141,7 +141,7 @@ def change_json(file: Path, part: str | None, changes: dict):
 
 
 def config_of(content):
-    """Our folder with another config.json: text, bytes, or a function that makes it."""
+    """A folder of ours with another config.json: text, bytes, or a function that makes the file."""
 
     def make(folder: Path):
         smae.save(model(), folder)
@@ -166,7 +166,7 @@ def safetensors_file(header: dict | bytes, length: int | None = None, data: byte
 
 
 def tensors_file(change):
-    """The tensors of facebookresearch/mae, changed, and saved by PyTorch."""
+    """Tensors with the names of facebookresearch/mae, changed, in a file by PyTorch."""
 
     def make(folder: Path):
         smae.save(model(), folder / "x.pth", format="mae")
@@ -178,7 +178,7 @@ def tensors_file(change):
 
 
 def rewritten(change, compress: int = zipfile.ZIP_STORED):
-    """A file by PyTorch of one tensor, of 54321 numbers, with a change of the pickle that tells of it."""
+    """A file by PyTorch with one tensor of 54321 numbers, and a change in the pickle that describes it."""
 
     def make(folder: Path):
         torch.save({"norm.weight": torch.zeros(54321)}, folder / "old.pth")
@@ -191,7 +191,7 @@ def rewritten(change, compress: int = zipfile.ZIP_STORED):
 
 
 def pth_file(content):
-    """What PyTorch saves of it; or these bytes."""
+    """A file with this content, saved by PyTorch, or with these bytes."""
 
     def make(folder: Path):
         write = Path.write_bytes if isinstance(content, bytes) else lambda file, content: torch.save(content, file)
@@ -204,7 +204,7 @@ def pth_file(content):
 CYCLE = {}
 CYCLE["model"] = CYCLE
 
-HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nevertheless
+HOSTILE = {  # how to make the file, and the message; None: it can be loaded
     # our own config.json
     "a width of 10**9": (run_folder(width=10**9), "width must be an integer above 0 and at most 65536, got 1000000000"),
     "a width that takes terabytes": (run_folder(width=65536), "of another shape"),
@@ -251,7 +251,7 @@ HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nev
     "timm: an image of 10**9": (changed_folder("timm", "model_args", img_size=10**9), "more than 65536 patches"),
     # safetensors
     "a header of 2**60 bytes": (safetensors_file({}, 2**60), "SafetensorError: Error while"),
-    "no tensors": (safetensors_file({}), "not a ViT known here"),
+    "no tensors": (safetensors_file({}), "not a supported ViT"),
     "a header of 100,000 levels": (safetensors_file(b'{"a":' * 100_000), "SafetensorError: Error while"),
     "a shape of 2**40": (
         safetensors_file({"pos_embed": dict(dtype="F32", shape=[2**40], data_offsets=[0, 4])}, data=b"1234"),
@@ -260,11 +260,11 @@ HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nev
     "zero times 2**40": (
         safetensors_file({"patch_embed.proj.weight": dict(dtype="F32", shape=[2**40, 3, 0, 4], data_offsets=[0, 0]),
                           "pos_embed": dict(dtype="F32", shape=[1, 0, 2**40], data_offsets=[0, 0])}),
-        "its patches hold nothing",
+        "its patches are empty",
     ),
     "a name of control characters": (
         safetensors_file({"\x1b[2J\n\u202e\ud800" * 50: dict(dtype="F32", shape=[0], data_offsets=[0, 0])}),
-        "SafetensorError|not a ViT known here",
+        "SafetensorError|not a supported ViT",
     ),
     # PyTorch's files
     "a block of number 9999999999": (
@@ -289,36 +289,36 @@ HOSTILE = {  # how to make it, and what is said about it; None: it is loaded nev
     "a sparse tensor that fits": (tensors_file(lambda t: t | {"norm.weight": torch.ones(16).to_sparse()}), "sparse"),
     "a quantized tensor": (
         tensors_file(lambda t: t | {"norm.weight": torch.quantize_per_tensor(torch.ones(16), 0.1, 0, torch.qint8)}),
-        "quantized|not a file of tensors alone",
+        "quantized|must hold tensors and plain values only",
     ),
     "a tensor of the meta device": (
-        tensors_file(lambda t: t | {"norm.weight": torch.empty(16, device="meta")}), "without numbers",
+        tensors_file(lambda t: t | {"norm.weight": torch.empty(16, device="meta")}), "meta tensors",
     ),
     "a number as a name": (tensors_file(lambda t: t | {7: torch.ones(1)}), None),
     "complex numbers": (tensors_file(lambda t: t | {"norm.weight": torch.ones(16, dtype=torch.cfloat)}), None),
     "a convolution of no dimensions": (
-        tensors_file(lambda t: t | {"patch_embed.proj.weight": torch.ones(())}), "not a ViT known here",
+        tensors_file(lambda t: t | {"patch_embed.proj.weight": torch.ones(())}), "not a supported ViT",
     ),
-    "positions of one dimension": (tensors_file(lambda t: t | {"pos_embed": torch.ones(5)}), "not a ViT known here"),
+    "positions of one dimension": (tensors_file(lambda t: t | {"pos_embed": torch.ones(5)}), "not a supported ViT"),
     "an MLP of no dimensions": (tensors_file(lambda t: t | {"blocks.0.mlp.fc1.weight": torch.ones(())}), "TypeError"),
     "a zip bomb": (rewritten(lambda text: text + bytes(2**24), zipfile.ZIP_DEFLATED), "compressed, which torch.save"),
     "a tensor larger than its record": (
-        rewritten(lambda text: text.replace(b"M\x31\xd4", b"J" + struct.pack("<i", 10**9))), "of tensors alone",
+        rewritten(lambda text: text.replace(b"M\x31\xd4", b"J" + struct.pack("<i", 10**9))), "plain values only",
     ),
     "a dictionary within itself": (pth_file(CYCLE), "holds no model"),
     "args that are a number": (pth_file({"args": 3, "model": {}}), "holds no model"),
     "a list of tensors": (pth_file([torch.ones(3)]), "holds no model"),
-    "an empty file": (pth_file(b""), "not a file of tensors alone"),
-    "a pickle that PyTorch did not write": (pth_file(pickle.dumps({"a": 1}, 2)), "not a file of tensors alone"),
-    "a zip archive of nothing": (pth_file(b"PK\5\6" + bytes(18)), "not a file of tensors alone"),
-    "the beginning of a zip archive": (pth_file(b"PK\3\4" + bytes(100)), "not a file of tensors alone"),
+    "an empty file": (pth_file(b""), "plain values only"),
+    "a pickle that PyTorch did not write": (pth_file(pickle.dumps({"a": 1}, 2)), "plain values only"),
+    "a zip archive of nothing": (pth_file(b"PK\5\6" + bytes(18)), "plain values only"),
+    "the beginning of a zip archive": (pth_file(b"PK\3\4" + bytes(100)), "plain values only"),
     "a pipe": (lambda folder: os.mkfifo(folder / "x.pth") or folder / "x.pth", "there is no checkpoint"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What became of each hostile file. All are loaded by one process, by the next one after what ended it."""
+    """The result for each hostile file. One process loads all; where one ends it, the next goes on."""
     paths, results = {}, {}
     for i, (name, (make, _)) in enumerate(HOSTILE.items()):
         folder = tmp_path_factory.mktemp(f"hostile{i}")
@@ -345,7 +345,7 @@ def test_a_hostile_file_is_refused_in_one_line_within_little_memory_and_time(nam
 
 
 class Command:
-    """What runs a command when it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, command: str):
         self.command = command
@@ -362,7 +362,7 @@ def test_code_in_a_pickle_is_not_run(kind, tmp_path):
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=kind == "zipped")
-    with pytest.raises(ValueError, match="not a file of tensors alone"):
+    with pytest.raises(ValueError, match="plain values only"):
         smae.load(file)
     assert not trace.exists()
     if kind == "plain":
@@ -374,8 +374,8 @@ def test_code_in_a_pickle_is_not_run(kind, tmp_path):
 
 
 def write_valid(folder: Path):
-    """A small checkpoint of each kind that load() reads."""
-    torch.manual_seed(0)  # the same bytes each time
+    """Write a small checkpoint of each kind that load() reads."""
+    torch.manual_seed(0)  # for the same bytes each time
     small = model(channels=1)
     smae.save(small, folder / "ours", config={"train": {"epochs": 3, "name": ["x", None, 0.5]}})
     smae.save(smae.Classifier(small, ["cat", "dog"]), folder / "classifier")
@@ -420,7 +420,7 @@ def cut(data: bytes, dice: random.Random) -> bytes:
 
 
 def change_value(content, dice: random.Random):
-    """Something within nested lists and dictionaries is replaced, taken away, doubled or copied."""
+    """Replace, remove, double or copy one value in nested lists and dictionaries."""
     nodes, found = [content], []
     while nodes:
         node = nodes.pop()
@@ -453,7 +453,7 @@ def mutate_json(data: bytes, dice: random.Random) -> bytes:
 
 
 def mutate_header(data: bytes, dice: random.Random) -> bytes:
-    """Of a safetensors file: the JSON of names, types, shapes and offsets."""
+    """Change the header of a safetensors file: names, types, shapes and offsets as JSON."""
     (length,) = struct.unpack("<Q", data[:8])
     header, data = json.loads(data[8 : 8 + length]), data[8 + length :]
     text = json.dumps(change_value(header, dice)).encode()
@@ -461,7 +461,7 @@ def mutate_header(data: bytes, dice: random.Random) -> bytes:
 
 
 def mutate_tensors(data: bytes, dice: random.Random) -> bytes:
-    """Of a safetensors file: one tensor changed, renamed or left out, and all that is told of it with it."""
+    """Change, rename or remove one tensor of a safetensors file, header included."""
     tensors = safetensors.torch.load(data)
     name = dice.choice(sorted(tensors))
     tensor = tensors.pop(name)
@@ -472,7 +472,7 @@ def mutate_tensors(data: bytes, dice: random.Random) -> bytes:
 
 
 def mutate_content(data: bytes, dice: random.Random) -> bytes:
-    """What a file by PyTorch holds is changed, and saved again, in the older format if it was in that."""
+    """Change the content of a file by PyTorch and save it in the format that it had."""
     zipped, target = zipfile.is_zipfile(io.BytesIO(data)), io.BytesIO()
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(io.BytesIO(data), weights_only=True)
@@ -483,7 +483,7 @@ def mutate_content(data: bytes, dice: random.Random) -> bytes:
 
 
 def mutate_records(data: bytes, dice: random.Random) -> bytes:
-    """Of a zip archive: the pickle changed, or a record of other bytes, name or none; all checksums are right."""
+    """Change the pickle, or the bytes or name of a record, in a zip archive with correct checksums."""
     source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     records = [[info.filename, source.read(info)] for info in source.infolist()]
     pickled = next(record for record in records if record[0].endswith("data.pkl"))
@@ -499,7 +499,7 @@ def mutate_records(data: bytes, dice: random.Random) -> bytes:
 
 
 def mutated(folder: Path, seed: int, number: int) -> tuple[str, Path]:
-    """One of the valid checkpoints with something changed, a function of ``seed`` and ``number``: its kind and path."""
+    """Change something in one of the valid checkpoints, by ``seed`` and ``number``: what changed, and the path."""
     dice = random.Random(f"{seed} {number}")
     source = dice.choice(sorted((folder / "valid").iterdir()))
     path = folder / f"mutated {seed} {number}{source.suffix}"
@@ -513,7 +513,7 @@ def mutated(folder: Path, seed: int, number: int) -> tuple[str, Path]:
         ways.remove(mutate_records)
     way = dice.choice([flip, cut, *ways * 2])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile's about names that are there twice
+        warnings.simplefilter("ignore")  # of zipfile about duplicate names
         file.write_bytes(way(file.read_bytes(), dice))
     return f"{way.__name__} of {source.name}{f'/{file.name}' * path.is_dir()}", path
 
@@ -546,7 +546,7 @@ def test_none_of_5000_mutated_checkpoints_does_more_than_raise_a_valueerror(tmp_
 
 
 def unsafe(source: str) -> list[str]:
-    """What in a Python source could run what a file holds."""
+    """The places of a Python source that could run code from a file."""
     found, words = [], ("pickle", "Unpickler", "allow_pickle", "trust_remote_code")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.serialization.load"):
@@ -561,7 +561,7 @@ def unsafe(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")), ids=lambda file: file.name)
-def test_no_source_can_run_what_a_file_holds(file):
+def test_no_source_can_run_code_from_a_file(file):
     assert not unsafe(file.read_text())
 
 
@@ -577,7 +577,7 @@ options = {'trust_remote_code': True}"""
 
 
 @pytest.mark.parametrize("line", UNSAFE.splitlines())
-def test_what_could_run_what_a_file_holds_is_found(line):
+def test_lines_that_could_run_code_from_a_file_are_found(line):
     assert unsafe(line)
     assert not unsafe("torch.load(f, map_location='cpu', weights_only=True)")
 
@@ -604,7 +604,7 @@ def test_nonsense_is_refused_by_the_constructor(wrong):
         model(**wrong)
 
 
-def test_what_makes_sense_is_taken_by_the_constructor():
+def test_sensible_arguments_are_accepted_by_the_constructor():
     for right in (dict(image_size=(8, 12)), dict(image_size=[4, 4]), dict(mlp_ratio=2), dict(mean=[0, 0, 0])):
         model(**right)
     assert model(channels=1, mean=(0.5,), std=(0.1,)).config["mean"] == [0.5]
@@ -626,7 +626,7 @@ def test_a_model_is_built_without_memory_or_random_numbers_on_the_meta_device():
 
 @pytest.fixture
 def small_disk():
-    """A function after which no file can grow beyond 64 KiB, until the end of the test."""
+    """A function that limits files to 64 KiB until the end of the test."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full():
@@ -708,7 +708,7 @@ def test_a_left_over_part_that_is_a_link_does_not_change_the_file_behind_it(tmp_
     assert (live.read_text(), file.read_text()) == ("in use", "new")
 
 
-def test_a_folder_that_cannot_be_flushed_is_no_failure_but_a_broken_disk_is(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_flushed_is_accepted_and_a_broken_disk_is_not(monkeypatch, tmp_path):
     def fails(code):
         def fsync(handle):
             raise OSError(code, os.strerror(code))

@@ -23,7 +23,7 @@ def mask_of(n: int, v: int, b: int = 2) -> masks.Mask:
 
 
 def peer_and_ours(folder, normalize_pixels: bool = True):
-    """A randomly initialised ``transformers`` ViTMAE with MAE's positions, and what we read of it."""
+    """A random ViTMAE of transformers with MAE's positions, and our model loaded from it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTMAEConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, decoder_hidden_size=32,
@@ -31,10 +31,10 @@ def peer_and_ours(folder, normalize_pixels: bool = True):
         image_size=48, patch_size=8, layer_norm_eps=1e-6, norm_pix_loss=normalize_pixels,
     )  # fmt: skip
     peer = transformers.ViTMAEForPreTraining(config).eval()
-    for parameter in peer.parameters():  # positions aside, nothing at its initial zero or one
+    for parameter in peer.parameters():  # all but the positions, so that none stays zero or one
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    # MAE puts the column first; transformers 5 starts from zeros, or from positions with the row first
+    # MAE's positions have the column first; transformers 5 has zeros, or the row first
     peer.vit.embeddings.position_embeddings.data[0] = smae.position_table((6, 6), 48, prefix=1)
     peer.decoder.decoder_pos_embed.data[0] = smae.position_table((6, 6), 32, prefix=1)
     peer.save_pretrained(folder)
@@ -252,9 +252,9 @@ def test_autocast_changes_the_loss_little_and_keeps_it_float32(small_model):
 # ------------------------------------------------------------------------------------------- behaviour
 
 
-def test_one_batch_can_be_learned_by_heart(small_model):
+def test_one_batch_can_be_overfitted(small_model):
     images, mask = torch.nn.functional.interpolate(torch.randn(4, 3, 4, 4), scale_factor=8), mask_of(16, 4, b=4)
-    images = images + 0.3 * torch.sin(torch.arange(32) / 2)  # something to normalise in every patch
+    images = images + 0.3 * torch.sin(torch.arange(32) / 2)  # for some variance in every patch
     optimizer = torch.optim.AdamW(small_model.parameters(), lr=3e-3)
     first = small_model(images, mask).item()
     for _ in range(150):
