@@ -1,9 +1,9 @@
-"""What a run needs to survive: whole checkpoints, all random states, signals, word from the other processes.
+"""What lets a run survive: whole checkpoints, random states, a lock, signals, messages between processes.
 
-A checkpoint is a folder ``checkpoint-STEP`` of a run: ``model.safetensors`` and ``config.json``, which ``smae.load``
-reads as those of the run itself, and ``state.pt``, the rest of what is needed to go on. Written here rather than by
-Accelerate's ``save_state``, which writes in place, from every process, and unpickles custom states without
-``weights_only``.
+A checkpoint is a folder ``checkpoint-STEP`` of a run. It holds ``model.safetensors`` and
+``config.json``, which ``smae.load`` reads, and ``state.pt``, everything else that resuming needs.
+Accelerate's ``save_state`` would write in place, from every process, and unpickle custom states
+without ``weights_only``.
 """
 
 import contextlib
@@ -40,13 +40,14 @@ def write(
     passing: Container[int] = (),
     attached: Iterable[Path] = (),
 ):
-    """Write ``checkpoint-STEP`` into the folder ``out``, and leave no other but the ``keep`` - 1 before it.
+    """Write ``checkpoint-STEP`` into the folder ``out``; keep the ``keep`` - 1 checkpoints before it.
 
-    Of those whose steps are ``passing`` none is left but the newest two of all.
+    Of the checkpoints whose steps are ``passing``, only the newest two of all stay.
 
-    It is written aside, flushed to the disk, then renamed: at any moment what goes by the name of a checkpoint is
-    whole. ``state`` holds tensors and plain values, "config" what goes to config.json; files ``attached`` are linked
-    into it. Raises OSError if the disk does not take it; the checkpoints before it then stay.
+    The folder is written beside its name, flushed to the disk, then renamed: whatever has the name
+    of a checkpoint is whole. ``state`` holds tensors and plain values, and under "config" the
+    content of config.json. Files ``attached`` are linked into it. Raises OSError if the disk fails;
+    the earlier checkpoints then stay.
     """
     final = out / f"checkpoint-{step:08d}"
     part = final.with_suffix(f".{os.getpid()}.part")
@@ -57,15 +58,13 @@ def write(
         smae.save(model, part, state["config"])
         for file in attached:
             link(file, part / file.name)
-        with open(part / STATE, "wb") as file:
+        with smae.whole_file(part / STATE) as name, open(name, "wb") as file:
             torch.save(state | dict(crc=checksum(part / WEIGHTS)), file)
-        smae.flush(part / STATE)
-        smae.flush(part)
         if final.exists():
             _remove(final)
-        os.rename(part, final)
+        os.rename(part, final)  # a folder: smae.whole_file() replaces files alone
         smae.flush(out)
-    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from None
     later = [folder for folder in folders(out) if number(folder) > step]  # of a run that has gone back since
@@ -75,20 +74,20 @@ def write(
 
 
 def link(file: Path, name: Path):
-    """Give a file that is never changed in place another ``name``, in place of what goes by it; else copy the file."""
-    part = name.with_name(f"{name.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(file, part)
-    except OSError:  # some file systems know no links
-        shutil.copyfile(file, part)
-    os.replace(part, name)
-    part.unlink(missing_ok=True)  # still there if both were links to the same file
+    """Give ``file``, which nobody changes in place, a second ``name``, replacing what has that name.
+
+    Copies the file if the file system has no links.
+    """
+    with smae.whole_file(name) as part:
+        try:
+            os.link(file, part)
+        except OSError:
+            shutil.copyfile(file, part)
 
 
 def _remove(folder: Path):
-    """Remove a checkpoint, as far as that is possible; what is left does not look like one."""
-    with contextlib.suppress(OSError):  # such as a file still in use on a network disk
+    """Remove a checkpoint as far as possible. Whatever stays has another name."""
+    with contextlib.suppress(OSError):  # for example, a network disk with a file in use
         shutil.rmtree(folder.rename(folder.with_suffix(f".{os.getpid()}.old")))
 
 
@@ -99,12 +98,12 @@ def remove_all(out: Path):
 
 
 def folders(out: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
+    """The checkpoints of a run, newest first."""
     return sorted((folder for folder in out.glob("checkpoint-*") if number(folder) >= 0), key=number, reverse=True)
 
 
 def number(folder: Path) -> int:
-    """The steps after which a checkpoint was written; -1 for the name of anything else."""
+    """The step in the name of a checkpoint; -1 if the folder is none."""
     digits = folder.name.removeprefix("checkpoint-")
     return int(digits) if digits.isdecimal() else -1
 
@@ -119,15 +118,15 @@ def read(folder: Path) -> dict:
         if state["crc"] != checksum(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} is damaged")
         return state | dict(model=safetensors.torch.load_file(folder / WEIGHTS))
-    except Exception as error:  # whatever is wrong with a file, it is not one to go on from
+    except Exception as error:  # a damaged file can lead to any
         raise ValueError(f"{folder} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
 
 
 def find(place: Path, say: Callable = print, aside: bool = False) -> Path | None:
-    """The checkpoint ``place``, or the newest whole one of the run in that folder (None: it has none at all).
+    """The checkpoint ``place``, or the newest whole one of the run in that folder; None if it has none.
 
-    Says which broken ones were passed over, and, if one is found, renames them where they are to be put ``aside``.
-    Raises ValueError if all are broken, or ``place`` itself is.
+    Says which broken ones it skips. With ``aside`` it also renames them, once it has found a whole
+    one. Raises ValueError if ``place`` itself is broken, or every checkpoint is.
     """
     place = place.resolve()
     if (place / STATE).exists() and not folders(place):
@@ -139,7 +138,7 @@ def find(place: Path, say: Callable = print, aside: bool = False) -> Path | None
             read(folder)
         except ValueError as error:
             problems[folder] = error
-            say(f"passed over a broken checkpoint: {error}")
+            say(f"skipped a broken checkpoint: {error}")
             continue
         for broken in problems if aside else ():
             broken.rename(broken.with_suffix(f".{os.getpid()}.broken"))
@@ -154,7 +153,7 @@ class Locked(ValueError):
 
 
 class Lock:
-    """``with Lock(out) as lock``: who has called ``lock.take()`` is the only run that writes to the folder ``out``."""
+    """Lets one run at a time write to a folder: ``with Lock(out) as lock: lock.take()``."""
 
     def __init__(self, out: Path, patience: float = 15):
         self.out, self.patience, self.handle = out, patience, None
@@ -163,8 +162,11 @@ class Lock:
         return self
 
     def take(self):
-        """Raise Locked if another run still has it after some seconds; a folder that is not there is free."""
-        deadline = time.monotonic() + self.patience  # the data workers of a killed run end a little later
+        """Take the lock, or raise Locked if another run holds it for ``patience`` seconds.
+
+        Does nothing if the folder does not exist.
+        """
+        deadline = time.monotonic() + self.patience  # the data workers of a killed run outlive it a little
         while self.handle is None and self.out.is_dir():
             handle = os.open(self.out, os.O_RDONLY)
             try:
@@ -172,7 +174,7 @@ class Lock:
             except BlockingIOError:
                 os.close(handle)
                 if time.monotonic() > deadline:
-                    raise Locked(f"another run is writing to {self.out}: choose another --out, or stop it") from None
+                    raise Locked(f"another run is writing to {self.out}: choose another --out or stop it") from None
                 time.sleep(0.2)
                 continue
             except OSError:  # some file systems know no locks
@@ -194,7 +196,7 @@ def checksum(path: Path) -> int:
 
 
 def all_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether all weights, and all moments of the optimizer, are finite numbers."""
+    """Whether all weights and all moments of the optimizer are finite."""
     moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     device = next(model.parameters()).device
     finite = [tensor.detach().isfinite().all().to(device) for tensor in (*model.parameters(), *moments)]
@@ -205,13 +207,14 @@ def all_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool
 
 
 def random_states() -> dict:
-    """All generators of this process: Python's, NumPy's, torch's on the CPU and on its GPU. Plain values, tensors."""
+    """The states of all random generators of this process: Python, NumPy, torch on CPU and GPU."""
     kind, key, *rest = np.random.get_state()
     states = dict(python=random.getstate(), numpy=(kind, key.tolist(), *rest), torch=torch.get_rng_state())
     return states | (dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {})
 
 
 def set_random_states(states: dict):
+    """Restore the states that :func:`random_states` returned."""
     random.setstate(states["python"])
     kind, key, *rest = states["numpy"]
     np.random.set_state((kind, np.array(key, np.uint32), *rest))
@@ -224,11 +227,11 @@ def set_random_states(states: dict):
 
 
 class Signals:
-    """``with Signals() as signals``: ``signals.caught()`` is the number of a signal that asks to stop, or 0.
+    """Catch requests to stop: ``with Signals() as signals: ... signals.caught()``, a signal's number or 0.
 
-    A second one ends the process at once, unless it comes within a second: launchers repeat what a terminal has sent
-    to everybody already. ``accelerate launch`` itself dies of a signal without a word to the process it has launched:
-    when a launcher is gone, that counts as SIGTERM.
+    A second request ends the process at once, unless it comes within a second: launchers repeat
+    what the terminal has already sent to every process. ``accelerate launch`` dies of a signal
+    without passing it on: a launcher that is gone counts as SIGTERM.
     """
 
     ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -236,7 +239,7 @@ class Signals:
 
     def __init__(self):
         self._caught, self._when, self._launcher = 0, 0.0, None
-        with contextlib.suppress(OSError):  # there is no /proc but on Linux
+        with contextlib.suppress(OSError):  # only Linux has /proc
             words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
             if any(word in self.LAUNCHERS or Path(word).name in self.LAUNCHERS for word in words):
                 self._launcher = os.getppid()
@@ -261,13 +264,13 @@ class Signals:
 
 
 class Peers:
-    """What the processes of a run tell one another at every step, without waiting for their devices."""
+    """Messages between the processes of a run at every step, without waiting for their devices."""
 
     def __init__(self, world: int):
         self.group = torch.distributed.new_group(backend="gloo") if world > 1 else None
 
     def largest(self, *values: int) -> list[int]:
-        """The largest of what the processes give, for each of the values. Raises RuntimeError if one is gone."""
+        """The largest value over all processes, for each of the values. Raises RuntimeError if one is gone."""
         if self.group is None:
             return list(values)
         numbers = torch.tensor(values)

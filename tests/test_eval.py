@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import SMALL, run
 from PIL import Image
 
+import convert
 import data
 import eval as judge
 import smae
@@ -228,7 +229,7 @@ def test_learning_rates_fall_by_layer_as_in_timm(small_model):
         for group in judge.layer_groups(classifier, 0.65, 0.05)
         for parameter in group["params"]
     }
-    names = smae._rename(dict(classifier.encoder.named_parameters()), smae.MAE_NAMES | {"norm": "fc_norm"})
+    names = convert.rename(dict(classifier.encoder.named_parameters()), convert.MAE_NAMES | {"norm": "fc_norm"})
     named = names | {f"head.{name}": p for name, p in classifier.head.named_parameters()}
     peer = timm.create_model(
         "vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=2,

@@ -407,7 +407,7 @@ def test_a_broken_checkpoint_is_passed_over_with_a_warning(how, quick_drawing, m
     )
     train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto")
     printed = capfd.readouterr().out
-    assert printed.count("passed over a broken checkpoint") == 2 and "going on from" in printed
+    assert printed.count("skipped a broken checkpoint") == 2 and "going on from" in printed
     assert "checkpoint-00000008: epoch 2, 24 images" in printed
     end_alike(tmp_path / "whole", tmp_path / "run")
     broken = [folder.name[:19] for folder in (tmp_path / "run").glob("*.broken")]  # put aside, not removed

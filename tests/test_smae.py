@@ -1,5 +1,10 @@
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +14,8 @@ import masks
 import smae
 
 
-def visible_first(n: int, v: int, b: int = 2) -> masks.Mask:
-    """Rows of their own random masks with ``v`` visible patches."""
+def mask_of(n: int, v: int, b: int = 2) -> masks.Mask:
+    """Random masks of ``b`` images, with ``v`` of ``n`` patches visible."""
     return masks.random_mask(b, n, 1 - v / n)
 
 
@@ -18,7 +23,7 @@ def visible_first(n: int, v: int, b: int = 2) -> masks.Mask:
 
 
 def peer_and_ours(folder, normalize_pixels: bool = True):
-    """A randomly initialised ``transformers`` ViTMAE with MAE's positions, and what we read of it."""
+    """A random ViTMAE of transformers with MAE's positions, and our model loaded from it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTMAEConfig(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, decoder_hidden_size=32,
@@ -26,10 +31,10 @@ def peer_and_ours(folder, normalize_pixels: bool = True):
         image_size=48, patch_size=8, layer_norm_eps=1e-6, norm_pix_loss=normalize_pixels,
     )  # fmt: skip
     peer = transformers.ViTMAEForPreTraining(config).eval()
-    for parameter in peer.parameters():  # positions aside, nothing at its initial zero or one
+    for parameter in peer.parameters():  # all but the positions, so that none stays zero or one
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    # MAE puts the column first; transformers 5 starts from zeros, or from positions with the row first
+    # MAE's positions have the column first; transformers 5 has zeros, or the row first
     peer.vit.embeddings.position_embeddings.data[0] = smae.position_table((6, 6), 48, prefix=1)
     peer.decoder.decoder_pos_embed.data[0] = smae.position_table((6, 6), 32, prefix=1)
     peer.save_pretrained(folder)
@@ -50,9 +55,9 @@ def test_loss_encoder_and_reconstruction_agree_with_transformers(normalize_pixel
         hidden = peer.vit(images, noise=noise).last_hidden_state
         prediction = ours.decode(latent, mask, (6, 6))
     torch.testing.assert_close(ours(images, mask), expected.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(smae.take(latent[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(smae.gather_tokens(latent[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(latent[:, 0], hidden[:, 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(prediction, smae.take(expected.logits, mask.masked), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prediction, smae.gather_tokens(expected.logits, mask.masked), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_agree_with_transformers(tmp_path):
@@ -110,7 +115,7 @@ def test_patchify_and_back_is_the_identity_and_goes_row_by_row():
 
 
 def test_masked_pixels_do_not_reach_the_encoder(small_model):
-    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     changed = smae.patchify(images, 8)
     changed.scatter_(1, mask.masked[..., None].expand(-1, -1, changed.shape[-1]), 7.0)
     changed = smae.unpatchify(changed, 8, (4, 4))
@@ -119,7 +124,7 @@ def test_masked_pixels_do_not_reach_the_encoder(small_model):
 
 
 def test_thrown_patches_are_neither_encoded_nor_decoded_nor_scored(small_model):
-    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     mask = masks.Mask(mask.visible, mask.masked[:, 3:])
     thrown = torch.ones(2, 16, dtype=torch.bool).scatter(1, torch.cat(mask, dim=1), False)
     changed = smae.patchify(images, 8)
@@ -130,7 +135,7 @@ def test_thrown_patches_are_neither_encoded_nor_decoded_nor_scored(small_model):
 
 
 def test_the_order_of_patches_does_not_matter(small_model):
-    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     shuffled = masks.Mask(mask.visible.flip(1), mask.masked.roll(5, dims=1))
     torch.testing.assert_close(small_model(images, mask), small_model(images, shuffled))
 
@@ -164,7 +169,7 @@ def test_any_grid_works_and_equals_a_model_made_for_it(small_model, size):
     n = size[0] * size[1] // 64
     torch.testing.assert_close(small_model.encode(images), other.encode(images))
     if n > 1:
-        mask = visible_first(n, n // 2)
+        mask = mask_of(n, n // 2)
         torch.testing.assert_close(small_model(images, mask), other(images, mask))
         assert small_model.reconstruct(images, mask).shape == images.shape
 
@@ -192,21 +197,36 @@ def test_sizes_that_do_not_fit_are_refused(small_model, wrong):
         smae.SMAE(**small_model.config | wrong)
 
 
+def test_config_holds_every_argument_and_builds_the_same_model():
+    config = smae.SMAE(width=8, depth=1, heads=2, image_size=(16, 32), mean=(0.5, 0.4, 0.3)).config
+    assert list(config) == [argument.name for argument in dataclasses.fields(smae.Config)]
+    assert config["image_size"] == [16, 32] and config["mean"] == [0.5, 0.4, 0.3] and config["depth"] == 1
+    assert smae.SMAE(**config).config == config == json.loads(json.dumps(config))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'withd'"):
+        smae.SMAE(**config, withd=8)
+
+
+def test_statistics_are_the_mean_and_deviation_of_the_configuration(small_model):
+    model = smae.SMAE(**small_model.config | dict(mean=[0.1, 0.2, 0.3], std=[1, 2, 3]))
+    assert model.statistics == ([0.1, 0.2, 0.3], [1, 2, 3])
+    assert smae.Classifier(model, ["cat"]).statistics == model.statistics
+
+
 def test_normalised_target_has_no_mean_and_unit_deviation_in_every_patch(small_model):
-    target = small_model.target(5 + 3 * torch.randn(2, 3, 32, 32), visible_first(16, 4).masked)
+    target = small_model.target(5 + 3 * torch.randn(2, 3, 32, 32), mask_of(16, 4).masked)
     torch.testing.assert_close(target.mean(-1), torch.zeros(2, 12), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.std(-1), torch.ones(2, 12), atol=1e-4, rtol=0)
 
 
 def test_reconstruction_keeps_what_is_visible_and_undoes_the_normalisation(small_model):
-    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     rebuilt = smae.patchify(small_model.reconstruct(images, mask), 8)
     patches = smae.patchify(images, 8)
-    assert torch.equal(smae.take(rebuilt, mask.visible), smae.take(patches, mask.visible))
+    assert torch.equal(smae.gather_tokens(rebuilt, mask.visible), smae.gather_tokens(patches, mask.visible))
     prediction = small_model.decode(small_model.encode(images, mask.visible), mask, (4, 4))
-    hidden = smae.take(patches, mask.masked)
+    hidden = smae.gather_tokens(patches, mask.masked)
     expected = prediction * hidden.std(-1, keepdim=True) + hidden.mean(-1, keepdim=True)
-    torch.testing.assert_close(smae.take(rebuilt, mask.masked), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(smae.gather_tokens(rebuilt, mask.masked), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_start_xavier_uniform_with_zero_biases(small_model):
@@ -222,7 +242,7 @@ def test_weights_start_xavier_uniform_with_zero_biases(small_model):
 
 
 def test_autocast_changes_the_loss_little_and_keeps_it_float32(small_model):
-    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     with torch.autocast("cpu", torch.bfloat16):
         loss = small_model(images, mask)
     assert loss.dtype == torch.float32
@@ -232,9 +252,9 @@ def test_autocast_changes_the_loss_little_and_keeps_it_float32(small_model):
 # ------------------------------------------------------------------------------------------- behaviour
 
 
-def test_one_batch_can_be_learned_by_heart(small_model):
-    images, mask = torch.nn.functional.interpolate(torch.randn(4, 3, 4, 4), scale_factor=8), visible_first(16, 4, b=4)
-    images = images + 0.3 * torch.sin(torch.arange(32) / 2)  # something to normalise in every patch
+def test_one_batch_can_be_overfitted(small_model):
+    images, mask = torch.nn.functional.interpolate(torch.randn(4, 3, 4, 4), scale_factor=8), mask_of(16, 4, b=4)
+    images = images + 0.3 * torch.sin(torch.arange(32) / 2)  # for some variance in every patch
     optimizer = torch.optim.AdamW(small_model.parameters(), lr=3e-3)
     first = small_model(images, mask).item()
     for _ in range(150):
@@ -245,10 +265,49 @@ def test_one_batch_can_be_learned_by_heart(small_model):
     assert loss.item() < 0.1 * first
 
 
+class Encoder(torch.nn.Module):
+    """``SMAE.encode`` as the forward pass of a module, for torch.export."""
+
+    def __init__(self, model: smae.SMAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, visible=None):
+        return self.model.encode(images, visible)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_an_encoder_exported_with_2_images_runs_with_5(class_token, small_model):
+    model = smae.SMAE(**small_model.config | dict(class_token=class_token)).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    dynamic = {"images": {0: batch}, "visible": None}
+    exported = torch.export.export(Encoder(model), (torch.randn(2, 3, 32, 32), None), dynamic_shapes=dynamic)
+    for b in (1, 5):
+        images = torch.randn(b, 3, 32, 32)
+        torch.testing.assert_close(exported.module()(images, None), model.encode(images))
+
+
+def test_visible_patches_are_encoded_by_an_export_with_any_batch(small_model):
+    batch, images, mask = torch.export.Dim("batch", min=1, max=64), torch.randn(2, 3, 32, 32), mask_of(16, 4)
+    dynamic = {"images": {0: batch}, "visible": {0: batch}}
+    exported = torch.export.export(Encoder(small_model), (images, mask.visible), dynamic_shapes=dynamic)
+    images, visible = torch.randn(5, 3, 32, 32), mask_of(16, 4, b=5).visible
+    torch.testing.assert_close(exported.module()(images, visible), small_model.encode(images, visible))
+
+
+def test_the_loss_exported_with_2_images_and_their_masks_runs_with_5(small_model):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    dynamic = {"images": {0: batch}, "mask": masks.Mask({0: batch}, {0: batch})}
+    example = torch.randn(2, 3, 32, 32), mask_of(16, 4)
+    exported = torch.export.export(small_model, example, dynamic_shapes=dynamic)
+    images, mask = torch.randn(5, 3, 32, 32), mask_of(16, 4, b=5)
+    torch.testing.assert_close(exported.module()(images, mask), small_model(images, mask))
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiling_the_whole_graph_gives_the_same_loss_and_gradients(small_model):
     model = smae.SMAE(**small_model.config | dict(depth=1, decoder_depth=1))
-    images, mask = torch.randn(2, 3, 32, 32), visible_first(16, 4)
+    images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     expected = model(images, mask)
     expected.backward()
     gradient = model.embed.weight.grad.clone()
@@ -272,6 +331,25 @@ def test_a_saved_model_comes_back_bit_by_bit(small_model, tmp_path):
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_smae_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(smae.__file__, tmp_path)
+    script = """
+import sys, torch, smae
+model = smae.SMAE(**smae.PRESETS["tiny"] | dict(depth=1, decoder_depth=1), image_size=32).eval()
+smae.save(model, "run", config={"note": "alone"})
+smae.save(smae.Classifier(model, ["cat", "dog"]), "classifier")
+images = torch.randn(2, 3, 32, 32)
+assert torch.equal(smae.load("run").encode(images), model.encode(images))
+assert smae.load("classifier")(images).shape == (2, 2)
+print(*sorted({"convert", "masks", "data", "train"} & sys.modules.keys()), smae.__file__)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tmp_path / "smae.py"
+
+
 def test_loading_says_what_is_missing_or_does_not_fit(small_model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         smae.load(tmp_path)
@@ -281,6 +359,30 @@ def test_loading_says_what_is_missing_or_does_not_fit(small_model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"blocks\.2"):
         smae.load(tmp_path)
+
+
+def test_a_model_starts_from_the_encoder_and_decoder_of_another(small_model):
+    model = smae.SMAE(**small_model.config | dict(image_size=(16, 64)))
+    smae.initialise(model, small_model)
+    assert all(torch.equal(tensor, small_model.state_dict()[name]) for name, tensor in model.state_dict().items())
+    fresh = smae.SMAE(**small_model.config | dict(decoder_depth=1, decoder_width=8))
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    smae.initialise(fresh, small_model, decoder=False)
+    for name, tensor in fresh.state_dict().items():
+        own = name.startswith(("decoder_", "mask_token", "head."))
+        assert torch.equal(tensor, before[name] if own else small_model.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"do not fit the model; unexpected: decoder_blocks\.1"):
+        smae.initialise(fresh, small_model)
+
+
+def test_a_model_starts_with_learned_positions_resized_to_its_grid(small_model):
+    learned = smae.SMAE(**small_model.config | dict(learned_positions=True)).eval()
+    torch.nn.init.normal_(learned.positions)
+    model = smae.SMAE(**learned.config | dict(image_size=(16, 64))).eval()
+    smae.initialise(model, learned)
+    assert model.positions.shape == (17, 32)
+    images = torch.randn(1, 3, 16, 64)
+    torch.testing.assert_close(model.encode(images), learned.encode(images))
 
 
 # ------------------------------------------------------------------------------------------- features, attention

@@ -1,0 +1,472 @@
+"""Checkpoints of other projects: from their tensors and configuration to ``smae.SMAE``, and back.
+
+Reads facebookresearch/mae, transformers' ViTMAE, and ViTs with timm's names (plain ViT, DeiT, MoCo v3,
+DINO). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts, ``config`` is
+the JSON beside them, ``arguments`` are those of ``smae.SMAE``. Imports nothing of this project;
+``smae.load`` and ``smae.save`` import it for every format but their own.
+
+Letters in shapes: ``d`` width, ``p`` patch side, ``c`` channels.
+"""
+
+import argparse
+import math
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+Folder = tuple[Weights, dict[str, dict]]  # tensors, and the content of JSON files by name
+
+MAE_NAMES = {  # our names: those of facebookresearch/mae and of timm
+    "embed": "patch_embed.proj",
+    "positions": "pos_embed",
+    "attention.qkv": "attn.qkv",
+    "attention.out": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "decoder_positions": "decoder_pos_embed",
+    "head": "decoder_pred",
+}
+TRANSFORMERS_NAMES = {  # our names: those of transformers' ViTMAE
+    "embed": "vit.embeddings.patch_embeddings.projection",
+    "cls_token": "vit.embeddings.cls_token",
+    "positions": "vit.embeddings.position_embeddings",
+    "blocks": "vit.encoder.layer",
+    "norm1": "layernorm_before",
+    "attention.query": "attention.attention.query",  # these three are our attention.qkv
+    "attention.key": "attention.attention.key",
+    "attention.value": "attention.attention.value",
+    "attention.out": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.0": "intermediate.dense",
+    "mlp.2": "output.dense",
+    "norm": "vit.layernorm",
+    "decoder_embed": "decoder.decoder_embed",
+    "mask_token": "decoder.mask_token",
+    "decoder_positions": "decoder.decoder_pos_embed",
+    "decoder_blocks": "decoder.decoder_layers",
+    "decoder_norm": "decoder.decoder_norm",
+    "head": "decoder.decoder_pred",
+}
+CLASSIFIER_HEADS = ("head.", "head_dist.", "pre_logits.", "classifier.", "vit.pooler.", "pooler.")
+TOKENS, TABLES = ("cls_token", "mask_token"), ("positions", "decoder_positions")
+
+# Options that a .pth file may hold under "args": norm_pix_loss by facebookresearch/mae, all by us
+PTH_OPTIONS = (
+    "norm_pix_loss",
+    "image_size",
+    "image_mean",
+    "image_std",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "decoder_num_attention_heads",
+)
+
+# --------------------------------------------------------------------------------------- .pth files
+
+
+def read_pth(file: Path) -> tuple[dict, Weights]:
+    """Read the options and the tensors in a file that ``torch.save`` wrote. Runs no code from it.
+
+    Raises ValueError if it holds anything but tensors and plain values, or no tensors.
+    """
+    try:
+        content = unpickle(file)
+    except Exception as error:  # torch raises several kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} must hold tensors and plain values only: {reason}") from None
+    config, weights = unwrap(content)
+    if not weights:
+        raise ValueError(f"{file} holds no model: expected tensors, or a 'model' or 'state_dict'")
+    if any(t.layout != torch.strided or t.is_meta or t.is_quantized for t in weights.values()):
+        raise ValueError(f"{file} holds sparse, quantized or meta tensors, expected dense ones")
+    # a stride of 0 shows one stored number as many
+    if sum(t.numel() * t.element_size() for t in weights.values()) > file.stat().st_size:
+        raise ValueError(f"{file} claims more numbers than it holds")
+    return config, weights
+
+
+def unpickle(file: Path):
+    """Unpickle tensors and plain values. Raises errors of many kinds for anything else."""
+    zipped = zipfile.is_zipfile(file)  # the format since PyTorch 1.6
+    if zipped:
+        with zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options of MAE's checkpoints
+        # a mapped file takes no memory for sizes that it only claims
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def unwrap(content) -> tuple[dict, Weights]:
+    """Find options and tensors, also inside "model", "state_dict" or "teacher"."""
+    config = {}
+    content = content if isinstance(content, dict) else {}
+    for _ in range(4):  # a limit, because a dictionary can hold itself
+        args = content.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        if isinstance(args, dict):
+            config |= {name: args[name] for name in PTH_OPTIONS if name in args}
+        inner = [content.get(key) for key in ("model", "state_dict", "teacher")]
+        content = next((part for part in inner if isinstance(part, dict)), content)
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return config, {name: tensor for name, tensor in tensors.items() if isinstance(name, str)}
+
+
+# -------------------------------------------------------------------------------------- from others
+
+
+def from_foreign(
+    weights: Weights,
+    config: dict,
+    fixed_positions: Callable[[tuple[int, int], int, int], Tensor],
+    heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> tuple[dict, Weights]:
+    """Arguments and state dict of ``smae.SMAE`` for the checkpoint of another project.
+
+    ``heads`` and ``image_size``, a side or (H, W), overrule ``config``. Without either, an encoder has
+    heads of 64 channels (width 1280: 80; the small one of MoCo v3: 32), a decoder has heads of 32, and
+    the patch grid is square. Without mean and deviation, images are normalised as ImageNet's.
+
+    Leaves out the heads of classifiers, and position tables that equal ``fixed_positions(grid, width,
+    prefix)``, which the model computes. Raises ValueError if the checkpoint is not such a ViT.
+    """
+    weights = unify_names(weights)
+    names, prefix = recognise(weights)
+    weights = select(weights, prefix)
+    weights = rename(weights, {theirs: ours for ours, theirs in names.items()})
+    weights = join_qkv(weights)
+    check_supported(weights)
+    arguments = infer_sizes(weights) | read_options(config)
+    arguments["heads"] = heads or infer_heads(config, arguments["width"], prefix)
+    if width := arguments.get("decoder_width"):
+        arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or max(1, width // 32)
+    weights = flatten(weights)
+    image_size = image_size or infer_image_size(weights, config, arguments["patch_size"])
+    grid = patch_grid(image_size, arguments["patch_size"])
+    weights = add_class_position(weights, grid)
+
+    tables = [weights[name] for name in TABLES if name in weights]
+    fixed = all(is_fixed(table, grid, arguments["class_token"], fixed_positions) for table in tables)
+    if fixed:
+        weights = {name: tensor for name, tensor in weights.items() if name not in TABLES}
+    return arguments | dict(image_size=image_size, learned_positions=not fixed), weights
+
+
+def unify_names(weights: Weights) -> Weights:
+    """Give ViTMAE the names that its pre-training model has in transformers 4."""
+    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)")  # of a ViTMAEModel
+    names = {name: bare.sub("vit.", name) for name in weights}
+    names = {name: new.replace("decoder_encoder.layer.", "decoder_layers.") for name, new in names.items()}
+    return {names[name]: tensor for name, tensor in weights.items()}
+
+
+def recognise(weights: Weights) -> tuple[dict[str, str], str]:
+    """The table of names, and what stands before each name ("module.base_encoder.", often nothing).
+
+    Raises ValueError unless there are patch embeddings of a known name.
+    """
+    names, entry = MAE_NAMES, MAE_NAMES["embed"] + ".weight"
+    if TRANSFORMERS_NAMES["embed"] + ".weight" in weights:
+        names, entry = TRANSFORMERS_NAMES, TRANSFORMERS_NAMES["embed"] + ".weight"
+    prefixes = [name.removesuffix(entry) for name in weights if name.endswith(entry)]
+    if not prefixes:
+        found = ", ".join(list(weights)[:4])
+        raise ValueError(f"not a supported ViT: expected a tensor {entry}, found {found}, ...")
+    return names, min(prefixes)
+
+
+def select(weights: Weights, prefix: str) -> Weights:
+    """The tensors of encoder and decoder, float32; an ``fc_norm`` becomes the last norm if that is missing."""
+    weights = {name: tensor.float() for name, tensor in strip_prefix(weights, prefix).items()}
+    weights = leave_out(weights, CLASSIFIER_HEADS)
+    if "norm.weight" not in weights:
+        weights = rename(weights, {"fc_norm": "norm"})
+    return leave_out(weights, ("fc_norm.",))
+
+
+def strip_prefix(weights: Weights, prefix: str) -> Weights:
+    """The tensors whose names start with ``prefix``, without it."""
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights[name] for name in names}
+
+
+def leave_out(weights: Weights, starts: tuple[str, ...]) -> Weights:
+    """The tensors whose names start with none of ``starts``."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
+
+
+def rename(weights: Weights, names: dict[str, str]) -> Weights:
+    """Replace whole dotted parts of the tensors' names."""
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile(r"(?<![^.])(" + "|".join(map(re.escape, longest_first)) + r")(?![^.])")
+    new_names = {name: pattern.sub(lambda match: names[match[0]], name) for name in weights}
+    return {new_names[name]: tensor for name, tensor in weights.items()}
+
+
+def join_qkv(weights: Weights) -> Weights:
+    """Join query, key and value to one tensor, wherever all three are present."""
+    weights = dict(weights)
+    for name in [name for name in weights if ".attention.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in weights for part in parts):
+            weights[name.replace("query", "qkv")] = torch.cat([weights.pop(part) for part in parts])
+    return weights
+
+
+def check_supported(weights: Weights):
+    """Raise ValueError for ViTs with other positions, patch embeddings or tokens than ours."""
+    embed, positions = weights["embed.weight"], weights.get("positions", torch.empty(0))
+    if embed.ndim != 4 or positions.ndim < 2:
+        raise ValueError("not a supported ViT: it lacks absolute positions or a convolution of patches")
+    if not embed.numel():
+        raise ValueError("not a supported ViT: its patches are empty")
+    if others := {"dist_token", "reg_token"} & weights.keys():
+        raise ValueError(f"not a supported ViT: it has {', '.join(others)}")
+
+
+def flatten(weights: Weights) -> Weights:
+    """Reshape tokens to (d,), position tables to (rows, d), the convolution to a linear layer."""
+    tokens = {name: weights[name].flatten() for name in TOKENS if name in weights}
+    tables = {name: weights[name].flatten(0, -2) for name in TABLES if name in weights}
+    embed = rearrange(weights["embed.weight"], "d c p1 p2 -> d (p1 p2 c)")
+    return weights | tokens | tables | {"embed.weight": embed}
+
+
+def infer_sizes(weights: Weights) -> dict:
+    """The sizes that names and shapes show, before :func:`flatten`."""
+    width, channels, p, _ = weights["embed.weight"].shape
+    mlp_width = 4 * width
+    if "blocks.0.mlp.0.weight" in weights:
+        mlp_width = len(weights["blocks.0.mlp.0.weight"])
+    sizes = dict(
+        width=width,
+        depth=count_blocks(weights, "blocks."),
+        decoder_depth=count_blocks(weights, "decoder_blocks."),
+        patch_size=p,
+        channels=channels,
+        mlp_ratio=mlp_width / width,
+        class_token="cls_token" in weights,
+    )
+    if sizes["decoder_depth"] and "decoder_embed.bias" in weights:
+        sizes["decoder_width"] = len(weights["decoder_embed.bias"])
+    return sizes
+
+
+def count_blocks(weights: Weights, prefix: str) -> int:
+    return len({name.split(".")[0] for name in strip_prefix(weights, prefix)})
+
+
+def read_options(config: dict) -> dict:
+    """The arguments in a configuration that tensors do not show."""
+    options = dict(
+        norm_eps=config.get("layer_norm_eps", 1e-6),
+        normalize_pixels=config.get("norm_pix_loss", True),
+    )
+    for name in ("mean", "std"):
+        if told := config.get(f"image_{name}") or section(config, "pretrained_cfg").get(name):
+            options[name] = told
+    return options
+
+
+def infer_heads(config: dict, width: int, prefix: str) -> int:
+    """The heads in the configuration, else heads of 64 channels, with two exceptions."""
+    heads = config.get("num_attention_heads") or section(config, "model_args").get("num_heads")
+    if width == 384 and prefix.endswith("base_encoder."):  # the small ViT of MoCo v3
+        return heads or 12
+    if width == 1280:
+        return heads or 16
+    return heads or max(1, width // 64)
+
+
+def infer_image_size(weights: Weights, config: dict, p: int):
+    """The image size in the configuration, else that of a square grid with as many positions."""
+    image_size = config.get("image_size") or section(config, "model_args").get("img_size")
+    if image_size is not None:
+        return image_size
+    rows, cls = len(weights["positions"]), "cls_token" in weights
+    side = math.isqrt(rows)
+    if rows not in (side * side, side * side + cls):
+        raise ValueError(f"{rows} positions do not form a square grid: give image_size=(H, W)")
+    return side * p
+
+
+def patch_grid(image_size, p: int) -> tuple[int, int]:
+    """The patch grid (h, w) of an image size. Raises ValueError unless that is a side or (H, W)."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    if not pair or not all(isinstance(side, int) for side in sides):
+        received = repr(image_size)[:60]
+        raise ValueError(f"image_size must be a side or a pair of sides in pixels, got {received}")
+    return sides[0] // p, sides[1] // p
+
+
+def add_class_position(weights: Weights, grid: tuple[int, int]) -> Weights:
+    """Give a CLS token without a position of its own the position zero."""
+    positions = weights["positions"]
+    if "cls_token" in weights and len(positions) == grid[0] * grid[1]:
+        positions = F.pad(positions, (0, 0, 1, 0))
+    return weights | dict(positions=positions)
+
+
+def section(config: dict, name: str) -> dict:
+    """The dictionary ``name`` in a configuration, {} if it is empty or missing."""
+    part = config.get(name) or {}
+    if not isinstance(part, dict):
+        received = f"a {type(part).__name__}"
+        raise ValueError(f"the configuration must hold a dictionary as {name}, got {received}")
+    return part
+
+
+def is_fixed(table: Tensor, grid: tuple[int, int], prefix: int, fixed_positions: Callable) -> bool:
+    """Whether a table has the shape and values of the one that the model computes."""
+    if table.ndim != 2 or len(table) != prefix + grid[0] * grid[1] or table.shape[1] % 4:
+        return False
+    return torch.equal(table, fixed_positions(grid, table.shape[1], prefix))
+
+
+# ---------------------------------------------------------------------------------------- to others
+
+
+def to_mae(weights: Weights, arguments: dict, classifier: dict | None = None) -> dict:
+    """The content of a ``.pth`` file of facebookresearch/mae."""
+    config = transformers_config(arguments)
+    options = {name: value for name, value in config.items() if name in PTH_OPTIONS}
+    return {"model": mae_weights(weights, arguments, classifier), "args": options}
+
+
+def to_timm(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
+    """Tensors and JSON files of a timm folder: the encoder, with the head of a classifier."""
+    weights = leave_out(mae_weights(weights, arguments, classifier), ("decoder_", "mask_token"))
+    return weights, {"config.json": timm_config(arguments, classifier)}
+
+
+def to_transformers(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
+    """Tensors and JSON files of a folder of transformers' ViTMAE.
+
+    Raises ValueError for classifiers, and models without a CLS token or with another grid than a square.
+    """
+    height, width = arguments["image_size"]
+    if classifier or not arguments["class_token"] or height != width:
+        needs = "a CLS token, a square image and no classifier"
+        raise ValueError(f"a ViTMAE of transformers needs {needs}: write the format timm instead")
+    weights = split_qkv(unflatten(weights, arguments["patch_size"]))
+    config = transformers_config(arguments)
+    processor = dict(
+        image_processor_type="ViTImageProcessor",
+        size=dict(height=height, width=width),
+        image_mean=config.pop("image_mean"),
+        image_std=config.pop("image_std"),
+    )
+    texts = {"config.json": config | dict(image_size=height), "preprocessor_config.json": processor}
+    return rename(weights, TRANSFORMERS_NAMES), texts
+
+
+WRITERS = {"timm": to_timm, "transformers": to_transformers, "mae": to_mae}
+
+
+def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> Weights:
+    """Our tensors and position tables with the names and shapes of facebookresearch/mae and timm."""
+    head = {}
+    if classifier:
+        head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
+        weights = strip_prefix(weights, "encoder.")
+    weights = rename(unflatten(weights, arguments["patch_size"]), MAE_NAMES)
+    if classifier and classifier["pool"] == "mean":
+        weights = rename(weights, {"norm": "fc_norm"})
+    return weights | head
+
+
+def unflatten(weights: Weights, p: int) -> Weights:
+    """Reshape tokens to (1, 1, d), position tables to (1, rows, d), the linear layer to a convolution."""
+    tokens = {name: weights[name][None, None] for name in TOKENS if name in weights}
+    tables = {name: weights[name][None] for name in TABLES if name in weights}
+    embed = rearrange(weights["embed.weight"], "d (p1 p2 c) -> d c p1 p2", p1=p, p2=p).contiguous()
+    return weights | tokens | tables | {"embed.weight": embed}
+
+
+def split_qkv(weights: Weights) -> Weights:
+    """Split each joint tensor into query, key and value."""
+    weights = dict(weights)
+    for name in [name for name in weights if ".qkv." in name]:
+        for part, tensor in zip(("query", "key", "value"), weights.pop(name).chunk(3)):
+            weights[name.replace("qkv", part)] = tensor.contiguous()
+    return weights
+
+
+def transformers_config(arguments: dict) -> dict:
+    """The ``config.json`` of transformers' ViTMAE, with the images' size, mean and deviation."""
+    config = dict(
+        model_type="vit_mae",
+        architectures=["ViTMAEForPreTraining" if arguments["decoder_depth"] else "ViTMAEModel"],
+        image_size=arguments["image_size"],
+        image_mean=arguments["mean"],
+        image_std=arguments["std"],
+        patch_size=arguments["patch_size"],
+        num_channels=arguments["channels"],
+        hidden_size=arguments["width"],
+        num_hidden_layers=arguments["depth"],
+        num_attention_heads=arguments["heads"],
+        intermediate_size=round(arguments["width"] * arguments["mlp_ratio"]),
+        hidden_act="gelu",
+        layer_norm_eps=arguments["norm_eps"],
+        qkv_bias=True,
+        norm_pix_loss=arguments["normalize_pixels"],
+    )
+    if not arguments["decoder_depth"]:
+        return config
+    return config | dict(
+        decoder_hidden_size=arguments["decoder_width"],
+        decoder_num_hidden_layers=arguments["decoder_depth"],
+        decoder_num_attention_heads=arguments["decoder_heads"],
+        decoder_intermediate_size=round(arguments["decoder_width"] * arguments["mlp_ratio"]),
+    )
+
+
+def timm_config(arguments: dict, classifier: dict | None) -> dict:
+    """The ``config.json`` of a timm folder."""
+    model_args = timm_arguments(arguments, classifier)
+    classes = dict(num_classes=model_args["num_classes"])
+    config = dict(
+        architecture="vit_base_patch16_224",  # any ViT: model_args hold every difference
+        **classes,
+        num_features=arguments["width"],
+        global_pool=model_args["global_pool"],
+        layer_norm_eps=arguments["norm_eps"],  # for from_foreign(); timm has 1e-6
+        model_args=model_args,
+        pretrained_cfg=dict(
+            input_size=[arguments["channels"], *arguments["image_size"]],
+            mean=arguments["mean"],
+            std=arguments["std"],
+            interpolation="bicubic",
+            **classes,
+            first_conv="patch_embed.proj",
+            classifier="head",
+        ),
+    )
+    return config | (dict(label_names=classifier["classes"]) if classifier else {})
+
+
+def timm_arguments(arguments: dict, classifier: dict | None) -> dict:
+    """The arguments of timm's VisionTransformer."""
+    mean = classifier["pool"] == "mean" if classifier else not arguments["class_token"]
+    return dict(
+        img_size=arguments["image_size"],
+        patch_size=arguments["patch_size"],
+        in_chans=arguments["channels"],
+        embed_dim=arguments["width"],
+        depth=arguments["depth"],
+        num_heads=arguments["heads"],
+        mlp_ratio=arguments["mlp_ratio"],
+        class_token=arguments["class_token"],
+        global_pool="avg" if mean else "token",
+        fc_norm=bool(classifier) and mean,
+        num_classes=len(classifier["classes"]) if classifier else 0,
+    )
