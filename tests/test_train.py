@@ -277,7 +277,7 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--hint-end 0.1", "too few for 2 hints"),
         ("--hint-end 1.5", "--hint-end must lie between 0 and 1"),
         ("--guide-from nowhere", "there is no checkpoint nowhere"),
-        ("--guide-from column:nothing", "the data has no column 'nothing' of mask pictures, but image"),
+        ("--guide-from column:nothing", "the data has no column 'nothing' of mask pictures, only image"),
         ("--guide-from column:bbox", "no column 'bbox' of mask pictures"),
         ("--guide-from column:mask --guide online", "takes --guide cached"),
         ("--guide-from column:mask --streaming", "drop --streaming"),
