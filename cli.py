@@ -73,7 +73,9 @@ OPTIONS = {  # those of more than one command
     # masks
     "mask-ratio": dict(type=float, default=0.75, help="share of the patches that is masked"),
     "guide-debias": FLAG | dict(help="subtract from the features their mean at each patch position"),
-    "foreground": dict(choices=["border", "small", "peak"], default="border", help="which side of the cut is the object"),
+    "foreground": dict(
+        choices=["border", "small", "peak"], default="border", help="which side of the cut is the object"
+    ),
     "relevance": dict(
         choices=["foreground", "contrast"],
         default="contrast",

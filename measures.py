@@ -1,7 +1,7 @@
 """What a model has learned, in numbers: pure functions from tensors to tensors.
 
-Works alone: needs torch. Letters in shapes: ``b`` images, ``n`` patches, ``v`` visible, ``m`` masked, ``d`` width, ``t``
-tokens.
+Works alone: needs torch. Letters in shapes: ``b`` images, ``n`` patches, ``v`` visible, ``m`` masked, ``d`` width,
+``t`` tokens.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------- against known objects
+# ------------------------------------------------------------------------------------------------- known objects
 
 
 def iou(side: Tensor, share: Tensor) -> Tensor:
