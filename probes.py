@@ -63,9 +63,7 @@ def evaluate_knn(
     training: Features, tests: Features, *, ks: list[int], classes: int, temperature: float, device
 ) -> dict:
     """Accuracy of kNN: ``top1`` for the first of ``ks``, ``top1_by_k`` for all."""
-    predictions = knn_classify(
-        *training, tests.values, ks=ks, classes=classes, temperature=temperature, device=device
-    )
+    predictions = knn_classify(*training, tests.values, ks=ks, classes=classes, temperature=temperature, device=device)
     top1 = {k: 100 * (predicted == tests.labels).double().mean().item() for k, predicted in predictions.items()}
     return dict(top1=top1[ks[0]], top1_by_k=top1, images=len(tests.labels), train_images=len(training.labels))
 
