@@ -6,7 +6,6 @@ processes, GPUs or accumulation steps share the work. Pictures stay uint8 until 
 Letters in shapes: ``b`` batch, ``c`` channels, ``H``/``W`` image height/width in pixels.
 """
 
-import argparse
 import contextlib
 import functools
 import glob
@@ -998,38 +997,6 @@ def _seat(share: Share) -> tuple[int, int]:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not that a flag is off or that an option is not given."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def add_data_options(parser: argparse.ArgumentParser):
-    """The command-line options that name the data, the same in every script."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        default="shapes",
-        help="shapes or shapes:easy (the demo data), a folder of images, parquet file or folder, save_to_disk folder, "
-        f"hub name, or {', '.join(DATASETS)}",
-    )
-    group.add_argument("--split", default="train", help="split of the data")
-    group.add_argument("--image-column", help="column of the images (default: found by its type)")
-    group.add_argument("--label-column", help="column of the labels (default: found by its type)")
-    group.add_argument("--streaming", action="store_true", help="read while training, without a download before")
-    group.add_argument("--max-images", type=int, help="use the first so many images; for a stream, those of an epoch")
-    group.add_argument(
-        "--preload",
-        nargs="?",
-        const="device",
-        choices=["host", "device"],
-        help="decode once into the memory of the device (or host) and crop whole batches there",
-    )
-    group.add_argument("--workers", type=int, default=min(8, cores()), help="decoders of each process")
-    group.add_argument("--max-bad-images", type=float, default=0.01, help="share of broken images that stops the run")
 
 
 # ------------------------------------------------------------------------------------------------- demo data

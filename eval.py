@@ -13,6 +13,7 @@ encoder, which every result should be compared with) or ``pixels`` (no encoder a
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import os
@@ -266,7 +267,7 @@ def extract(
 ) -> probes.Features:
     """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
     parts, labels = [], []
-    pooled = lambda images: encoder.pooled(images, args.pool)  # noqa: E731
+    pooled = functools.partial(encoder.pooled, how=args.pool)
     for rows in compute_rows(args, accelerator, batches, encoder.statistics, pooled):
         check_labels(rows.labels)
         if accelerator.is_main_process:
@@ -292,9 +293,11 @@ def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: data.E
     """Top-1 and top-5 accuracy of a classifier in per cent, and the number of images it was tested on."""
     hits, count = torch.zeros(2, dtype=torch.float64), 0
     model.eval()
-    for rows in compute_rows(
-        args, accelerator, batches, model.statistics, lambda images: model(images).topk(model.top).indices
-    ):
+
+    def most_likely(images: Tensor) -> Tensor:  # (b, top)
+        return model(images).topk(model.top).indices
+
+    for rows in compute_rows(args, accelerator, batches, model.statistics, most_likely):
         check_labels(rows.labels)
         right = rows.values == rows.labels[:, None]
         hits += torch.stack([right[:, 0].sum(), right.sum()])
@@ -590,7 +593,7 @@ def embed(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) 
             writer.close()
         return count
 
-    pooled = lambda images: encoder.pooled(images, args.pool)  # noqa: E731
+    pooled = functools.partial(encoder.pooled, how=args.pool)
     return write_rows(args, accelerator, encoder, pooled, "features.parquet", write)
 
 
