@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
+import cli
 import masks
 import smae
 from batches import Batch
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser(
-        "step", help="a training step against transformers' ViTMAE", formatter_class=data.HelpFormatter
+        "step", help="a training step against transformers' ViTMAE", formatter_class=cli.HelpFormatter
     )
     step.add_argument("--model", choices=list(smae.PRESETS), default="base", help="size of the encoder")
     step.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     step.set_defaults(run=bench_step)
 
     cut = commands.add_parser(
-        "cut", help="the bi-partition against torch.linalg.eigh", formatter_class=data.HelpFormatter
+        "cut", help="the bi-partition against torch.linalg.eigh", formatter_class=cli.HelpFormatter
     )
     cut.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="images")
     cut.add_argument("--sides", type=int, nargs="+", default=[14, 24], help="sides of the patch grid, in patches")

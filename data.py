@@ -6,13 +6,11 @@ the device.
 Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/``w`` cells of a grid.
 """
 
-import argparse
 import contextlib
 import functools
 import glob
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -578,43 +576,3 @@ def _sample_records(dataset: Dataset, count: int, columns: list[str]) -> Iterato
         dataset = dataset.cast_column(column, datasets.Image(decode=False))  # some may be broken
     for index in _evenly_spaced(len(dataset), count):
         yield dataset[int(index)]
-
-
-# --------------------------------------------------------------------------------- options
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not that a flag is off or that an option is not given."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def add_data_options(parser: argparse.ArgumentParser):
-    """The command-line options that name the data, the same in every script."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        default="shapes",
-        help="shapes or shapes:easy (the demo data), a folder of images, parquet file or folder, save_to_disk folder, "
-        f"hub name, or {', '.join(DATASETS)}",
-    )
-    group.add_argument("--split", default="train", help="split of the data")
-    group.add_argument("--image-column", help="column of the images (default: found by its type)")
-    group.add_argument("--label-column", help="column of the labels (default: found by its type)")
-    group.add_argument("--streaming", action="store_true", help="read while training, without a download before")
-    group.add_argument("--max-images", type=int, help="use the first so many images; for a stream, those of an epoch")
-    group.add_argument(
-        "--preload",
-        nargs="?",
-        const="device",
-        choices=["host", "device"],
-        help="decode once into the memory of the device (or host) and crop whole batches there",
-    )
-    group.add_argument("--workers", type=int, default=min(8, cores()), help="decoders of each process")
-    group.add_argument("--max-bad-images", type=float, default=0.01, help="share of broken images that stops the run")

@@ -13,6 +13,7 @@ encoder, which every result should be compared with) or ``pixels`` (no encoder a
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import os
@@ -35,11 +36,16 @@ from torch import Tensor, nn
 from torchvision.transforms import RandomErasing, v2
 from tqdm import tqdm
 
+import cli
 import data
+import encoders
+import optim
+import probes
 import smae
 import train
 from batches import EvalBatches, Share
 from cropping import RandomStream, uniform
+from encoders import Encoder
 
 RESULT_FILES = {  # what each command leaves in --out
     "knn": ("result.json",),
@@ -53,7 +59,6 @@ RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
     "fast": dict(epochs=50, batch_size=1024),
     "finetune": dict(epochs=100, warmup_epochs=5, batch_size=1024, blr=5e-4, weight_decay=0.05),
 }
-FAST_LRS, FAST_DECAYS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), (0.0, 1e-4, 1e-3, 1e-2)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,34 +66,25 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, tests: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=data.HelpFormatter)
-        sub.add_argument(
-            "--checkpoint",
-            default="runs/pretrain",
-            help="run folder, facebookresearch/mae .pth, transformers folder, timm .safetensors; random; pixels",
-        )
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
+        cli.add(sub, "checkpoint", checkpoint="runs/pretrain")
         sub.add_argument(
             "--pool", choices=["cls", "mean"], help="what stands for an image (default: cls, or mean to finetune)"
         )
         sub.add_argument(
-            "--crop-ratio", type=float, default=0.875, help="centre crop's share of the short side, in tests"
+            "--crop-ratio", type=float, default=0.875, help="side of the centre crop over the short side, in tests"
         )
-        sub.add_argument(
-            "--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 if fast"
-        )
-        sub.add_argument("--seed", type=int, default=0, help="of all that is random")
-        sub.add_argument("--out", type=Path, default=Path("runs") / name, help="folder of the result")
-        sub.add_argument("--overwrite", action="store_true", help="replace the result that is there")
-        data.add_data_options(sub)
+        cli.add(sub, "precision", "seed", "out", "overwrite", out=Path("runs") / name)
+        cli.add_data_options(sub)
         if tests:
             sub.add_argument("--test-split", help="split to test on (default: validation, val or test)")
-        train.add_model_options(sub).description = "of --checkpoint random; --image-size and --heads of any"
+        cli.add_model_options(sub).description = "of --checkpoint random; --image-size and --heads of any"
         return sub
 
     sub = command("knn", "accuracy of weighted k-nearest neighbours")
     sub.add_argument("--k", type=int, nargs="+", default=[20, 10, 100, 200], help="neighbours; the first is reported")
     sub.add_argument("--temperature", type=float, default=0.07, help="weights are exp(cosine / temperature)")
-    add_batch_size(sub)
+    cli.add(sub, "batch-size", batch_size=256)
 
     sub = command("linear", "accuracy of a linear probe")
     sub.add_argument("--recipe", choices=["fast", "mae"], default="fast", help="features extracted once, or as in MAE")
@@ -105,70 +101,42 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--randaugment", type=int, default=9, help="magnitude of RandAugment, 0 (none) ... 10")
     sub.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end")
 
-    add_batch_size(
-        command("predict", "classes of pictures, by a fine-tuned checkpoint, to predictions.csv", tests=False)
-    )
-    add_batch_size(command("embed", "features of pictures, to features.parquet", tests=False))
+    sub = command("predict", "classes of pictures, by a fine-tuned checkpoint, to predictions.csv", tests=False)
+    cli.add(sub, "batch-size", batch_size=256)
+    sub = command("embed", "features of pictures, to features.parquet", tests=False)
+    cli.add(sub, "batch-size", batch_size=256)
     return parser
-
-
-def add_batch_size(parser: argparse.ArgumentParser):
-    parser.add_argument("--batch-size", type=int, default=256, help="images at a time, over all processes together")
 
 
 def add_training_options(parser: argparse.ArgumentParser):
     """The options of a training with labels; their defaults are in RECIPES."""
     group = parser.add_argument_group("optimisation (defaults: those of the recipe)")
-    group.add_argument("--epochs", type=int, help="passes over the training data")
-    group.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up, part of --epochs")
-    group.add_argument("--batch-size", type=int, help="images per step, over all processes (a small set: fewer)")
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches that a process makes of its share")
-    group.add_argument("--blr", type=float, help="base learning rate, per 256 images of a batch")
-    group.add_argument("--lr", type=float, help="learning rate (default: blr * batch size / 256)")
-    group.add_argument("--weight-decay", type=float, help="on weight matrices only")
-    group.add_argument("--crop-scale", type=float, nargs=2, default=(0.08, 1.0), help="range of a crop's share of area")
+    cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "blr", "lr", "weight-decay", "crop-scale")
+    group.set_defaults(crop_scale=(0.08, 1.0))
     group.add_argument("--resume", action="store_true", help="go on with the training in --out, if there is one")
 
 
 # ------------------------------------------------------------------------------------------------- set-up
 
 
-class Pixels(nn.Module):
-    """No encoder: the pixels themselves are the features."""
-
-    def __init__(self, image_size: int):
-        super().__init__()
-        self.config = dict(image_size=[image_size] * 2, class_token=True, mean=data.MEAN, std=data.STD)
-
-
-def load_encoder(args: argparse.Namespace) -> nn.Module:
-    """The model that --checkpoint names; fills in --image-size and --pool. Raises ValueError or FileNotFoundError."""
-    if args.checkpoint == "pixels":
-        model = Pixels(args.image_size or 64)
-    elif args.checkpoint == "random":
-        preset = smae.PRESETS[args.model]
-        sizes = dict(image_size=args.image_size or 64, patch_size=preset.get("patch_size", 8)) | preset
-        model = smae.SMAE(**sizes | train.sizes(args)).eval()
-    else:
-        model = smae.load(args.checkpoint, heads=args.heads)
-    args.image_size = args.image_size or model.config["image_size"][0]
-    if isinstance(model, smae.Classifier) and args.command != "finetune":
-        if args.pool not in (None, model.pool):
-            raise ValueError(f"{args.checkpoint} was fine-tuned with --pool {model.pool}")
-        args.pool = model.pool
-    if args.pool is None:
-        args.pool = "mean" if args.command == "finetune" or not model.config["class_token"] else "cls"
-    features(model, torch.zeros(1, 3, args.image_size, args.image_size), args.pool)  # or raise
-    return model
-
-
-def features(model: nn.Module, images: Tensor, pool: str) -> Tensor:
-    """What stands for normalised images (b, 3, H, W): (b, d) float32."""
-    if isinstance(model, Pixels):
-        return images.flatten(1)
-    if isinstance(model, smae.Classifier):
-        return model.features(images).float()
-    return smae.pool(model.encode(images), pool, model.prefix).float()
+def load_encoder(args: argparse.Namespace) -> Encoder:
+    """The encoder that --checkpoint names; fills in --image-size and --pool. Raises ValueError or FileNotFoundError."""
+    untrained = smae.PRESETS[args.model] | cli.model_sizes(args)
+    if args.image_size:
+        untrained["image_size"] = args.image_size
+    encoder = encoders.load(args.checkpoint, heads=args.heads, untrained=untrained)
+    args.image_size = args.image_size or encoder.image_size[0]
+    image = torch.zeros(1, 3, args.image_size, args.image_size)
+    if args.command == "finetune":
+        args.pool = args.pool or "mean"
+        if encoder.backbone is not None:
+            encoder.backbone.grid(image)  # or raise
+        return encoder
+    args.pool = args.pool or encoder.pools[0]
+    if isinstance(encoder, encoders.FineTuned) and args.pool not in encoder.pools:
+        raise ValueError(f"{args.checkpoint} was fine-tuned with --pool {encoder.pools[0]}")
+    encoder.pooled(image, args.pool)  # or raise
+    return encoder
 
 
 def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
@@ -208,7 +176,7 @@ def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.
     return training, tests, [str(name) for name in classes]
 
 
-def complete(args: argparse.Namespace, length: int | None, world: int):
+def fill_in_recipe(args: argparse.Namespace, length: int | None, world: int):
     """Fill in the recipe; raise ValueError where the arguments make no sense."""
     recipe = RECIPES[getattr(args, "recipe", "finetune")]
     args.epochs = recipe["epochs"] if args.epochs is None else args.epochs
@@ -220,7 +188,7 @@ def complete(args: argparse.Namespace, length: int | None, world: int):
     for name in ("blr", "weight_decay"):
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
-    train.check_training(args)
+    cli.check_training(args)
     if not 0 <= getattr(args, "randaugment", 0) <= 10:
         raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
     if args.lr is None and args.blr is not None:
@@ -243,12 +211,12 @@ def compute_rows(
     args: argparse.Namespace,
     accelerator: Accelerator,
     batches: EvalBatches,
-    model: nn.Module,
+    statistics: tuple,
     compute: Callable[[Tensor], Tensor],
 ) -> Iterator[Rows]:
     """``compute`` for normalised images, batch by batch, gathered in every process, in the order of their indices.
 
-    Processes with fewer pictures go on with empty hands until all are done, so that each picture comes exactly once.
+    Processes with fewer pictures take part until all are done, so that each picture comes exactly once.
     Pictures that cannot be read are left out and named; if they are too many, TooManyBadImages is raised in the end.
     """
     iterator, bad, good = iter(batches), [], 0
@@ -259,7 +227,7 @@ def compute_rows(
         batch, mine = next(iterator, None), None
         if batch is not None:
             with torch.no_grad(), accelerator.autocast():
-                values = compute(data.normalize(batch.images, model.config["mean"], model.config["std"])).cpu()
+                values = compute(data.normalize(batch.images, *statistics)).cpu()
             mine = (values, batch.labels, batch.indices, batch.names, batch.bad)
         everyone = [parts for parts in gather_object([mine]) if parts is not None]
         if not everyone:
@@ -297,24 +265,25 @@ def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, ke
 
 
 def extract(
-    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, batches: EvalBatches
-) -> tuple[Tensor, Tensor]:
+    args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder, batches: EvalBatches
+) -> probes.Features:
     """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
     parts, labels = [], []
-    for rows in compute_rows(args, accelerator, batches, model, lambda images: features(model, images, args.pool)):
+    pooled = functools.partial(encoder.pooled, how=args.pool)
+    for rows in compute_rows(args, accelerator, batches, encoder.statistics, pooled):
         check_labels(rows.labels)
         if accelerator.is_main_process:
             parts.append(rows.values)
             labels.append(rows.labels)
     if not parts:
-        return torch.empty(0, 0), torch.empty(0)
+        return probes.Features(torch.empty(0, 0), torch.empty(0))
     values, end = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0
     parts.reverse()
     while parts:  # as torch.cat, but never holding everything twice
         part = parts.pop()
         values[end : end + len(part)] = part
         end += len(part)
-    return values, torch.cat(labels)
+    return probes.Features(values, torch.cat(labels))
 
 
 def check_labels(labels: Tensor):
@@ -326,7 +295,11 @@ def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: EvalBa
     """Top-1 and top-5 accuracy of a classifier in per cent, and the number of images it was tested on."""
     hits, count = torch.zeros(2, dtype=torch.float64), 0
     model.eval()
-    for rows in compute_rows(args, accelerator, batches, model, lambda images: model(images).topk(model.top).indices):
+
+    def most_likely(images: Tensor) -> Tensor:  # (b, top)
+        return model(images).topk(model.top).indices
+
+    for rows in compute_rows(args, accelerator, batches, model.statistics, most_likely):
         check_labels(rows.labels)
         right = rows.values == rows.labels[:, None]
         hits += torch.stack([right[:, 0].sum(), right.sum()])
@@ -335,215 +308,65 @@ def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: EvalBa
     return dict(top1=top1, top5=top5, images=count)
 
 
-# ------------------------------------------------------------------------------------------------- kNN
+# ------------------------------------------------------------------------------------------------- kNN, linear probe
 
 
-@torch.no_grad()
-def knn_classify(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    *,
-    ks: list[int],
-    classes: int,
-    temperature: float = 0.07,
-    device: torch.device | str = "cpu",
-    chunk: int = 65536,
-    queries: int = 1024,
-) -> dict[int, Tensor]:
-    """The class (m,) that the k nearest of training features (n, d) give to test features (m, d), for every k.
-
-    Neighbours by cosine, each voting with exp(cosine / temperature) (Wu et al., CVPR 2018; DINO). Training features
-    go to ``device`` once, ``chunk`` at a time, so that only they need memory in proportion to the training data.
-    """
-    k = min(max(ks), len(train_features))
-    test = F.normalize(test_features.float(), dim=1).to(device)
-    nearest, votes = test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.int64, device=device)
-    for features, labels in zip(train_features.split(chunk), train_labels.split(chunk)):
-        features, labels = F.normalize(features.to(device).float(), dim=1), labels.to(device)
-        found = [(query @ features.T).topk(min(k, len(features))) for query in test.split(queries)]
-        nearest = torch.cat([nearest, torch.cat([values for values, _ in found])], dim=1)  # (m, up to 2k)
-        votes = torch.cat([votes, torch.cat([labels[indices] for _, indices in found])], dim=1)
-        nearest, order = nearest.topk(min(k, nearest.shape[1]))
-        votes = votes.gather(1, order)
-    weights = ((nearest - nearest[:, :1]) / temperature).exp()  # the largest is 1: never too large a number
-    empty = weights.new_zeros(len(test), classes)
-    return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]).argmax(dim=1).cpu() for k in ks}
-
-
-def knn(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+def knn(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
     if min(args.k) < 1 or args.temperature <= 0:
         raise ValueError("--k must be at least 1, --temperature positive")
     training, tests, classes = labelled_data(args)
-    seen = [extract(args, accelerator, model, eval_batches(args, accelerator, part)) for part in (training, tests)]
+    seen = [extract(args, accelerator, encoder, eval_batches(args, accelerator, part)) for part in (training, tests)]
     if not accelerator.is_main_process:
         return {}
-    return dict(test_split=str(tests.split), **judge_knn(args, *seen, len(classes), accelerator.device))
-
-
-def judge_knn(
-    args: argparse.Namespace,
-    training: tuple[Tensor, Tensor],
-    tests: tuple[Tensor, Tensor],
-    classes: int,
-    device: torch.device | str,
-) -> dict:
-    """Accuracy in per cent of kNN on features (n, d) with labels (n,): ``top1`` for the first k, ``top1_by_k``."""
-    predictions = knn_classify(
-        *training, tests[0], ks=args.k, classes=classes, temperature=args.temperature, device=device
-    )
-    top1 = {k: 100 * (predicted == tests[1]).double().mean().item() for k, predicted in predictions.items()}
-    return dict(top1=top1[args.k[0]], top1_by_k=top1, images=len(tests[1]), train_images=len(training[1]))
-
-
-# ------------------------------------------------------------------------------------------------- linear probe
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps are scaled, matrix by matrix, to the norm of the weights (You et al., 2017).
-
-    As in the linear probes of MoCo v3 and MAE: vectors (biases) are neither scaled nor decayed. arXiv 1708.03888.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = p.grad
-                if p.ndim > 1:
-                    update = update + group["weight_decay"] * p
-                    norms = p.norm() * update.norm()
-                    update = update * torch.where(norms > 0, group["trust"] * p.norm() / update.norm(), 1.0)
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(group["momentum"]).add_(update)
-                p.sub_(group["lr"] * momentum)
+    how = dict(ks=args.k, classes=len(classes), temperature=args.temperature, device=accelerator.device)
+    return dict(test_split=str(tests.split), **probes.evaluate_knn(*seen, **how))
 
 
 class Probe(nn.Module):
     """A frozen encoder, BatchNorm without affine parameters and a linear head: images to logits (b, classes)."""
 
-    def __init__(self, model: nn.Module, pool: str, width: int, classes: list[str]):
+    def __init__(self, encoder: Encoder, pool: str, width: int, classes: int):
         super().__init__()
-        self.model, self.pool, self.config, self.top = model.requires_grad_(False), pool, model.config, top(classes)
+        self.model, self.pool, self.statistics = encoder.requires_grad_(False), pool, encoder.statistics
+        self.top = probes.top(classes)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.head = nn.Linear(width, len(classes))
+        self.head = nn.Linear(width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            x = features(self.model, images, self.pool)
+            x = self.model.pooled(images, self.pool)
         return self.head(self.norm(x))
 
 
-def top(classes: list[str]) -> int:
-    """How many of the most likely classes count as a hit in "top-5"."""
-    return min(5, len(classes))
-
-
-def linear(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+def linear(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
     training, tests, classes = labelled_data(args)
-    complete(args, data.length_of(training, args.max_images), accelerator.num_processes)
+    fill_in_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
     if args.recipe == "mae":
         image = torch.zeros(1, 3, args.image_size, args.image_size, device=accelerator.device)
-        probe = Probe(model, args.pool, features(model, image, args.pool).shape[1], classes)
-        optimizer = LARS(probe.head.parameters(), args.lr, weight_decay=args.weight_decay)
+        probe = Probe(encoder, args.pool, encoder.pooled(image, args.pool).shape[1], len(classes))
+        optimizer = optim.LARS(probe.head.parameters(), args.lr, weight_decay=args.weight_decay)
         return fit(args, accelerator, probe, optimizer, training, tests)
 
-    seen = [extract(args, accelerator, model, eval_batches(args, accelerator, part)) for part in (training, tests)]
+    seen = [extract(args, accelerator, encoder, eval_batches(args, accelerator, part)) for part in (training, tests)]
     if not accelerator.is_main_process:
         return {}
-    return dict(test_split=str(tests.split), **judge_linear(args, *seen, classes, accelerator.device))
+    return dict(test_split=str(tests.split), **evaluate_linear(args, seen, len(classes), accelerator.device))
 
 
-def judge_linear(
-    args: argparse.Namespace,
-    training: tuple[Tensor, Tensor],
-    tests: tuple[Tensor, Tensor],
-    classes: list[str],
-    device: torch.device | str,
-) -> dict:
-    """Accuracy in per cent of the best of 40 linear heads on features (n, d) with labels (n,), as chosen in training.
-
-    The choice is made on a tenth of the training data, the chosen head fitted again on all of them.
-    """
-    (x, labels), (x_test, labels_test) = training, tests
-    lrs = [args.lr] if args.lr else FAST_LRS
-    decays = FAST_DECAYS if args.weight_decay is None else [args.weight_decay]
-    settings = [(lr, decay) for lr in lrs for decay in decays]
-    how = dict(classes=len(classes), epochs=args.epochs, batch_size=args.batch_size, seed=args.seed, device=device)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
-    held_out, kept = order.split([-(-len(x) // 10), len(x) - -(-len(x) // 10)])
-    heads = fit_heads(x, labels, kept, settings=settings, **how)
-    scores = [100 * (logits.argmax(1) == labels[held_out]).double().mean().item() for logits in heads(x[held_out])]
-    best = max(range(len(settings)), key=scores.__getitem__)
-    logits = fit_heads(x, labels, order, settings=[settings[best]], **how)(x_test)[0]
-    hits = logits.topk(top(classes)).indices == labels_test[:, None]
-    return dict(
-        top1=100 * hits[:, 0].double().mean().item(),
-        top5=100 * hits.any(dim=1).double().mean().item(),
-        images=len(labels_test),
-        train_images=len(labels),
-        chosen=dict(lr=settings[best][0], weight_decay=settings[best][1], held_out_top1=scores[best]),
-        grid=[dict(lr=lr, weight_decay=decay, held_out_top1=score) for (lr, decay), score in zip(settings, scores)],
+def evaluate_linear(args: argparse.Namespace, seen: list[probes.Features], classes: int, device) -> dict:
+    """``probes.evaluate_linear`` of training and test features, as the arguments have it."""
+    return probes.evaluate_linear(
+        *seen,
+        classes=classes,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        device=device,
     )
-
-
-def fit_heads(
-    x: Tensor,
-    labels: Tensor,
-    rows: Tensor,
-    *,
-    classes: int,
-    settings: list[tuple[float, float]],
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> Callable[[Tensor], Tensor]:
-    """Train a linear head on ``rows`` of the features (n, d) for every (learning rate, weight decay), all at once.
-
-    Features are standardised; each head has SGD with Nesterov momentum of its own and sees the same batches, cosine
-    schedule, cross-entropy. Returns the function from features (m, d) to logits (heads, m, classes).
-    """
-    mean, std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)  # of all that is known, without labels
-    heads = [nn.Linear(x.shape[1], classes, device=device) for _ in settings]
-    for head in heads:
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-    groups = [
-        dict(params=list(head.parameters()), lr=lr, peak=lr, weight_decay=decay)
-        for head, (lr, decay) in zip(heads, settings)
-    ]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-
-    def logits(x: Tensor) -> Tensor:  # (m, d) to (heads, m, classes): one product for all heads
-        weight, bias = (torch.cat([getattr(head, name) for head in heads]) for name in ("weight", "bias"))
-        x = F.linear((x.to(device) - mean) / std, weight, bias)
-        return x.unflatten(1, (len(heads), classes)).transpose(0, 1)
-
-    generator = torch.Generator().manual_seed(seed)
-    steps_per_epoch = -(-len(rows) // batch_size)
-    for epoch in range(epochs):
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        for step, part in enumerate(shuffled.split(batch_size)):
-            for group in optimizer.param_groups:
-                here, steps = epoch * steps_per_epoch + step, epochs * steps_per_epoch
-                group["lr"] = train.learning_rate(here, steps, 0, group["peak"])
-            target = labels[part].to(device).expand(len(heads), -1)
-            loss = F.cross_entropy(logits(x[part]).flatten(0, 1), target.flatten(), reduction="sum") / len(part)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    @torch.no_grad()
-    def predict(x: Tensor) -> Tensor:
-        return torch.cat([logits(part).cpu() for part in x.split(4096)], dim=1)
-
-    return predict
 
 
 # ------------------------------------------------------------------------------------------------- fine-tuning
@@ -576,15 +399,14 @@ class Augment:
         return image
 
 
-def finetune(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
-    if isinstance(model, Pixels):
-        raise ValueError("there is nothing to fine-tune in --checkpoint pixels")
+def finetune(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
+    if encoder.backbone is None:
+        raise ValueError(f"--checkpoint {args.checkpoint} has nothing to fine-tune")
     training, tests, classes = labelled_data(args)
-    complete(args, data.length_of(training, args.max_images), accelerator.num_processes)
-    encoder = model.encoder if isinstance(model, smae.Classifier) else model
-    classifier = smae.Classifier(encoder, classes, args.pool, args.drop_path)
-    classifier.top = top(classes)
-    optimizer = torch.optim.AdamW(layer_groups(classifier, args.layer_decay, args.weight_decay), lr=args.lr)
+    fill_in_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
+    classifier = smae.Classifier(encoder.backbone, classes, args.pool, args.drop_path)
+    classifier.top, classifier.statistics = probes.top(len(classes)), encoder.statistics
+    optimizer = torch.optim.AdamW(optim.layer_groups(classifier, args.layer_decay, args.weight_decay), lr=args.lr)
     mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
     mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
     return fit(
@@ -599,23 +421,6 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator, model: nn.Modul
         smoothing=args.smoothing,
         least=args.min_lr,
     )
-
-
-def layer_groups(classifier: smae.Classifier, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Parameter groups whose ``scale`` of the learning rate falls by ``layer_decay`` a block, from the head down.
-
-    As in BEiT and MAE: the embedding is layer 0, block i layer i (from 1), final norm and head the last. Biases,
-    norms, positions and the CLS token are not decayed.
-    """
-    depth, groups = len(classifier.encoder.blocks), {}
-    for name, parameter in classifier.named_parameters():
-        parts = name.split(".")
-        layer = int(parts[2]) + 1 if parts[1] == "blocks" else 0
-        layer = depth + 1 if name.startswith(("encoder.norm.", "head.")) else layer
-        decay = weight_decay if train.decays(name, parameter) else 0.0
-        group = dict(params=[], weight_decay=decay, scale=layer_decay ** (depth + 1 - layer))
-        groups.setdefault((layer, decay), group)["params"].append(parameter)
-    return list(groups.values())
 
 
 def fit(
@@ -664,13 +469,13 @@ def fit(
     for epoch in range(first, args.epochs + 1):
         step, total, start = (epoch - 1) * batches.steps_per_epoch, 0.0, time.perf_counter()
         trained.train()
-        with train.one_line_errors(data.TooManyBadImages, ranks="any"):
+        with cli.one_line_errors(data.TooManyBadImages, ranks="any"):
             for micro, batch in enumerate(batches.epoch(epoch)):
-                lr = train.learning_rate(step, steps, warmup, args.lr, least)
+                lr = optim.learning_rate(step, steps, warmup, args.lr, least)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("scale", 1.0)
                 torch.manual_seed(int(uniform((args.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0] * 2**24))
-                images = data.normalize(batch.images, model.config["mean"], model.config["std"])
+                images = data.normalize(batch.images, *model.statistics)
                 labels = data.to_device(batch.labels, accelerator.device)
                 with accelerator.accumulate(trained):
                     images, labels = mix(images, labels) if mix else (images, labels)
@@ -706,7 +511,7 @@ def fit(
 
 def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, record: dict, best: dict):
     """Metrics, the classifier, the best classifier so far, and all that is needed to go on."""
-    epoch, config = record["epoch"], dict(finetune=plain(args))
+    epoch, config = record["epoch"], dict(finetune=cli.plain(args))
     last = {name: record[name] for name in ("top1", "top5", "images")}
     with open(args.out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -745,18 +550,18 @@ def load_state(args: argparse.Namespace) -> dict:
 def what_matters(args: argparse.Namespace) -> dict:
     """The arguments that must not change when a training is resumed."""
     free = ("out", "overwrite", "resume", "workers", "preload", "max_bad_images")
-    return {name: value for name, value in plain(args).items() if name not in free}
+    return {name: value for name, value in cli.plain(args).items() if name not in free}
 
 
 # ------------------------------------------------------------------------------------------------- use
 
 
-def predict(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
-    if not isinstance(model, smae.Classifier):
+def predict(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
+    if not isinstance(encoder, encoders.FineTuned):
         raise ValueError(f"{args.checkpoint} is no classifier: make one with eval.py finetune")
 
     def most_likely(images: Tensor) -> Tensor:  # (b, 2): probability and class
-        return torch.stack(model(images).float().softmax(dim=1).max(dim=1), dim=1)
+        return torch.stack(encoder.classifier(images).float().softmax(dim=1).max(dim=1), dim=1)
 
     def write(path: str, rows: Iterator[Rows]) -> int:
         count = 0
@@ -764,15 +569,15 @@ def predict(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module
             writer = csv.writer(file)
             writer.writerow(["file", "class", "probability"])
             for part in rows:
-                found = [(model.classes[int(i)], f"{p:.6f}") for p, i in part.values.tolist()]
+                found = [(encoder.classifier.classes[int(i)], f"{p:.6f}") for p, i in part.values.tolist()]
                 writer.writerows([name, *which] for name, which in zip(part.names, found))
                 count += len(found)
         return count
 
-    return write_rows(args, accelerator, model, most_likely, "predictions.csv", write)
+    return write_rows(args, accelerator, encoder, most_likely, "predictions.csv", write)
 
 
-def embed(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> dict:
+def embed(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
     def write(path: str, rows: Iterator[Rows]) -> int:
         count, writer = 0, None
         for part in rows:
@@ -790,15 +595,14 @@ def embed(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) 
             writer.close()
         return count
 
-    return write_rows(
-        args, accelerator, model, lambda images: features(model, images, args.pool), "features.parquet", write
-    )
+    pooled = functools.partial(encoder.pooled, how=args.pool)
+    return write_rows(args, accelerator, encoder, pooled, "features.parquet", write)
 
 
 def write_rows(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    model: nn.Module,
+    encoder: Encoder,
     compute: Callable[[Tensor], Tensor],
     name: str,
     write: Callable[[str, Iterator[Rows]], int],
@@ -809,7 +613,7 @@ def write_rows(
     label = (dataset.features or {}).get("label")
     if "int" not in getattr(label, "dtype", ""):  # file names tell as much, and more
         dataset = dataset.select_columns(["image"])
-    rows = compute_rows(args, accelerator, eval_batches(args, accelerator, dataset), model, compute)
+    rows = compute_rows(args, accelerator, eval_batches(args, accelerator, dataset), encoder.statistics, compute)
     if not accelerator.is_main_process:
         return dict(images=sum(len(part.names) for part in rows))
     count = write(f"{args.out / name}.part", rows)
@@ -820,15 +624,11 @@ def write_rows(
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def plain(args: argparse.Namespace) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
 def report(args: argparse.Namespace, result: dict):
     """Write result.json and say in a line what came out."""
     metric = dict(metric="top1") if "top1" in result else {}
     content = dict(command=args.command, checkpoint=args.checkpoint, dataset=args.dataset, **metric, **result)
-    content["config"] = plain(args)
+    content["config"] = cli.plain(args)
     (args.out / "result.json.part").write_text(json.dumps(content, indent=2) + "\n")
     os.replace(args.out / "result.json.part", args.out / "result.json")
     figures = [
@@ -847,13 +647,13 @@ def report(args: argparse.Namespace, result: dict):
 
 def main():
     args = build_parser().parse_args()
-    with train.one_line_errors(ValueError, OSError, train.Diverged):
+    with cli.one_line_errors(ValueError, OSError, train.Diverged):
         start, resume, files = time.perf_counter(), getattr(args, "resume", False), RESULT_FILES[args.command]
         if resume and (args.streaming or getattr(args, "recipe", None) == "fast"):
             raise ValueError("--resume is for --recipe mae and finetune, and not for streams, which start anew")
         resume = resume and (args.out / "state.pt").is_file()
         if not resume:
-            train.check_folder(args.out, args.overwrite, files)
+            cli.check_folder(args.out, args.overwrite, files)
         if args.command == "finetune" and args.out.resolve() == Path(args.checkpoint).resolve():
             raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
         if args.batch_size is not None and args.batch_size < 1:
@@ -861,19 +661,19 @@ def main():
         if not 0 < args.crop_ratio <= 1:
             raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
         if args.precision == "auto":
-            args.precision = train.best_precision()
-        accelerator = train.make_accelerator(
+            args.precision = cli.best_precision()
+        accelerator = cli.make_accelerator(
             mixed_precision=args.precision, gradient_accumulation_steps=getattr(args, "accumulate", 1)
         )
         set_seed(args.seed)
-        model = load_encoder(args).to(accelerator.device)
+        encoder = load_encoder(args).to(accelerator.device)
         if accelerator.is_main_process:
             args.out.mkdir(parents=True, exist_ok=True)
             for name in () if resume else files:
                 (args.out / name).unlink(missing_ok=True)
         else:
             datasets.disable_progress_bars()
-        result = globals()[args.command](args, accelerator, model)
+        result = globals()[args.command](args, accelerator, encoder)
         if accelerator.is_main_process:
             seconds, world = time.perf_counter() - start, accelerator.num_processes
             report(args, result | dict(processes=world, seconds=seconds))

@@ -20,6 +20,7 @@ from torch import Tensor
 import checkpoint
 import data
 import masks
+import measures
 import smae
 from batches import Batch, TrainBatches
 from cropping import RandomStream, crop_batch, uniform
@@ -395,28 +396,13 @@ def _write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, 
 
 @torch.no_grad()
 def exploitation(model: smae.SMAE, images: Tensor, mask: masks.Mask, residual: bool = False) -> tuple[Tensor, Tensor]:
-    """How far the decoder lives on mask tokens, and how far on visible ones: two shares for each block, (layers,).
+    """The exploitation rates of a model's decoder on normalised images: of mask tokens, of visible patches (layers,).
 
-    The paper's exploitation rate (arXiv 2507.19773, figure 4), by attention rollout (Abnar & Zuidema, ACL 2020):
-    with A_l the attention of block l, averaged over heads, and R_l = A_l R_(l-1), R_0 = 1, the shares are the sums of
-    R_l over the mask tokens and over the visible patches, averaged over the rows of all mask tokens and over images.
-    What is missing to 1 is the CLS token's. ``residual`` puts (A_l + 1) / 2 in the place of A_l.
+    ``measures.exploitation``, averaged over images.
     """
-    few = zip(images.split(4), mask.visible.split(4), mask.masked.split(4))  # attention maps are large
-    return torch.cat([_exploitation(model, *part, residual) for part in few], dim=-1).mean(dim=-1).unbind()
-
-
-def _exploitation(model: smae.SMAE, images: Tensor, visible: Tensor, masked: Tensor, residual: bool) -> Tensor:
-    """Shares (2, layers, b), of each image."""
-    v, m = visible.shape[1], masked.shape[1]
-    unit = torch.eye(model.prefix + v + m, device=images.device)
-    rollout, shares = unit, []
-    for attention in model.decoder_attention(images, masks.Mask(visible, masked)):
-        attention = attention.mean(dim=1)  # (b, t, t)
-        if residual:
-            attention = (attention + unit) / 2
-        with torch.autocast(images.device.type, enabled=False):
-            rollout = attention @ rollout
-        sums = rollout[:, -m:].mean(dim=1)  # (b, t)
-        shares.append(torch.stack([sums[:, -m:].sum(dim=1), sums[:, -m - v : -m].sum(dim=1)]))
-    return torch.stack(shares, dim=1)
+    v, m = mask.visible.shape[1], mask.masked.shape[1]
+    shares = []
+    for few, visible, masked in zip(images.split(4), mask.visible.split(4), mask.masked.split(4)):  # maps are large
+        attentions = model.decoder_attention(few, masks.Mask(visible, masked))
+        shares.append(measures.exploitation(attentions, v, m, residual))
+    return torch.cat(shares, dim=-1).mean(dim=-1).unbind()

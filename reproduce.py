@@ -30,9 +30,11 @@ from matplotlib.figure import Figure
 
 import bench
 import checkpoint
-import data
+import cli
+import encoders
 import eval as judge
 import masks
+import probes
 import smae
 import train
 from guide import Guide
@@ -102,7 +104,7 @@ GUIDING |= {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Compare kinds of masks: pre-train, judge, draw up.", formatter_class=data.HelpFormatter
+        description="Compare kinds of masks: pre-train, judge, draw up.", formatter_class=cli.HelpFormatter
     )
     parser.add_argument("--scale", choices=[*SCALES, "paper"], default="demo", help="size of the experiment")
     parser.add_argument(
@@ -360,26 +362,25 @@ def judge_all(args: argparse.Namespace, runs: list[Run]):
     if not due:
         return
     knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
-    precision = train.best_precision() if linear.precision == "auto" else linear.precision
-    accelerator = train.make_accelerator(mixed_precision=precision)
+    precision = cli.best_precision() if linear.precision == "auto" else linear.precision
+    accelerator = cli.make_accelerator(mixed_precision=precision)
     training, tests, classes = judge.labelled_data(linear)
     if args.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
-    judge.complete(linear, len(training), 1)
+    judge.fill_in_recipe(linear, len(training), 1)
     crops, wanted = {}, linear.image_size  # of the pictures, by their size
     for run, epoch, folder in due:
         since = time.perf_counter()
-        model = smae.load(folder).to(accelerator.device)
-        linear.image_size = size = wanted or model.config["image_size"][0]
+        encoder = encoders.load(str(folder)).to(accelerator.device)
+        linear.image_size = size = wanted or encoder.image_size[0]
         if size not in crops:
             crops[size] = [judge.eval_batches(linear, accelerator, part, keep=True) for part in (training, tests)]
-        seen = [judge.extract(linear, accelerator, model, part) for part in crops[size]]
-        probes = []
+        seen = [judge.extract(linear, accelerator, encoder, part) for part in crops[size]]
+        found = []
         for linear.seed in range(PROBES * run.seed, PROBES * (run.seed + 1)):
-            probes.append(judge.judge_linear(linear, *seen, classes, accelerator.device)["top1"])
-        scores = dict(
-            knn=judge.judge_knn(knn, *seen, len(classes), accelerator.device)["top1"], linear=statistics.mean(probes)
-        )
+            found.append(judge.evaluate_linear(linear, seen, len(classes), accelerator.device)["top1"])
+        how = dict(ks=knn.k, classes=len(classes), temperature=knn.temperature, device=accelerator.device)
+        scores = dict(knn=probes.evaluate_knn(*seen, **how)["top1"], linear=statistics.mean(found))
         write(judgements(args, run), read(judgements(args, run)) | {str(epoch): scores})
         figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
         print(f"{run.name}, epoch {epoch}: {figures}, {time.perf_counter() - since:.0f} s", flush=True)
@@ -628,7 +629,7 @@ def main():
     def stop(number, _):
         raise Stopped(number)
 
-    with train.one_line_errors(ValueError, OSError):
+    with cli.one_line_errors(ValueError, OSError):
         args = parse_arguments()
         if args.scale == "paper":
             return paper(args)

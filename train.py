@@ -28,13 +28,16 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+import cli
 import data
+import encoders
 import masks
+import optim
 import pictures
 import smae
 from batches import Batch, Share, TrainBatches
@@ -61,12 +64,12 @@ RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Pre-train a self-guided masked autoencoder.", formatter_class=data.HelpFormatter
+        description="Pre-train a self-guided masked autoencoder.", formatter_class=cli.HelpFormatter
     )
     parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
-    data.add_data_options(parser)
+    cli.add_data_options(parser)
 
-    group = add_model_options(parser)
+    group = cli.add_model_options(parser)
     group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
     group.add_argument("--init-from", help="start from this run folder or checkpoint, whose sizes it has")
     group.add_argument("--fresh-decoder", action="store_true", help="take the encoder only of --init-from")
@@ -75,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--mask", choices=["random", "selfguided", "amt"], default="selfguided", help="masks after --guide-start"
     )
-    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that is masked")
+    cli.add(group, "mask-ratio")
     group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="choice of hint patches")
     group.add_argument("--hint-ratio", type=float, default=0.05, help="hints as a share of all patches; at least two")
     group.add_argument(
@@ -110,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--guide-start",
-        type=epochs_or_auto,
+        type=cli.epochs_or_auto,
         help="epochs of random masks before, or auto: until mask tokens serve the decoder more than visible ones "
         "(default: an eighth of --epochs; a tenth for amt; 0 with --guide-from)",
     )
@@ -121,37 +124,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--guide-layer",
-        type=block,
+        type=cli.block,
         help="block whose output guides: a number, or decoder-1, ... (default: the encoder's last but one)",
     )
-    group.add_argument("--guide-debias", action="store_true", help="take off what features owe to their position")
-    group.add_argument(
-        "--foreground", choices=["border", "small", "peak"], default="border", help="which side is the object"
-    )
-    group.add_argument(
-        "--relevance",
-        choices=["foreground", "contrast"],
-        default="contrast",
-        help="likeness to the object side, as in the paper, or that less the likeness to the other side",
-    )
+    cli.add(group, "guide-debias", "foreground", "relevance")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=5, help="passes over the data")
-    group.add_argument("--warmup-epochs", type=int, default=1, help="epochs of linear warm-up, part of --epochs")
-    group.add_argument("--batch-size", type=int, default=128, help="images per step, over all processes together")
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches that a process makes of its share")
-    group.add_argument("--blr", type=float, default=1e-3, help="base learning rate, per 256 images of a batch")
-    group.add_argument("--lr", type=float, help="learning rate (default: blr * batch size / 256)")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="on weight matrices only")
+    cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", epochs=5, warmup_epochs=1, batch_size=128)
+    cli.add(group, "blr", "lr", "weight-decay", blr=1e-3, weight_decay=0.05)
     group.add_argument("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
-    group.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), help="range of a crop's share of area")
-    group.add_argument("--precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 if fast")
-    group.add_argument("--compile", action="store_true", help="compile the model (slow start, faster steps)")
-    group.add_argument("--seed", type=int, default=0, help="of weights, crops, order and masks")
+    cli.add(group, "crop-scale", "precision", "compile", "seed", crop_scale=(0.2, 1.0))
 
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    cli.add(group, "out", "overwrite", out=Path("runs/pretrain"))
     group.add_argument(
         "--resume", help="go on from a checkpoint, or the newest of a run folder; auto: of --out, if there is one"
     )
@@ -167,31 +152,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def epochs_or_auto(text: str) -> int | str:
-    if text == "auto" or text.lstrip("-").isdigit():
-        return text if text == "auto" else int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of epochs nor auto")
-
-
-def block(text: str) -> int | str:
-    if re.fullmatch(r"(decoder-)?\d+", text):
-        return int(text) if text.isdigit() else text
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is neither a number (of an encoder block) nor decoder-1, decoder-2, ..."
-    )
-
-
-def add_model_options(parser: argparse.ArgumentParser):
-    """The options that name an architecture, the same in every script; returns their group."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=list(smae.PRESETS), default="tiny", help="size of the encoder")
-    group.add_argument("--image-size", type=int, help="side of the crops, in pixels (default: the checkpoint's, or 64)")
-    group.add_argument("--patch-size", type=int, help="side of a patch, in pixels (default: the model's own, else 8)")
-    for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads"):
-        group.add_argument(f"--{name}", type=int, help="overrides that of --model")
-    return group
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     if parser.parse_known_args(arguments)[0].preset == "paper":
@@ -202,40 +162,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------- set-up
 
 
-def best_precision() -> str:
-    """bf16 where the hardware computes in it, float32 elsewhere."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    cpuinfo = Path("/proc/cpuinfo")
-    return "bf16" if cpuinfo.exists() and "bf16" in cpuinfo.read_text() else "no"
-
-
-def make_accelerator(**options) -> Accelerator:
-    """An Accelerator that knows the peculiarities of CPUs."""
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
-        **options,
-    )
-    if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
-        torch.set_num_threads(max(torch.get_num_threads(), data.cores() // accelerator.num_processes))
-    return accelerator
-
-
-def check_training(args: argparse.Namespace):
-    """Raise ValueError where arguments that every training has make no sense."""
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise ValueError(f"--crop-scale takes two shares of the area, 0 < low <= high <= 1, got {args.crop_scale}")
-    if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {args.warmup_epochs}")
-
-
 def complete(args: argparse.Namespace):
     """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
-    check_training(args)
+    cli.check_training(args)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // (10 if args.mask == "amt" else 8))
         args.guide_start = 0 if args.guide_from else args.guide_start
@@ -258,7 +187,7 @@ def complete(args: argparse.Namespace):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.precision == "auto":
-        args.precision = best_precision()
+        args.precision = cli.best_precision()
 
 
 def check_guide_source(args: argparse.Namespace):
@@ -282,12 +211,6 @@ def check_guide_source(args: argparse.Namespace):
         raise ValueError("--guide-image-size takes a positive number of pixels, and a model to --guide-from")
 
 
-def sizes(args: argparse.Namespace) -> dict:
-    """The constructor's arguments that the model options give by themselves, those not given left out."""
-    given = {name: getattr(args, name) for name in (*smae.PRESETS["base"], "patch_size")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.SMAE:
     """The model that the arguments describe; ``resumed``: the sizes of one to go on with, in place of --init-from."""
     source = None
@@ -295,8 +218,7 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
         config = dict(resumed)
         args.image_size = args.image_size or config["image_size"][0]
     elif args.init_from:
-        source = smae.load(args.init_from, heads=args.heads)
-        source = source.encoder if isinstance(source, smae.Classifier) else source
+        source = encoders.backbone(args.init_from, heads=args.heads)
         fresh = args.fresh_decoder or not source.config["decoder_depth"]
         config = source.config | (decoder_sizes(source) | dict(normalize_pixels=True) if fresh else {})
         args.image_size = args.image_size or config["image_size"][0]
@@ -304,7 +226,7 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
         config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
         config.setdefault("patch_size", 8)
         args.image_size = args.image_size or 64
-    config |= sizes(args) | dict(image_size=args.image_size)
+    config |= cli.model_sizes(args) | dict(image_size=args.image_size)
     model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
     if source:
         smae.initialise(model, source, decoder=not fresh)
@@ -360,9 +282,7 @@ def guide_source(name: str | None, dataset, device) -> Source | None:
         return name
     if column := mask_column(name):
         return data.ObjectMasks(dataset, column)
-    source = smae.load(name, device)
-    source = source.encoder if isinstance(source, smae.Classifier) else source
-    return source.requires_grad_(False)
+    return encoders.backbone(name, device).requires_grad_(False)
 
 
 def mask_column(guide_from: str | None) -> str | None:
@@ -375,47 +295,6 @@ def decoder_sizes(encoder: smae.SMAE) -> dict:
     width = encoder.config["width"]
     preset = next((sizes for sizes in smae.PRESETS.values() if sizes["width"] == width), smae.PRESETS["base"])
     return {name: preset[name] for name in preset if name.startswith("decoder_")}
-
-
-def build_optimizer(model: smae.SMAE, device: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW as in MAE; biases, norms, positions and, unlike there, CLS and mask token are not decayed."""
-    groups = [
-        dict(params=[p for name, p in model.named_parameters() if decays(name, p)], weight_decay=weight_decay),
-        dict(params=[p for name, p in model.named_parameters() if not decays(name, p)], weight_decay=0.0),
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu"))
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to weight matrices."""
-    return parameter.ndim > 1 and not name.endswith("positions")
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
-    """Linear warm-up over ``warmup`` steps, then half a cosine to ``least`` at ``steps``; steps count from 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def check_folder(out: Path, overwrite: bool, files: tuple[str, ...] = RUN_FILES):
-    """Raise ValueError if ``out`` holds a result already that is not to be overwritten, or is no folder."""
-    found = [name for name in files if (out / name).exists()]
-    if found and not overwrite:
-        raise ValueError(f"{out} holds another run ({', '.join(found)}); choose another --out or add --overwrite")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder")
-
-
-@contextlib.contextmanager
-def one_line_errors(*kinds: type[Exception], ranks: str = "first"):
-    """End the program with one line on standard error where the user can mend what is wrong."""
-    try:
-        yield
-    except kinds as error:
-        if ranks == "any" or os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -563,7 +442,7 @@ def choose_checkpoint(args: argparse.Namespace, say: Callable) -> Path | None:
         if newer and not args.overwrite:
             raise ValueError(f"{', '.join(newer)} of {args.out} would be lost; if they may be, add --overwrite")
     else:  # what is left of a run stopped before its first checkpoint is not worth a question
-        check_folder(args.out, args.overwrite, ("model.safetensors",) if auto else RUN_FILES)
+        cli.check_folder(args.out, args.overwrite, ("model.safetensors",) if auto else RUN_FILES)
     return folder
 
 
@@ -603,7 +482,7 @@ def all_or_none() -> Iterator[None]:
         problem = str(error)
     problems = [problem for problem in gather_object([problem]) if problem]
     if problems:
-        with one_line_errors(ValueError):
+        with cli.one_line_errors(ValueError):
             raise ValueError(problems[0])
         sys.exit(1)
 
@@ -716,7 +595,7 @@ class Run:
             noise = data.to_device(noise, images.device)
             mask = choose_mask(args, self.phase, progress.epoch, batch, images, self.guide, noise)
         steps = args.epochs * self.batches.steps_per_epoch
-        lr = learning_rate(self.place(), steps, args.warmup_epochs * self.batches.steps_per_epoch, args.lr)
+        lr = optim.learning_rate(self.place(), steps, args.warmup_epochs * self.batches.steps_per_epoch, args.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with accelerator.accumulate(self.trained):
@@ -932,9 +811,9 @@ def main():
 
 
 def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
-    with one_line_errors(ValueError, OSError):
+    with cli.one_line_errors(ValueError, OSError):
         complete(args)
-        accelerator = make_accelerator(
+        accelerator = cli.make_accelerator(
             mixed_precision=args.precision,
             gradient_accumulation_steps=args.accumulate,
             log_with=args.log_with,
@@ -955,10 +834,10 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         guide = build_guide(args, model, dataset, accelerator.device)
         batches = train_batches(args, accelerator, dataset)
         samples, objects = data.sample_pictures(dataset, 32, args.image_size, mask_column(args.guide_from) or "mask")
-        optimizer = build_optimizer(model, accelerator.device.type, args.lr, args.weight_decay)
+        optimizer = optim.adamw(model, args.lr, args.weight_decay, accelerator.device.type)
         config = dict(
             model=model.config,
-            train={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            train=cli.plain(args),
             data=dict(images=batches.length, pictures=data.fingerprint(dataset)),
         )
         changes = compare(state, config, accelerator.num_processes) if state else []
@@ -990,7 +869,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
 
     stopped_by = 0
     errors = (data.TooManyBadImages, data.NothingToRead, checkpoint.Locked, Diverged, Mishap)
-    with one_line_errors(*errors, ranks="any"), mishaps(accelerator.num_processes), run.signals:
+    with cli.one_line_errors(*errors, ranks="any"), mishaps(accelerator.num_processes), run.signals:
         try:
             while progress.epoch <= args.epochs:
                 run.train_epoch()
@@ -1004,7 +883,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     accelerator.end_training()
 
     if run.saved != progress.step or not run.published:
-        with one_line_errors(OSError):
+        with cli.one_line_errors(OSError):
             raise OSError("the last checkpoint, or the results, could not be written, see above")
         sys.exit(1)
     if stopped_by:

@@ -92,6 +92,6 @@ needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
 
 
 def status(name: str) -> float:
-    """A line of /proc/self/status, in MiB."""
+    """A value in /proc/self/status, in MiB: VmRSS now, VmHWM at its peak, VmSize the address space."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024

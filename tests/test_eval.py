@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from helpers import SMALL, run
 from PIL import Image
 
-import convert
 import data
 import eval as judge
 import smae
@@ -56,27 +55,6 @@ def evaluate(monkeypatch, command: str, out, *arguments) -> dict:
 # ------------------------------------------------------------------------------------------- kNN
 
 
-@pytest.mark.parametrize("chunk, queries", [(1000, 1000), (7, 5), (64, 1)])
-def test_knn_is_that_of_scikit_learn(chunk, queries):
-    neighbors = pytest.importorskip("sklearn.neighbors")
-    centres = torch.randn(7, 16)
-    labels, test_labels = torch.randint(7, (90,)), torch.randint(7, (40,))
-    x, test = (centres[wanted] + 3 * torch.randn(len(wanted), 16) for wanted in (labels, test_labels))
-    ours = judge.knn_classify(
-        x, labels, test, ks=[1, 5, 20, 90], classes=7, temperature=0.3, chunk=chunk, queries=queries
-    )
-    for k in ours:
-        peer = neighbors.KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.3))
-        assert (peer.fit(x.numpy(), labels.numpy()).predict(test.numpy()) == ours[k].numpy()).all()
-    assert len({tuple(predicted.tolist()) for predicted in ours.values()}) == 4  # k makes a difference
-
-
-def test_knn_bears_small_temperatures_and_more_neighbours_than_pictures():
-    x = torch.eye(3)
-    predicted = judge.knn_classify(x, torch.tensor([2, 0, 1]), x, ks=[50], classes=3, temperature=1e-3)
-    assert predicted[50].tolist() == [2, 0, 1]
-
-
 def test_knn_of_an_encoder(monkeypatch, folder, checkpoint, tmp_path, capsys):
     arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--pool", "mean", "--k", 3, 7]
     result = evaluate(monkeypatch, "knn", tmp_path, *arguments)
@@ -108,54 +86,6 @@ def test_a_stream_gives_the_same_accuracy(monkeypatch, checkpoint, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- linear probe
-
-
-def test_lars_is_that_of_timm_and_decays_as_that_of_mae():
-    timm_optim = pytest.importorskip("timm.optim")
-    ours, theirs, decayed = (torch.nn.Parameter(torch.linspace(-1, 2, 12).view(3, 4)) for _ in range(3))
-    mine, decaying = judge.LARS([ours], lr=0.3), judge.LARS([decayed], lr=0.3, weight_decay=0.1)
-    peer = timm_optim.Lars([theirs], lr=0.3, momentum=0.9, always_adapt=True)
-    by_hand, momentum = decayed.detach().clone(), torch.zeros(3, 4)
-    for _ in range(5):
-        gradient = torch.randn(3, 4)
-        for parameter, optimizer in ((ours, mine), (theirs, peer), (decayed, decaying)):
-            parameter.grad = gradient.clone()
-            optimizer.step()
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-        update = gradient + 0.1 * by_hand  # timm adds the norms of these two where MAE takes that of the sum
-        momentum = 0.9 * momentum + update * 0.001 * by_hand.norm() / update.norm()
-        by_hand -= 0.3 * momentum
-        torch.testing.assert_close(decayed, by_hand, rtol=1e-5, atol=1e-7)
-
-
-def test_lars_neither_scales_nor_decays_vectors_and_starts_from_zero():
-    vector, zero = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = judge.LARS([vector, zero], lr=0.1, momentum=0.0, weight_decay=0.5)
-    vector.grad, zero.grad = torch.ones(3), torch.ones(2, 2)
-    optimizer.step()
-    assert torch.allclose(vector, torch.full((3,), 0.9)) and torch.allclose(zero, torch.full((2, 2), -0.1))
-
-
-def test_heads_trained_together_are_those_trained_alone():
-    x, labels = torch.randn(60, 8), torch.randint(3, (60,))
-    how = dict(classes=3, epochs=3, batch_size=16, seed=0)
-    settings = [(0.01, 0.0), (0.1, 0.01), (10.0, 0.0)]
-    rows = torch.arange(0, 60, 2)
-    together = judge.fit_heads(x, labels, rows, settings=settings, **how)(x)
-    labels[1::2] += 1  # of no consequence
-    for logits, setting in zip(together, settings):
-        torch.testing.assert_close(logits, judge.fit_heads(x, labels, rows, settings=[setting], **how)(x)[0])
-
-
-def test_a_head_finds_what_logistic_regression_finds():
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    centres = torch.randn(4, 6)
-    labels = torch.randint(4, (400,))
-    x = 5 + 3 * (centres[labels] + 0.7 * torch.randn(400, 6))
-    how = dict(classes=4, settings=[(0.1, 0.0)], epochs=100, batch_size=100, seed=0)
-    logits = judge.fit_heads(x, labels, torch.arange(400), **how)(x)[0]
-    peer = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(x.numpy(), labels.numpy())
-    assert (logits.argmax(1).numpy() == peer.predict(x.numpy())).mean() > 0.97
 
 
 def test_the_fast_probe_never_chooses_by_the_test(monkeypatch, checkpoint, folder, tmp_path):
@@ -203,48 +133,20 @@ def test_the_probe_of_mae_trains_the_head_alone(monkeypatch, checkpoint, folder,
 def test_recipes_are_those_of_mae():
     parser = judge.build_parser()
     args = parser.parse_args("linear --recipe mae".split())
-    judge.complete(args, 1281167, 8)
+    judge.fill_in_recipe(args, 1281167, 8)
     assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.weight_decay) == (90, 10, 16384, 6.4, 0.0)
     args = parser.parse_args(["finetune"])
-    judge.complete(args, 1281167, 8)
+    judge.fill_in_recipe(args, 1281167, 8)
     assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.weight_decay) == (100, 5, 1024, 2e-3, 0.05)
     assert (args.layer_decay, args.drop_path, args.smoothing, args.mixup, args.cutmix) == (0.65, 0.1, 0.1, 0.8, 1.0)
     assert (args.erasing, args.randaugment, args.min_lr, tuple(args.crop_scale)) == (0.25, 9, 1e-6, (0.08, 1.0))
     args = parser.parse_args("finetune --accumulate 2 --epochs 20".split())
-    judge.complete(args, 500, 3)
+    judge.fill_in_recipe(args, 500, 3)
     assert args.batch_size == 30  # of a small set: 16 steps an epoch, divisible by processes and micro-batches
     assert args.warmup_epochs == 1  # the same share of the epochs
 
 
 # ------------------------------------------------------------------------------------------- fine-tuning
-
-
-def test_learning_rates_fall_by_layer_as_in_timm(small_model):
-    timm = pytest.importorskip("timm")
-    from timm.optim import param_groups_layer_decay
-
-    classifier = smae.Classifier(small_model, ["a", "b"], "mean")
-    ours = {
-        id(parameter): (group["scale"], group["weight_decay"])
-        for group in judge.layer_groups(classifier, 0.65, 0.05)
-        for parameter in group["params"]
-    }
-    names = convert.rename(dict(classifier.encoder.named_parameters()), convert.MAE_NAMES | {"norm": "fc_norm"})
-    named = names | {f"head.{name}": p for name, p in classifier.head.named_parameters()}
-    peer = timm.create_model(
-        "vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=2,
-        global_pool="avg",
-    )  # fmt: skip
-    theirs = {
-        id(parameter): (group["lr_scale"], group["weight_decay"])
-        for group in param_groups_layer_decay(peer, 0.05, layer_decay=0.65, no_weight_decay_list=["cls_token"])
-        for parameter in group["params"]
-    }
-    peer_names = {name: p for name, p in peer.named_parameters() if name not in ("cls_token", "pos_embed")}
-    assert peer_names.keys() <= named.keys() and len(ours) == len(list(classifier.parameters()))
-    for name, parameter in peer_names.items():
-        assert ours[id(named[name])] == pytest.approx(theirs[id(parameter)]), name
-    assert ours[id(classifier.encoder.cls_token)] == pytest.approx((0.65**4, 0.0))
 
 
 def test_smoothed_mixed_labels_give_the_loss_of_timm():

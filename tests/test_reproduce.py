@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import SMALL, contents
 
+import cli
 import data
 import eval as evaluation
 import reproduce
@@ -51,7 +52,7 @@ def reproduced(monkeypatch, capsys):
     """A function that runs reproduce.main() with options, and gives what it printed."""
     monkeypatch.setattr(reproduce.subprocess, "Popen", Forked)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(train, "best_precision", lambda: "no")
+    monkeypatch.setattr(cli, "best_precision", lambda: "no")
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)  # the server of all forks would stay there
     handler = signal.getsignal(signal.SIGTERM)
 

@@ -16,6 +16,7 @@ import torch
 from helpers import ROOT, SMALL, contents, records, train_here
 
 import checkpoint
+import cli
 import data
 import smae
 import train
@@ -632,7 +633,7 @@ def test_trackers_go_on_where_the_run_does(quick_drawing, monkeypatch, tmp_path)
 
 def test_the_scaler_of_fp16_is_part_of_a_checkpoint(quick_drawing, monkeypatch, tmp_path):
     """On a CPU, Accelerate has none: one of torch stands in its place."""
-    scalers, make = [], train.make_accelerator
+    scalers, make = [], cli.make_accelerator
 
     def with_scaler(**options):
         accelerator = make(**options)
@@ -640,7 +641,7 @@ def test_the_scaler_of_fp16_is_part_of_a_checkpoint(quick_drawing, monkeypatch, 
         scalers.append(accelerator.scaler)
         return accelerator
 
-    monkeypatch.setattr(train, "make_accelerator", with_scaler)
+    monkeypatch.setattr(cli, "make_accelerator", with_scaler)
     train_here(monkeypatch, *BRIEF, "--out", tmp_path / "whole")
     assert outcome(tmp_path / "whole")["scaler"]["scale"] == 8.0 * 2**5
     for point in (6, 11):

@@ -30,12 +30,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import needs_proc, status
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from memory import needs_proc, status  # noqa: E402
+from helpers import needs_proc, status  # noqa: E402
 
 import smae  # noqa: E402
 

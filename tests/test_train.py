@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 
 import forked
 import pytest
@@ -152,26 +151,6 @@ def test_readme_example_runs_as_it_stands(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- parts
-
-
-def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
-    rates = [train.learning_rate(step, 100, 10, 2.0) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[55] == pytest.approx(1.0) and rates[10] == 2.0 and 0 < rates[99] < 0.002
-    assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert train.learning_rate(0, 5, 5, 1.0) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("learned_positions", [False, True])
-def test_only_weight_matrices_are_decayed(learned_positions, small_model):
-    model = smae.SMAE(**small_model.config | dict(learned_positions=learned_positions))
-    optimizer = train.build_optimizer(model, "cpu", 1e-3, 0.05)
-    decayed, spared = optimizer.param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.05 and spared["weight_decay"] == 0 and decayed["betas"] == (0.9, 0.95)
-    assert all(names[id(p)].endswith("weight") and "norm" not in names[id(p)] for p in decayed["params"])
-    assert {"cls_token", "mask_token", "norm.weight", "embed.bias"} <= {names[id(p)] for p in spared["params"]}
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
 def test_paper_preset_is_the_papers_recipe_and_flags_win():

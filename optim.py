@@ -1,0 +1,81 @@
+"""Parameter groups, learning rates and LARS: pure functions and one optimizer.
+
+Works alone: needs torch.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, device: str = "cpu") -> torch.optim.Optimizer:
+    """AdamW for pre-training as in MAE, fused where ``device`` allows it.
+
+    Biases, norms, positions and, unlike in MAE, CLS and mask token are not decayed.
+    """
+    decayed = [p for name, p in model.named_parameters() if decays(name, p)]
+    others = [p for name, p in model.named_parameters() if not decays(name, p)]
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device in ("cuda", "cpu"))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies to a parameter: to weight matrices only."""
+    return parameter.ndim > 1 and not name.endswith("positions")
+
+
+def layer_groups(classifier: nn.Module, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups of an ``smae.Classifier`` whose learning rates fall by ``layer_decay`` from block to block.
+
+    The factor of a group is its ``scale``, 1 for the head. As in BEiT and MAE the embedding is layer 0, block i is
+    layer i (from 1), final norm and head are the last layer. Biases, norms, positions and the CLS token are not
+    decayed.
+    """
+    depth, groups = len(classifier.encoder.blocks), {}
+    for name, parameter in classifier.named_parameters():
+        layer = _layer(name, depth)
+        decay = weight_decay if decays(name, parameter) else 0.0
+        group = dict(params=[], weight_decay=decay, scale=layer_decay ** (depth + 1 - layer))
+        groups.setdefault((layer, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layer(name: str, depth: int) -> int:
+    """The layer, 0 to depth + 1, of the parameter ``name`` of a classifier."""
+    if name.startswith(("encoder.norm.", "head.")):
+        return depth + 1
+    _, part, *rest = name.split(".")
+    return int(rest[0]) + 1 if part == "blocks" else 0
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
+    """Linear warm-up over ``warmup`` steps, then half a cosine to ``least`` at ``steps``; steps count from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps are scaled, matrix by matrix, to the norm of the weights (You et al., 2017).
+
+    As in the linear probes of MoCo v3 and MAE: vectors (biases) are neither scaled nor decayed. arXiv 1708.03888.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    norms = p.norm() * update.norm()
+                    update = update * torch.where(norms > 0, group["trust"] * p.norm() / update.norm(), 1.0)
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * momentum)
