@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 import data
 import smae
+from batches import Share
 
 # ------------------------------------------------------------------------------------------------- options
 
@@ -144,6 +145,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def plain(args: argparse.Namespace) -> dict:
     """The parsed command line as values that JSON has."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """What the data and training options say to ``batches.TrainBatches``."""
+    return dict(
+        size=args.image_size,
+        batch_size=args.batch_size,
+        scale=tuple(args.crop_scale),
+        accumulate=args.accumulate,
+        seed=args.seed,
+        workers=args.workers,
+        preload=args.preload,
+        device=accelerator.device,
+        share=Share(accelerator.process_index, accelerator.num_processes),
+        length=args.max_images,
+        max_bad=args.max_bad_images,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- checks

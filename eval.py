@@ -41,9 +41,9 @@ import data
 import encoders
 import optim
 import probes
+import run
 import smae
-import train
-from batches import EvalBatches, Share
+from batches import EvalBatches, Share, TrainBatches
 from cropping import RandomStream, uniform
 from encoders import Encoder
 
@@ -442,7 +442,8 @@ def fit(
     Mixup, cutmix, drop path and BatchNorm see one micro-batch of one process: they do depend on how many there are.
     """
     rank = np.array([accelerator.process_index])
-    batches = train.train_batches(args, accelerator, training, labels=True, augment=augment)
+    options = cli.batch_options(args, accelerator)
+    batches = TrainBatches(training, **options, labels=True, augment=augment)
     test_batches = eval_batches(args, accelerator, tests, keep=bool(args.preload))
     trained, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
     steps, warmup = (epochs * batches.steps_per_epoch for epochs in (args.epochs, args.warmup_epochs))
@@ -488,12 +489,12 @@ def fit(
                     step += 1
                     bar.update()
                     if step % 10 == 0:
-                        train.stop_if_too_many_are_bad(batches)
-            train.stop_if_too_many_are_bad(batches)
+                        run.check_bad_pictures(batches)
+            run.check_bad_pictures(batches)
         seconds = time.perf_counter() - start
         mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
         if not np.isfinite(mean):
-            raise train.Diverged(f"the loss is {mean} in epoch {epoch}: try a lower --blr")
+            raise run.Diverged(f"the loss is {mean} in epoch {epoch}: try a lower --blr")
         if isinstance(model, Probe):  # every process has met other pictures
             for buffer in (model.norm.running_mean, model.norm.running_var):
                 buffer.copy_(accelerator.reduce(buffer, "mean"))
@@ -647,7 +648,7 @@ def report(args: argparse.Namespace, result: dict):
 
 def main():
     args = build_parser().parse_args()
-    with cli.one_line_errors(ValueError, OSError, train.Diverged):
+    with cli.one_line_errors(ValueError, OSError, run.Diverged):
         start, resume, files = time.perf_counter(), getattr(args, "resume", False), RESULT_FILES[args.command]
         if resume and (args.streaming or getattr(args, "recipe", None) == "fast"):
             raise ValueError("--resume is for --recipe mae and finetune, and not for streams, which start anew")

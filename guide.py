@@ -77,6 +77,7 @@ class Guide:
         amt_ratio: float = 0.45,
         throw_ratio: float = 0.4,
         compile: bool = False,
+        cached: bool = False,
         start: int | None = None,
         every: int = 1,
         epochs: int = 1,
@@ -88,7 +89,7 @@ class Guide:
         self.hint_ratio, self.hint_portion = hint_ratio, hint_portion
         self.amt_ratio, self.throw_ratio = amt_ratio, throw_ratio
         self.foreground, self.scoring, self.debias = foreground, scoring, debias
-        self.start, self.every, self.epochs = start, every, epochs
+        self.start, self.every, self.epochs, self.cached = start, every, epochs, cached
         self.maps = self.crc = self.mean = self._seen = self._others = None
         self.history: list[dict] = []
 
@@ -192,6 +193,25 @@ class Guide:
     def _learn(self, features: Tensor):
         total, count = self._seen or (0, 0)
         self._seen = total + features.float().sum(dim=0), count + len(features)
+
+    def guides(self, epoch: int) -> bool:
+        """Whether the masks of an epoch, counted from 1, are guided."""
+        return self.start is not None and epoch > self.start
+
+    def mask_batch(self, images: Tensor, batch: Batch, epoch: int, accelerator: Accelerator) -> masks.Mask:
+        """The mask of a batch in training, whose normalised crops are ``images``: random before the guide starts.
+
+        With the last micro-batch of a step the running mean of the features is updated.
+        """
+        noise = uniform((self.seed, epoch, RandomStream.MASK), batch.indices, self.model.patch_count)
+        noise = data.to_device(noise, images.device)
+        with accelerator.autocast():
+            if not self.guides(epoch):
+                return masks.random_mask(*noise.shape, self.ratio, noise=noise)
+            relevance = self.recall(batch) if self.cached else self.look(images, learn=True)[0]
+            if accelerator.sync_gradients:
+                self.end_step(accelerator)
+            return self.mask(relevance, noise, epoch)
 
     def mask(self, relevance: Tensor, noise: Tensor, epoch: int | None = None) -> masks.Mask:
         """The mask of images of this relevance (b, n); ``noise`` (b, n) decides what is left to chance.

@@ -542,7 +542,7 @@ def paper(args: argparse.Namespace):
     print(f"# hours on {args.gpus} of these: {name}, bf16, measured at batch {batch}, not compiled: {speed}")
     for arm, options in args.arms.items():
         settings = train.parse_arguments(["--preset", "paper", *shlex.split(options)])
-        train.complete(settings)
+        train.fill_defaults(settings)
         before = settings.epochs if settings.mask == "random" else settings.guide_start
         before = settings.epochs // 2 if before == "auto" else before  # nobody knows
         after = settings.epochs - before

@@ -47,7 +47,7 @@ def photographs():
 @pytest.fixture
 def quick_drawing(monkeypatch):
     """Runs draw no pictures, which take longer than they."""
-    monkeypatch.setattr(train, "draw", lambda args, *_: (args.out / "masks.png").write_text("drawn"))
+    monkeypatch.setattr(train, "draw", lambda out, *_: (out / "masks.png").write_text("drawn"))
 
 
 @pytest.fixture

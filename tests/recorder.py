@@ -5,11 +5,12 @@ from accelerate import PartialState
 
 import train
 from batches import TrainBatches
+from guide import Guide
 
 
 def apply():
     record = {"indices": [], "masked": []}
-    read, choose, main, run = TrainBatches.epoch, train.choose_mask, train.main, train.Run
+    read, choose, main, run = TrainBatches.epoch, Guide.mask_batch, train.main, train.Run
 
     def noted_epoch(self, epoch, seen=0):
         for batch in read(self, epoch, seen):
@@ -21,15 +22,17 @@ def apply():
         record["masked"].append(mask.masked.tolist())
         return mask
 
-    def noted_run(*arguments):
-        record["run"] = run(*arguments)
+    def noted_run(*arguments, **options):
+        record["run"] = run(*arguments, **options)
         return record["run"]
 
     def noted_main():
         main()
         noted, state = record.pop("run"), PartialState()
-        record.update(weights=noted.model.state_dict(), guide=noted.guide.state_dict(), world=state.num_processes)
-        torch.save(record, noted.args.out.parent / f"{state.process_index}.pt")
+        record.update(
+            weights=noted.model.state_dict(), guide=noted.parts["guide"].state_dict(), world=state.num_processes
+        )
+        torch.save(record, noted.out.parent / f"{state.process_index}.pt")
 
-    TrainBatches.epoch, train.choose_mask, train.Run, train.main = noted_epoch, noted_choice, noted_run, noted_main
-    train.draw = lambda args, *_: (args.out / "masks.png").write_text("drawn")
+    TrainBatches.epoch, Guide.mask_batch, train.Run, train.main = noted_epoch, noted_choice, noted_run, noted_main
+    train.draw = lambda out, *_: (out / "masks.png").write_text("drawn")

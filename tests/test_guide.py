@@ -519,7 +519,7 @@ def test_every_option_of_the_guide_reaches_it(small_model):
     )  # fmt: skip
     assert {name: getattr(guide, names.get(name, name)) for name in given} == given and guide.kind == "amt"
     defaults = train.parse_arguments([])
-    train.complete(defaults)
+    train.fill_defaults(defaults)
     assert all(getattr(defaults, name) != value for name, value in given.items())
 
 

@@ -11,7 +11,7 @@ import train
 
 def start_from(path, *options) -> tuple[smae.SMAE, smae.SMAE]:
     args = train.parse_arguments(["--init-from", str(path), *map(str, options)])
-    train.complete(args)
+    train.fill_defaults(args)
     return train.build_model(args), smae.load(path, heads=args.heads)
 
 

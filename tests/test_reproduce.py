@@ -414,7 +414,7 @@ def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(m
             options = shlex.split(options.replace("$probe", "knn"))
             if script == "train":
                 args = train.parse_arguments(options)
-                train.complete(args)
+                train.fill_defaults(args)
                 assert (args.model, args.epochs, args.batch_size, args.save_every, args.seed) == (
                     "base",
                     400,

@@ -563,7 +563,7 @@ def test_a_checkpoint_goes_by_any_path(started, quick_drawing, monkeypatch, tmp_
         ("--dataset PHOTOS", "cannot go on with another data set: it was shapes, 40 images, and is"),
         ("--max-images 39", "another data set: it was shapes, 40 images, and is shapes, 39"),
         ("--split test", "another data set"),
-        ("--seed 1", "cannot go on with another seed"),
+        ("--seed 1", "cannot resume with another --seed"),
         ("--resume nowhere", "--resume nowhere: there is no checkpoint"),
         ("--keep 0", "--keep must be at least 1"),
         ("--save-every-steps 0", "--save-every-steps must be at least 1"),

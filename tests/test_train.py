@@ -159,16 +159,16 @@ def test_paper_preset_is_the_papers_recipe_and_flags_win():
     assert (args.warmup_epochs, args.guide_start, args.blr, args.weight_decay) == (40, 50, 1.5e-4, 0.05)
     assert (args.relevance, args.guide_debias, args.guide) == ("foreground", False, None)
     assert args.batch_size == 1024 and args.mask_ratio == 0.75 and tuple(args.crop_scale) == (0.2, 1.0)
-    train.complete(args)
+    train.fill_defaults(args)
     assert args.lr == pytest.approx(6e-4)
 
 
 def test_guide_starts_after_an_eighth_of_the_epochs_unless_told():
     args = train.parse_arguments(["--epochs", "80"])
-    train.complete(args)
+    train.fill_defaults(args)
     assert args.guide_start == 10 and args.guide == "online"
     args = train.parse_arguments(["--epochs", "400", "--mask", "amt"])
-    train.complete(args)
+    train.fill_defaults(args)
     assert (args.guide_start, args.guide_every, args.guide) == (40, 40, "cached")  # as in arXiv 2211.15362
 
 
