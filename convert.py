@@ -138,21 +138,26 @@ def from_foreign(
     Leaves out the heads of classifiers, and position tables that equal ``fixed_positions(grid, width,
     prefix)``, which the model computes. Raises ValueError if the checkpoint is not such a ViT.
     """
+    # the tensors of encoder and decoder with our names
     weights = unify_names(weights)
     names, prefix = recognise(weights)
     weights = select(weights, prefix)
     weights = rename(weights, {theirs: ours for ours, theirs in names.items()})
     weights = join_qkv(weights)
     check_supported(weights)
+
+    # sizes by names and shapes; what these do not show by the configuration, else as usual
     arguments = infer_sizes(weights) | read_options(config)
     arguments["heads"] = heads or infer_heads(config, arguments["width"], prefix)
     if width := arguments.get("decoder_width"):
-        arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or max(1, width // 32)
+        usual_heads = max(1, width // 32)
+        arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or usual_heads
     weights = flatten(weights)
     image_size = image_size or infer_image_size(weights, config, arguments["patch_size"])
     grid = patch_grid(image_size, arguments["patch_size"])
-    weights = add_class_position(weights, grid)
 
+    # positions: fixed ones if all tables are, else learned ones
+    weights = add_class_position(weights, grid)
     tables = [weights[name] for name in TABLES if name in weights]
     fixed = all(is_fixed(table, grid, arguments["class_token"], fixed_positions) for table in tables)
     if fixed:

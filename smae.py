@@ -74,7 +74,7 @@ class Config:
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
-        lengths = dict(image_size=[2], mean=[3, self.channels], std=[3, self.channels])
+        lengths = dict(image_size=[2], mean=[3, self.channels], std=[3, self.channels])  # of the lists
         for argument in fields(self):
             name, values = argument.name, getattr(self, argument.name)
             if name not in lengths:
@@ -98,13 +98,14 @@ class Config:
             raise ValueError(f"an image of {height}x{width} has more than {MOST_PATCHES} patches of {p}")
 
 
-def check(name: str, value, above: float = False, most: float = True):
-    """Raise ValueError unless ``value`` is in its range and of the type of its limits: int, float or bool."""
-    kind = type(most)
-    expected = f"{'an integer' if kind is int else 'a number'} above {above} and at most {most}"
-    right = isinstance(value, (int, kind)) and not isinstance(value, bool) and above < value <= most
-    if kind is bool:
+def check(name: str, value, above: float | None = None, most: float | None = None):
+    """Raise ValueError unless ``value`` is in its range, an integer if ``most`` is; a bool without one."""
+    if most is None:
         right, expected = isinstance(value, bool), "true or false"
+    else:
+        kind, noun = (int, "an integer") if isinstance(most, int) else ((int, float), "a number")
+        right = isinstance(value, kind) and not isinstance(value, bool) and above < value <= most
+        expected = f"{noun} above {above} and at most {most}"
     if not right:
         raise ValueError(f"{name} must be {expected}, got {describe(value)}")
 
@@ -221,9 +222,9 @@ class Block(nn.Module):
 class SMAE(nn.Module):
     """A ViT masked autoencoder: ``SMAE(**PRESETS["base"], image_size=224)``.
 
-    :class:`Config` lists the keyword arguments; ``config`` holds them as a dictionary.
-    ``statistics`` are the mean and deviation to normalise images with, ``prefix`` is the number of
-    tokens before the patches: 1, the CLS token, or 0.
+    Takes the arguments of :class:`Config` by keyword; ``config`` holds them as a dictionary.
+    ``statistics`` are the mean and the deviation to normalise images with. ``prefix`` is the number
+    of tokens before the patches, 1 with a CLS token, else 0.
     """
 
     def __init__(self, **arguments):
@@ -330,7 +331,7 @@ class SMAE(nn.Module):
         Raises ValueError if the model has no decoder.
         """
         if not self.config["decoder_depth"]:
-            raise ValueError("this model is an encoder alone: it has no decoder")
+            raise ValueError("this model has no decoder")
         x = self.decoder_blocks(self._decoder_tokens(latent, mask.visible, mask.masked, grid))
         return self.head(self.decoder_norm(x[:, -mask.masked.shape[1] :]))
 
@@ -366,7 +367,7 @@ class SMAE(nn.Module):
         Raises ValueError if the model has no CLS token.
         """
         if not self.prefix:
-            raise ValueError("this model has no CLS token, and therefore no attention from it")
+            raise ValueError("this model has no CLS token whose attention could be computed")
         last = self.blocks[-1]
         x = self.blocks[:-1](self._encoder_tokens(images))
         return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, 1:]
@@ -474,7 +475,7 @@ def initialise(model: SMAE, source: SMAE, decoder: bool = True):
     model.load_state_dict(weights)
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------- checkpoints
 
 LARGEST_CONFIG = 2**21  # bytes of a JSON file
 
