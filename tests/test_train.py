@@ -256,10 +256,10 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--dataset ./nowhere", "no data set './nowhere'"),
+        ("--dataset ./nowhere", "cannot find data set './nowhere'"),
         ("--split other", "Unknown split 'other'"),
         ("--image-column nothing", "no column 'nothing'"),
-        ("--image-column bbox", "does not hold images"),
+        ("--image-column bbox", "not images"),
         ("--image-size 30", "30x30 is not a positive multiple of the patch size 8"),
         ("--guide-layer 3", "--guide-layer 3: there are 1, 2, decoder-1"),
         ("--guide-layer decoder-2", "--guide-layer decoder-2: there are 1, 2, decoder-1"),
