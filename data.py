@@ -439,10 +439,11 @@ class NothingToRead(ValueError):
 
 
 class BadImages:
-    """The broken pictures met so far: ``descriptions`` by index; the first ``reported`` are known.
+    """The broken pictures met so far: ``descriptions`` by index.
 
-    ``max_share`` of ``length`` pictures may be broken. ``same_file_returns``: count files, not
-    indices, because a stream brings a file again under another index.
+    The first ``reported`` of them have been reported. ``max_share`` of ``length`` pictures may be
+    broken. ``same_file_returns``: count files, not indices, because a stream brings a file again
+    under another index.
     """
 
     def __init__(self, length: int, max_share: float, same_file_returns: bool = False):

@@ -164,7 +164,7 @@ class Run:
     def steps_done(self) -> int:
         """Steps of the schedule that are done."""
         progress = self.progress
-        return (progress.epoch - 1) * self.batches.steps_per_epoch + progress.seen // self.batches.batch_size
+        return (progress.epoch - 1) * self.batches.steps_per_epoch + progress.seen // self.batches.plan.batch_size
 
     def step(self, loss: Tensor, batch: Batch):
         """Backward; with the last micro-batch of a step also update, look out for signals, save if it is time."""
@@ -180,7 +180,7 @@ class Run:
             return
 
         progress.step += 1
-        progress.seen += self.batches.batch_size
+        progress.seen += self.batches.plan.batch_size
         self.bar.update()
         last = not self.batches.plan.steps_left(progress.seen)  # then the end of the epoch does what is due
         overdue = self.poll(stop=not last)

@@ -446,7 +446,7 @@ def test_the_checkpoint_that_is_judged_is_never_lost(monkeypatch, checkpoint, fo
         (["predict", "--checkpoint", "random"], "is no classifier"),
         (["finetune", "--checkpoint", "pixels"], "nothing to fine-tune"),
         (["finetune", "--checkpoint", "random", "--epochs", "0"], "at least 1"),
-        (["linear", "--checkpoint", "random", "--dataset", "nowhere/at/all"], "no data set"),
+        (["linear", "--checkpoint", "random", "--dataset", "nowhere/at/all"], "cannot find data set"),
     ],
 )
 def test_wrong_calls_end_in_one_line(arguments, message, monkeypatch, tmp_path, capsys):

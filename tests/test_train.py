@@ -235,10 +235,10 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--dataset ./nowhere", "no data set './nowhere'"),
+        ("--dataset ./nowhere", "cannot find data set './nowhere'"),
         ("--split other", "Unknown split 'other'"),
         ("--image-column nothing", "no column 'nothing'"),
-        ("--image-column bbox", "does not hold images"),
+        ("--image-column bbox", "not images"),
         ("--image-size 30", "30x30 is not a positive multiple of the patch size 8"),
         ("--guide-layer 3", "--guide-layer 3: there are 1, 2, decoder-1"),
         ("--guide-layer decoder-2", "--guide-layer decoder-2: there are 1, 2, decoder-1"),
@@ -268,7 +268,7 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--guide-shuffle --mask random", "not for --mask random"),
         ("--guide-shuffle", "add --guide cached"),
         ("--hint-ratio -1", "hint ratio"),
-        ("--batch-size 64", "there are only 32"),
+        ("--batch-size 64", "than the data has (32)"),
         ("--batch-size 0", "--batch-size must be at least 1"),
         ("--accumulate 3", "multiple of processes x accumulation"),
         ("--epochs 0", "--epochs must be at least 1"),
