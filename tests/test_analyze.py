@@ -126,8 +126,8 @@ def test_groups_are_named_and_masks_of_any_kind_understood(monkeypatch, tmp_path
     }  # fmt: skip
     assert "sea: 4 pictures" in text and "off-centre: 0 pictures" in text
     for row in rows:
-        assert set(np.unique(data.object_of(row["truth"]))) == {0, 255}
-        assert (np.asarray(data.object_of(row["truth"])) > 0).sum() == 600
+        assert set(np.unique(data.object_mask(row["truth"]))) == {0, 255}
+        assert (np.asarray(data.object_mask(row["truth"])) > 0).sum() == 600
 
 
 def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
@@ -155,7 +155,7 @@ def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
         ("--mask-column nothing", "has no column 'nothing'; name one with --mask-column"),
         ("--mask-column bbox", "does not hold masks"),
         ("--layers 9", "--layers 9: there are 1, 2, 3, decoder-1"),
-        ("--dataset ./nowhere", "no data set './nowhere'"),
+        ("--dataset ./nowhere", "cannot find data set './nowhere'"),
         ("--checkpoint ./nothing", "nothing"),
         ("--mask-ratio 2", "between 0 and 1"),
         ("--image-size 30", "30x30 is not a positive multiple of the patch size 8"),

@@ -116,7 +116,7 @@ def test_the_probe_of_mae_trains_the_head_alone(monkeypatch, checkpoint, folder,
         monkeypatch, "linear", tmp_path, *arguments, "--warmup-epochs", 1, "--batch-size", 16, "--lr", 100, "--preload"
     )
     assert result["top1"] > 80 and result["config"]["weight_decay"] == 0.0
-    before, after = smae.load(checkpoint).state_dict(), models[0].state_dict()
+    before, after = smae.load(checkpoint).state_dict(), models[0].backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
     assert state.keys() == {
@@ -438,7 +438,7 @@ def test_the_checkpoint_that_is_judged_is_never_lost(monkeypatch, checkpoint, fo
         (["knn", "--checkpoint", "random", "--crop-ratio", "0"], "--crop-ratio must lie in (0, 1], got 0.0"),
         (["knn", "--checkpoint", "random", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["finetune", "--checkpoint", "random", "--randaugment", "12"], "between 0 and 10, got 12"),
-        (["finetune", "--checkpoint", "random", "--crop-scale", "0.5", "0.2"], "--crop-scale takes two shares"),
+        (["finetune", "--checkpoint", "random", "--crop-scale", "0.5", "0.2"], "--crop-scale takes two fractions"),
         (["linear", "--checkpoint", "random", "--resume"], "--resume is for"),
         (["knn", "--checkpoint", "nowhere"], "there is no checkpoint nowhere"),
         (["knn", "--checkpoint", "random", "--image-size", "30"], "not a positive multiple"),
