@@ -689,7 +689,7 @@ def test_weights_that_are_no_numbers_are_not_saved(quick_drawing, monkeypatch, t
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run")
     errors = capfd.readouterr().err
-    assert "no longer finite in epoch 3, step 14 of the run (selfguided masks)" in errors
+    assert "no longer finite in epoch 3, step 14 of the run, selfguided masks" in errors
     assert checkpoint.folders(tmp_path / "run")[0].name == "checkpoint-00000013"
 
 
