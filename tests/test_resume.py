@@ -18,8 +18,8 @@ from helpers import ROOT, SMALL, contents, records, train_here
 import checkpoint
 import cli
 import data
+import run
 import smae
-import train
 from batches import TrainBatches
 from readers import Share, StreamCrops
 from shapes import draw_shapes
@@ -326,11 +326,11 @@ def test_a_disk_that_takes_no_more_stops_nothing_and_breaks_nothing(whole, tmp_p
 
 
 def test_a_checkpoint_comes_at_least_every_so_often(quick_drawing, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "LONGEST", 0)
+    monkeypatch.setattr(run, "LONGEST", 0)
     train_here(monkeypatch, *BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--out", tmp_path / "run")
     left = [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "run")]
     assert left == [20, 19, 15, 10, 5]  # those that nobody asked for go when there are two newer ones
-    monkeypatch.setattr(train, "LONGEST", 3600)
+    monkeypatch.setattr(run, "LONGEST", 3600)
     arguments = [*BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--save-every", 2]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "other")
     assert [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "other")] == [20, 10]
