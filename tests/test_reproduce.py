@@ -19,6 +19,7 @@ from helpers import SMALL, contents
 import cli
 import data
 import eval as evaluation
+import probes
 import reproduce
 import smae
 import train
@@ -53,6 +54,8 @@ def reproduced(monkeypatch, capsys):
     monkeypatch.setattr(reproduce.subprocess, "Popen", Forked)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(cli, "best_precision", lambda: "no")
+    monkeypatch.setattr(probes, "LEARNING_RATES", (0.01, 0.1))  # forty heads would take a minute
+    monkeypatch.setattr(probes, "WEIGHT_DECAYS", (0.0,))
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)  # the server of all forks would stay there
     handler = signal.getsignal(signal.SIGTERM)
 
