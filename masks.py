@@ -338,9 +338,10 @@ def informed_mask(
     not finite) get a uniformly random mask.
     """
     b, n = relevance.shape
-    m, noise = masked_count(n, ratio), _uniform(noise, b, n, relevance.device)
-    hints = choose_hints(relevance, ratio, hint, hint_ratio, hint_portion, noise=noise)
-    order = _ranking(_meaningful(relevance), noise)
+    m, k = masked_count(n, ratio), hint_count(n, ratio, hint, hint_ratio, hint_portion)
+    relevance, noise = _meaningful(relevance), _uniform(noise, b, n, relevance.device)
+    order = _ranking(relevance, noise)
+    hints = _draw_hints(relevance, order[:, : _part(n, hint_portion)], k, hint, noise)
     is_hint = torch.zeros(b, n, dtype=torch.bool, device=order.device).scatter(1, hints, True)
     order = order.gather(1, is_hint.gather(1, order).to(torch.uint8).argsort(dim=1, stable=True))  # hints come last
     return _mask(masked=order[:, :m], visible=order[:, m:])
@@ -366,6 +367,11 @@ def choose_hints(
     k = hint_count(n, ratio, hint, hint_ratio, hint_portion)
     relevance = _meaningful(relevance)
     candidates = _ranking(relevance, noise)[:, : _part(n, hint_portion)]
+    return _draw_hints(relevance, candidates, k, hint, noise)
+
+
+def _draw_hints(relevance: Tensor, candidates: Tensor, k: int, hint: str, noise: Tensor) -> Tensor:
+    """``k`` of the ``candidates`` (b, c), patch indices, drawn without replacement: (b, k)."""
     arrival = (noise * 2**12 % 1).gather(1, candidates)  # its low bits: the high ones have ranked patches that tie
     if hint == "similar":  # the k earliest of exponential arrivals at these rates
         scores = relevance.gather(1, candidates)
