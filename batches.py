@@ -141,8 +141,9 @@ class EvalBatches:
     """Every picture of a data set once, centre-cropped, in order: an iterable of EvalBatch.
 
     The pictures are divided over the processes. ``crop_ratio``: side of the crop, as a fraction of
-    the short side of the picture. ``keep``: keep the crops in memory. ``length``: the number of
-    pictures of all processes, None if it is not known.
+    the short side of the picture. ``keep``: keep the crops in memory. ``max_bad``: the share of
+    broken pictures that whoever reads them should accept. ``length``: the number of pictures of all
+    processes, None if it is not known.
     """
 
     def __init__(
@@ -156,8 +157,9 @@ class EvalBatches:
         device: torch.device | str = "cpu",
         share: Share = Share(),  # noqa: B008
         keep: bool = False,
+        max_bad: float = 0.01,
     ):
-        self.device = torch.device(device)
+        self.device, self.max_bad = torch.device(device), max_bad
         self.kept: list[EvalBatch] | None = [] if keep else None
         self.length: int | None = None
         columns = [name for name in ("image", "label") if name in (dataset.features or ["image"])]

@@ -55,7 +55,7 @@ def write(
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        smae.save(model, part, state["config"])
+        smae.write_folder(part, smae.tensors_of(model), {"config.json": state["config"]})
         for file in attached:
             link(file, part / file.name)
         with smae.whole_file(part / STATE) as name, open(name, "wb") as file:

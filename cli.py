@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -99,6 +99,16 @@ OPTIONS = {  # those of more than one command
     "compile": FLAG | dict(help="compile the model (slow start, faster steps)"),
     "seed": dict(type=int, default=0, help="of everything random"),
     # run
+    "resume": dict(
+        nargs="?",
+        const="auto",
+        help="continue from this checkpoint, or from the newest of this run folder; without a value, or auto: from the "
+        "newest in --out, if there is one",
+    ),
+    "save-every-steps": dict(
+        type=int, help="steps between more checkpoints (one is written every 15 minutes in any case)"
+    ),
+    "keep": dict(type=int, default=2, help="number of checkpoints to keep, the newest"),
     "out": dict(type=Path, help="folder of the result"),
     "overwrite": FLAG | dict(help="replace the result that is there"),
 }
@@ -127,10 +137,10 @@ def add_model_options(parser: argparse.ArgumentParser):
     return group
 
 
-def model_sizes(args: argparse.Namespace) -> dict:
-    """The constructor's arguments of SMAE that the model options give by themselves, those not given left out."""
+def model_sizes(options: dict) -> dict:
+    """The arguments of SMAE among the ``options`` of a command line, without those that were not given."""
     names = [name.replace("-", "_") for name in MODEL if name not in ("model", "image-size")]
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: options[name] for name in names if options[name] is not None}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -142,9 +152,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def plain(args: argparse.Namespace) -> dict:
-    """The parsed command line as values that JSON has."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+def plain(options: dict) -> dict:
+    """The ``options`` of a command line as values that JSON can hold."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
@@ -164,18 +174,32 @@ def batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     )
 
 
+def eval_batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """What the data options say to ``batches.EvalBatches``."""
+    world = accelerator.num_processes
+    return dict(
+        size=args.image_size,
+        batch_size=max(1, min(256, args.batch_size // world)),
+        crop_ratio=args.crop_ratio,
+        workers=args.workers,
+        device=accelerator.device,
+        share=Share(accelerator.process_index, world),
+        max_bad=args.max_bad_images,
+    )
+
+
 # ------------------------------------------------------------------------------------------------- checks
 
 
-def check_training(args: argparse.Namespace):
-    """Raise ValueError where arguments that every training has make no sense."""
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
-        raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {args.crop_scale}")
-    if not 0 <= args.warmup_epochs <= args.epochs:
-        raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {args.warmup_epochs}")
+def check_training(epochs: int, warmup_epochs: int, batch_size: int, accumulate: int, crop_scale: Sequence[float]):
+    """Raise ValueError where options that every training has make no sense."""
+    for name, value in dict(epochs=epochs, batch_size=batch_size, accumulate=accumulate).items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {crop_scale}")
+    if not 0 <= warmup_epochs <= epochs:
+        raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {warmup_epochs}")
 
 
 def check_folder(out: Path, overwrite: bool, files: tuple[str, ...]):
@@ -199,6 +223,22 @@ def one_line_errors(*kinds: type[Exception], ranks: str = "first") -> Iterator[N
         if ranks == "any" or os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def reported_once(*kinds: type[Exception]) -> Iterator[None]:
+    """Let only the first process raise errors of these ``kinds``, which all processes meet at once; end the others."""
+    try:
+        yield
+    except kinds:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(1)
+
+
+def seconds_between_updates() -> float:
+    """The interval of progress bars: short on a terminal, long in a log file."""
+    return 1 if sys.stderr.isatty() else 30
 
 
 # ------------------------------------------------------------------------------------------------- the machine

@@ -1,16 +1,26 @@
 """One small contract for every encoder that is judged: our own, foreign ones, ``random`` and ``pixels``.
 
-Letters in shapes: ``b`` batch, ``n`` patches, ``d`` width.
+Also what encoders are judged by: something computed for every picture once, over all processes.
+
+Letters in shapes: ``b`` batch, ``n`` patches, ``d`` width, ``k`` pictures.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from tqdm import tqdm
 
+import cli
 import data
+import probes
 import smae
+from batches import EvalBatches
 
 
 class Encoder(Protocol):
@@ -93,3 +103,114 @@ def backbone(name: str, device: torch.device | str = "cpu", heads: int | None = 
     """The SMAE of a run folder or checkpoint, without the head of a classifier."""
     model = smae.load(name, device, heads=heads)
     return model.encoder if isinstance(model, smae.Classifier) else model
+
+
+# ------------------------------------------------------------------------------ every picture once
+
+
+class Rows(NamedTuple):
+    """What was computed for k pictures: ``values`` (k, ...), ``labels`` and ``indices`` (k,), file ``names``."""
+
+    values: Tensor
+    labels: Tensor
+    indices: Tensor
+    names: list[str]
+
+
+def compute_rows(
+    batches: EvalBatches, accelerator: Accelerator, statistics: tuple, compute: Callable[[Tensor], Tensor]
+) -> Iterator[Rows]:
+    """``compute`` for normalised images, batch by batch, gathered in every process, in the order of their indices.
+
+    Processes with fewer pictures take part until all are done, so that each picture comes exactly
+    once. Names the broken pictures and leaves them out. Raises TooManyBadImages at the end, in the
+    first process, if they exceed ``batches.max_bad``.
+    """
+    iterator, bad, good = iter(batches), [], 0
+    bar = tqdm(
+        total=batches.length,
+        unit="image",
+        disable=not accelerator.is_main_process,
+        leave=False,
+        mininterval=cli.seconds_between_updates(),
+    )
+    while True:
+        batch, mine = next(iterator, None), None
+        if batch is not None:
+            with torch.no_grad(), accelerator.autocast():
+                values = compute(data.normalize(batch.images, *statistics)).cpu()
+            mine = (values, batch.labels, batch.indices, batch.names, batch.bad)
+        everyone = [parts for parts in gather_object([mine]) if parts is not None]
+        if not everyone:
+            break
+
+        values, labels, indices, names, reasons = zip(*everyone)
+        values, labels, indices = torch.cat(values), torch.cat(labels), torch.cat(indices)
+        names, reasons = list(itertools.chain(*names)), list(itertools.chain(*reasons))
+        bad += [reason for reason in reasons if reason is not None]
+        order = [i for i in indices.argsort().tolist() if reasons[i] is None]
+        good += len(order)
+        bar.update(len(reasons))
+        if order:
+            yield Rows(values[order], labels[order], indices[order], [names[i] for i in order])
+    bar.close()
+
+    for picture in bad[:20]:
+        accelerator.print(f"left out a broken image: {picture.description}")
+    total = len(bad) + good
+    if len(bad) > batches.max_bad * total:
+        with cli.reported_once(data.TooManyBadImages):
+            raise data.TooManyBadImages(
+                f"{len(bad)} of {total} images are broken, more than --max-bad-images {batches.max_bad}"
+            )
+
+
+def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, pool: str) -> probes.Features:
+    """Features (k, d) float32 and labels (k,) of all pictures, on the CPU of the main process (elsewhere: none).
+
+    Raises ValueError if a label is hidden.
+    """
+    parts, labels = [], []
+    pooled = functools.partial(encoder.pooled, how=pool)
+    for rows in compute_rows(batches, accelerator, encoder.statistics, pooled):
+        check_labels(rows.labels)
+        if accelerator.is_main_process:
+            parts.append(rows.values)
+            labels.append(rows.labels)
+    if not parts:
+        return probes.Features(torch.empty(0, 0), torch.empty(0))
+    values, end = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0
+    parts.reverse()
+    while parts:  # like torch.cat, but never holding everything twice
+        part = parts.pop()
+        values[end : end + len(part)] = part
+        end += len(part)
+    return probes.Features(values, torch.cat(labels))
+
+
+def accuracy(classifier: nn.Module, batches: EvalBatches, accelerator: Accelerator) -> dict:
+    """Top-1 and top-5 accuracy in per cent, and the number of images.
+
+    ``classifier``: normalised images to logits; ``statistics`` to normalise with; ``classes``,
+    their names. With fewer than five classes, top-5 counts all of them. Raises ValueError if a
+    label is hidden.
+    """
+    hits, count, top = torch.zeros(2, dtype=torch.float64), 0, probes.top(len(classifier.classes))
+    classifier.eval()
+
+    def most_likely(images: Tensor) -> Tensor:  # (b, top)
+        return classifier(images).topk(top).indices
+
+    for rows in compute_rows(batches, accelerator, classifier.statistics, most_likely):
+        check_labels(rows.labels)
+        right = rows.values == rows.labels[:, None]
+        hits += torch.stack([right[:, 0].sum(), right.sum()])
+        count += len(right)
+    top1, top5 = (100 * hits / count).tolist()
+    return dict(top1=top1, top5=top5, images=count)
+
+
+def check_labels(labels: Tensor):
+    """Raise ValueError if a label is -1, which stands for a hidden or missing one."""
+    if (labels < 0).any():
+        raise ValueError("some labels are hidden (-1 or none)")

@@ -1,4 +1,4 @@
-"""Judge what an encoder has learned, by kNN, linear probe or fine-tuning; use it for predictions and features.
+"""Judge what an encoder has learned by kNN, linear probe or fine-tuning; use it for predictions and features.
 
     accelerate launch eval.py knn --checkpoint runs/pretrain                       # seconds to minutes, no training
     accelerate launch eval.py linear --checkpoint runs/pretrain                    # probes on features extracted once
@@ -8,21 +8,17 @@
     accelerate launch eval.py embed --checkpoint runs/pretrain --dataset FOLDER    # features to a parquet file
 
 --checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm, ``random`` (an untrained
-encoder, which every result should be compared with) or ``pixels`` (no encoder at all).
+encoder, the floor of every comparison) or ``pixels`` (no encoder at all).
 """
 
 import argparse
 import csv
 import functools
-import itertools
 import json
-import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -31,26 +27,26 @@ import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torchvision.transforms import RandomErasing, v2
-from tqdm import tqdm
 
+import checkpoint
 import cli
 import data
 import encoders
 import optim
 import probes
-import run
 import smae
-from batches import EvalBatches, Share, TrainBatches
+from batches import EvalBatches, TrainBatches
 from cropping import RandomStream, uniform
-from encoders import Encoder
+from encoders import Encoder, Rows, accuracy, compute_rows, extract
+from run import Folder, Run, Schedule, all_processes_or_none, compare_configurations, find_checkpoint
 
 RESULT_FILES = {  # what each command leaves in --out
     "knn": ("result.json",),
-    "linear": ("result.json", "metrics.jsonl", "state.pt"),
-    "finetune": ("result.json", "metrics.jsonl", "state.pt", "model.safetensors", "config.json"),
+    "linear": ("result.json", "metrics.jsonl"),
+    "finetune": ("result.json", "metrics.jsonl", "model.safetensors", "config.json"),
     "predict": ("result.json", "predictions.csv"),
     "embed": ("result.json", "features.parquet"),
 }
@@ -59,6 +55,7 @@ RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
     "fast": dict(epochs=50, batch_size=1024),
     "finetune": dict(epochs=100, warmup_epochs=5, batch_size=1024, blr=5e-4, weight_decay=0.05),
 }
+IGNORED = {"out", "overwrite", "resume", "save_every_steps", "keep", "max_bad_images"}  # when a training is resumed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,16 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
         cli.add(sub, "checkpoint", checkpoint="runs/pretrain")
         sub.add_argument(
-            "--pool", choices=["cls", "mean"], help="what stands for an image (default: cls, or mean to finetune)"
+            "--pool", choices=["cls", "mean"], help="how to pool the tokens of an image (default: cls; finetune: mean)"
         )
         sub.add_argument(
-            "--crop-ratio", type=float, default=0.875, help="side of the centre crop over the short side, in tests"
+            "--crop-ratio", type=float, default=0.875, help="side of the centre crop, as a fraction of the short side"
         )
         cli.add(sub, "precision", "seed", "out", "overwrite", out=Path("runs") / name)
         cli.add_data_options(sub)
         if tests:
             sub.add_argument("--test-split", help="split to test on (default: validation, val or test)")
-        cli.add_model_options(sub).description = "of --checkpoint random; --image-size and --heads of any"
+        cli.add_model_options(sub).description = "For --checkpoint random; --image-size and --heads for any."
         return sub
 
     sub = command("knn", "accuracy of weighted k-nearest neighbours")
@@ -87,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add(sub, "batch-size", batch_size=256)
 
     sub = command("linear", "accuracy of a linear probe")
-    sub.add_argument("--recipe", choices=["fast", "mae"], default="fast", help="features extracted once, or as in MAE")
+    sub.add_argument(
+        "--recipe", choices=["fast", "mae"], default="fast", help="fast: on features extracted once; mae: as in MAE"
+    )
     add_training_options(sub)
 
     sub = command("finetune", "accuracy after fine-tuning; saves the classifier")
@@ -98,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--mixup", type=float, default=0.8, help="alpha of mixup (0: none)")
     sub.add_argument("--cutmix", type=float, default=1.0, help="alpha of cutmix (0: none)")
     sub.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
-    sub.add_argument("--randaugment", type=int, default=9, help="magnitude of RandAugment, 0 (none) ... 10")
+    sub.add_argument("--randaugment", type=int, default=9, help="magnitude of RandAugment, 0 (none) to 10")
     sub.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end")
 
     sub = command("predict", "classes of pictures, by a fine-tuned checkpoint, to predictions.csv", tests=False)
@@ -109,267 +108,146 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_training_options(parser: argparse.ArgumentParser):
-    """The options of a training with labels; their defaults are in RECIPES."""
+    """The options of a training with labels; RECIPES has their defaults."""
     group = parser.add_argument_group("optimisation (defaults: those of the recipe)")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "blr", "lr", "weight-decay", "crop-scale")
     group.set_defaults(crop_scale=(0.08, 1.0))
-    group.add_argument("--resume", action="store_true", help="go on with the training in --out, if there is one")
+    cli.add(parser.add_argument_group("run (finetune and --recipe mae)"), "resume", "save-every-steps", "keep")
 
 
-# ------------------------------------------------------------------------------------------------- set-up
+# ------------------------------------------------------------------------------ set-up
+
+
+def fill_defaults(args: argparse.Namespace):
+    """Fill in the precision; raise ValueError where options make no sense."""
+    if args.command == "linear" and args.recipe == "fast" and args.resume:
+        raise ValueError("--resume is for finetune and linear --recipe mae; the fast recipe takes seconds")
+    if args.command == "finetune" and args.out.resolve() == Path(args.checkpoint).resolve():
+        raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if not 0 < args.crop_ratio <= 1:
+        raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
+    if args.command == "knn" and (min(args.k) < 1 or args.temperature <= 0):
+        raise ValueError("--k must be at least 1, --temperature positive")
+    if args.command == "finetune" and not 0 <= args.randaugment <= 10:
+        raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
+    if args.precision == "auto":
+        args.precision = cli.best_precision()
+
+
+def fill_recipe(args: argparse.Namespace, images: int | None, world: int):
+    """Fill in what the recipe says, for so many training ``images`` (None: unknown) and processes."""
+    recipe = RECIPES[getattr(args, "recipe", "finetune")]
+    args.epochs = recipe["epochs"] if args.epochs is None else args.epochs
+    if args.warmup_epochs is None:
+        args.warmup_epochs = recipe.get("warmup_epochs", 0) * args.epochs // recipe["epochs"]
+    if args.batch_size is None:  # of a small data set, so that an epoch has 16 steps
+        share = world * max(1, args.accumulate)
+        args.batch_size = max(share, min(recipe["batch_size"], (images or 2**62) // 16 // share * share))
+    for name in ("blr", "weight_decay"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe.get(name))
+    cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, args.crop_scale)
+    if args.lr is None and args.blr is not None:
+        args.lr = args.blr * args.batch_size / 256
 
 
 def load_encoder(args: argparse.Namespace) -> Encoder:
-    """The encoder that --checkpoint names; fills in --image-size and --pool. Raises ValueError or FileNotFoundError."""
-    untrained = smae.PRESETS[args.model] | cli.model_sizes(args)
+    """The encoder that --checkpoint names; fills in --image-size and --pool.
+
+    Raises FileNotFoundError, or ValueError if it cannot do what is asked for.
+    """
+    untrained = smae.PRESETS[args.model] | cli.model_sizes(vars(args))
     if args.image_size:
         untrained["image_size"] = args.image_size
     encoder = encoders.load(args.checkpoint, heads=args.heads, untrained=untrained)
     args.image_size = args.image_size or encoder.image_size[0]
     image = torch.zeros(1, 3, args.image_size, args.image_size)
+
     if args.command == "finetune":
         args.pool = args.pool or "mean"
-        if encoder.backbone is not None:
-            encoder.backbone.grid(image)  # or raise
+        if encoder.backbone is None:
+            raise ValueError(f"--checkpoint {args.checkpoint} has nothing to fine-tune")
+        encoder.backbone.grid(image)  # or raise
         return encoder
     args.pool = args.pool or encoder.pools[0]
     if isinstance(encoder, encoders.FineTuned) and args.pool not in encoder.pools:
         raise ValueError(f"{args.checkpoint} was fine-tuned with --pool {encoder.pools[0]}")
+    if args.command == "predict" and not isinstance(encoder, encoders.FineTuned):
+        raise ValueError(f"{args.checkpoint} is no classifier: make one with eval.py finetune")
     encoder.pooled(image, args.pool)  # or raise
     return encoder
 
 
-def labelled_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
+def load_labelled(
+    name: str,
+    split: str,
+    test_split: str | None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    max_images: int | None = None,
+) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
     """Training and test pictures with labels of the same classes, and the names of these.
 
     Raises ValueError if there are no labels, or labels of the test that the training does not have.
     """
-    options = args.image_column, args.label_column, args.streaming
-    training = data.load_images(args.dataset, args.split, *options, args.max_images)
-    tests = data.load_test_images(args.dataset, args.test_split, *options)
+    columns = image_column, label_column, streaming
+    training = data.load_images(name, split, *columns, max_images)
+    tests = data.load_test_images(name, test_split, *columns)
     for dataset in (training, tests):
         label = (dataset.features or {}).get("label")
         if label is None:
-            raise ValueError(f"{args.dataset} has no labels; name a column with --label-column")
+            raise ValueError(f"{name} has no labels; name a column with --label-column")
         if not re.match("u?int|bool|string|large_string", getattr(label, "dtype", "")):
-            raise ValueError(f"labels of {args.dataset} must be classes, numbered or named, not {label}")
-    if args.streaming:
+            raise ValueError(f"labels of {name} must be classes, numbered or named, not {label}")
+    if streaming:
         names = [getattr(dataset.features["label"], "names", None) for dataset in (training, tests)]
         if names[0] is None or names[0] != names[1]:
             raise ValueError("the labels of a stream must be of a ClassLabel type: drop --streaming")
         return training, tests, names[0]
 
-    def named(dataset: datasets.Dataset) -> list:
-        names = getattr(dataset.features["label"], "names", None)
-        return [names[i] if names and i is not None and i >= 0 else i for i in dataset["label"]]
-
-    label, test_label = named(training), named(tests)
+    label, test_label = _labels_by_name(training), _labels_by_name(tests)
     classes = getattr(training.features["label"], "names", None) or sorted(set(label) - {None, -1})
     number = {name: i for i, name in enumerate(classes)}
     for dataset, labels in ((training, label), (tests, test_label)):
         unknown = {name for name in labels if name not in number}
         if unknown:
             which = "hidden" if unknown <= {None, -1} else f"not of the training data: {sorted(map(str, unknown))[:5]}"
-            raise ValueError(f"labels of split {dataset.split!s} of {args.dataset} are {which}")
+            raise ValueError(f"labels of split {dataset.split!s} of {name} are {which}")
     training = training.remove_columns("label").add_column("label", [number[name] for name in label])
     tests = tests.remove_columns("label").add_column("label", [number[name] for name in test_label])
     return training, tests, [str(name) for name in classes]
 
 
-def fill_in_recipe(args: argparse.Namespace, length: int | None, world: int):
-    """Fill in the recipe; raise ValueError where the arguments make no sense."""
-    recipe = RECIPES[getattr(args, "recipe", "finetune")]
-    args.epochs = recipe["epochs"] if args.epochs is None else args.epochs
-    if args.warmup_epochs is None:
-        args.warmup_epochs = recipe.get("warmup_epochs", 0) * args.epochs // recipe["epochs"]
-    if args.batch_size is None:
-        share = world * max(1, args.accumulate)
-        args.batch_size = max(share, min(recipe["batch_size"], (length or 2**62) // 16 // share * share))
-    for name in ("blr", "weight_decay"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe.get(name))
-    cli.check_training(args)
-    if not 0 <= getattr(args, "randaugment", 0) <= 10:
-        raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
-    if args.lr is None and args.blr is not None:
-        args.lr = args.blr * args.batch_size / 256
+def _labels_by_name(dataset: datasets.Dataset) -> list:
+    names = getattr(dataset.features["label"], "names", None)
+    return [names[i] if names and i is not None and i >= 0 else i for i in dataset["label"]]
 
 
-# ------------------------------------------------------------------------------------------------- every image once
-
-
-class Rows(NamedTuple):
-    """What was computed of pictures: values (k, ...), labels and indices (k,), file names."""
-
-    values: Tensor
-    labels: Tensor
-    indices: Tensor
-    names: list[str]
-
-
-def compute_rows(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    batches: EvalBatches,
-    statistics: tuple,
-    compute: Callable[[Tensor], Tensor],
-) -> Iterator[Rows]:
-    """``compute`` for normalised images, batch by batch, gathered in every process, in the order of their indices.
-
-    Processes with fewer pictures take part until all are done, so that each picture comes exactly once.
-    Pictures that cannot be read are left out and named; if they are too many, TooManyBadImages is raised in the end.
-    """
-    iterator, bad, good = iter(batches), [], 0
-    patience = 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    shown = dict(disable=not accelerator.is_main_process, leave=False, mininterval=patience)
-    bar = tqdm(total=batches.length, unit="image", **shown)
-    while True:
-        batch, mine = next(iterator, None), None
-        if batch is not None:
-            with torch.no_grad(), accelerator.autocast():
-                values = compute(data.normalize(batch.images, *statistics)).cpu()
-            mine = (values, batch.labels, batch.indices, batch.names, batch.bad)
-        everyone = [parts for parts in gather_object([mine]) if parts is not None]
-        if not everyone:
-            break
-        values, labels, indices, names, reasons = zip(*everyone)
-        values, labels, indices = torch.cat(values), torch.cat(labels), torch.cat(indices)
-        names, reasons = list(itertools.chain(*names)), list(itertools.chain(*reasons))
-        bad += [reason for reason in reasons if reason is not None]
-        order = [i for i in indices.argsort().tolist() if reasons[i] is None]
-        good += len(order)
-        bar.update(len(reasons))
-        if order:
-            yield Rows(values[order], labels[order], indices[order], [names[i] for i in order])
-    bar.close()
-    for picture in bad[:20]:
-        accelerator.print(f"left out a broken image: {picture.description}")
-    if len(bad) > args.max_bad_images * (len(bad) + good):
-        raise data.TooManyBadImages(
-            f"{len(bad)} of {len(bad) + good} images are broken, more than --max-bad-images {args.max_bad_images}"
-        )
-
-
-def eval_batches(args: argparse.Namespace, accelerator: Accelerator, dataset, keep: bool = False) -> EvalBatches:
-    share = Share(accelerator.process_index, accelerator.num_processes)
-    return EvalBatches(
-        dataset,
-        args.image_size,
-        max(1, min(256, args.batch_size // share.world)),
-        crop_ratio=args.crop_ratio,
-        workers=args.workers,
-        device=accelerator.device,
-        share=share,
-        keep=keep,
-    )
-
-
-def extract(
-    args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder, batches: EvalBatches
-) -> probes.Features:
-    """Features (n, d) float32 and labels (n,) of all pictures, on the CPU of the main process (elsewhere: none)."""
-    parts, labels = [], []
-    pooled = functools.partial(encoder.pooled, how=args.pool)
-    for rows in compute_rows(args, accelerator, batches, encoder.statistics, pooled):
-        check_labels(rows.labels)
-        if accelerator.is_main_process:
-            parts.append(rows.values)
-            labels.append(rows.labels)
-    if not parts:
-        return probes.Features(torch.empty(0, 0), torch.empty(0))
-    values, end = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0
-    parts.reverse()
-    while parts:  # as torch.cat, but never holding everything twice
-        part = parts.pop()
-        values[end : end + len(part)] = part
-        end += len(part)
-    return probes.Features(values, torch.cat(labels))
-
-
-def check_labels(labels: Tensor):
-    if (labels < 0).any():
-        raise ValueError("some labels are hidden (-1 or none)")
-
-
-def accuracy(args: argparse.Namespace, accelerator: Accelerator, batches: EvalBatches, model: nn.Module) -> dict:
-    """Top-1 and top-5 accuracy of a classifier in per cent, and the number of images it was tested on."""
-    hits, count = torch.zeros(2, dtype=torch.float64), 0
-    model.eval()
-
-    def most_likely(images: Tensor) -> Tensor:  # (b, top)
-        return model(images).topk(model.top).indices
-
-    for rows in compute_rows(args, accelerator, batches, model.statistics, most_likely):
-        check_labels(rows.labels)
-        right = rows.values == rows.labels[:, None]
-        hits += torch.stack([right[:, 0].sum(), right.sum()])
-        count += len(right)
-    top1, top5 = (100 * hits / count).tolist()
-    return dict(top1=top1, top5=top5, images=count)
-
-
-# ------------------------------------------------------------------------------------------------- kNN, linear probe
-
-
-def knn(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
-    if min(args.k) < 1 or args.temperature <= 0:
-        raise ValueError("--k must be at least 1, --temperature positive")
-    training, tests, classes = labelled_data(args)
-    seen = [extract(args, accelerator, encoder, eval_batches(args, accelerator, part)) for part in (training, tests)]
-    if not accelerator.is_main_process:
-        return {}
-    how = dict(ks=args.k, classes=len(classes), temperature=args.temperature, device=accelerator.device)
-    return dict(test_split=str(tests.split), **probes.evaluate_knn(*seen, **how))
+# ------------------------------------------------------------------------------ training with labels
 
 
 class Probe(nn.Module):
-    """A frozen encoder, BatchNorm without affine parameters and a linear head: images to logits (b, classes)."""
+    """BatchNorm without affine parameters and a linear head on a frozen encoder: images to logits (b, classes).
 
-    def __init__(self, encoder: Encoder, pool: str, width: int, classes: int):
+    The encoder is no submodule: it stays in evaluation mode and outside of checkpoints.
+    """
+
+    def __init__(self, encoder: Encoder, pool: str, width: int, classes: list[str]):
         super().__init__()
-        self.model, self.pool, self.statistics = encoder.requires_grad_(False), pool, encoder.statistics
-        self.top = probes.top(classes)
+        self.pool, self.classes, self.statistics = pool, classes, encoder.statistics
+        self.frozen = (encoder.requires_grad_(False),)
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, len(classes))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            x = self.model.pooled(images, self.pool)
+            x = self.frozen[0].pooled(images, self.pool)
         return self.head(self.norm(x))
-
-
-def linear(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
-    training, tests, classes = labelled_data(args)
-    fill_in_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
-    if args.recipe == "mae":
-        image = torch.zeros(1, 3, args.image_size, args.image_size, device=accelerator.device)
-        probe = Probe(encoder, args.pool, encoder.pooled(image, args.pool).shape[1], len(classes))
-        optimizer = optim.LARS(probe.head.parameters(), args.lr, weight_decay=args.weight_decay)
-        return fit(args, accelerator, probe, optimizer, training, tests)
-
-    seen = [extract(args, accelerator, encoder, eval_batches(args, accelerator, part)) for part in (training, tests)]
-    if not accelerator.is_main_process:
-        return {}
-    return dict(test_split=str(tests.split), **evaluate_linear(args, seen, len(classes), accelerator.device))
-
-
-def evaluate_linear(args: argparse.Namespace, seen: list[probes.Features], classes: int, device) -> dict:
-    """``probes.evaluate_linear`` of training and test features, as the arguments have it."""
-    return probes.evaluate_linear(
-        *seen,
-        classes=classes,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        seed=args.seed,
-        device=device,
-    )
-
-
-# ------------------------------------------------------------------------------------------------- fine-tuning
 
 
 class Augment:
@@ -399,286 +277,246 @@ class Augment:
         return image
 
 
-def finetune(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
-    if encoder.backbone is None:
-        raise ValueError(f"--checkpoint {args.checkpoint} has nothing to fine-tune")
-    training, tests, classes = labelled_data(args)
-    fill_in_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
-    classifier = smae.Classifier(encoder.backbone, classes, args.pool, args.drop_path)
-    classifier.top, classifier.statistics = probes.top(len(classes)), encoder.statistics
-    optimizer = torch.optim.AdamW(optim.layer_groups(classifier, args.layer_decay, args.weight_decay), lr=args.lr)
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=len(classes))] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=len(classes))] if args.cutmix else []
-    return fit(
-        args,
-        accelerator,
-        classifier,
-        optimizer,
-        training,
-        tests,
-        mix=v2.RandomChoice(mixes) if mixes else None,
-        augment=Augment(args.randaugment, args.erasing),
-        smoothing=args.smoothing,
-        least=args.min_lr,
-    )
-
-
 def fit(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    model: Probe | smae.Classifier,
-    optimizer: torch.optim.Optimizer,
+    folder: Folder,
+    encoder: Encoder,
     training: datasets.Dataset,
-    tests: datasets.Dataset,
-    *,
-    mix: Callable | None = None,
-    augment: Augment | None = None,
-    smoothing: float = 0.0,
-    least: float = 0.0,
+    test_batches: EvalBatches,
+    classes: list[str],
 ) -> dict:
-    """Train a model with labels, test it after every epoch, keep all that is needed to go on: accuracies in per cent.
+    """Train a classifier or a linear probe, tested after every epoch: accuracies in per cent.
 
-    All randomness is a function of seed, epoch and step, so that a resumed training ends as an uninterrupted one.
-    Mixup, cutmix, drop path and BatchNorm see one micro-batch of one process: they do depend on how many there are.
+    All randomness is a function of seed, epoch and step. Mixup, cutmix, drop path and BatchNorm act
+    on a micro-batch of one process, so that their effect depends on how many there are.
     """
-    rank = np.array([accelerator.process_index])
-    options = cli.batch_options(args, accelerator)
-    batches = TrainBatches(training, **options, labels=True, augment=augment)
-    test_batches = eval_batches(args, accelerator, tests, keep=bool(args.preload))
-    trained, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
-    steps, warmup = (epochs * batches.steps_per_epoch for epochs in (args.epochs, args.warmup_epochs))
-    state = load_state(args) if args.resume and (args.out / "state.pt").is_file() else None
-    first, best = 1, {}
+    resumed_from = find_checkpoint(accelerator, folder, args.resume, args.overwrite)
+    with all_processes_or_none():
+        state = checkpoint.read(resumed_from) if resumed_from else None
+        mix, augment, smoothing, min_lr = None, None, 0.0, 0.0
+        if args.command == "finetune":
+            model = smae.Classifier(encoder.backbone, classes, args.pool, args.drop_path)
+            model.statistics = encoder.statistics
+            groups = optim.layer_groups(model, args.layer_decay, args.weight_decay)
+            optimizer = torch.optim.AdamW(groups, lr=args.lr)
+            mix, augment = make_mix(args.mixup, args.cutmix, len(classes)), Augment(args.randaugment, args.erasing)
+            smoothing, min_lr = args.smoothing, args.min_lr
+            description = smae.describe_model(model)
+        else:
+            image = torch.zeros(1, 3, args.image_size, args.image_size, device=accelerator.device)
+            model = Probe(encoder, args.pool, encoder.pooled(image, args.pool).shape[1], classes)
+            optimizer = optim.LARS(model.head.parameters(), args.lr, weight_decay=args.weight_decay)
+            description = dict(model=dict(probe=args.checkpoint, classes=classes, pool=args.pool))
+        batches = TrainBatches(training, **cli.batch_options(args, accelerator), labels=True, augment=augment)
+        seen = dict(images=batches.length, pictures=data.fingerprint(training))
+        config = description | {args.command: cli.plain(vars(args)), "data": seen}
+        if state:
+            ignored = IGNORED | (set() if args.streaming else {"workers", "preload"})
+            fixed = set(vars(args)) - ignored
+            world = accelerator.num_processes
+            compare_configurations(state, config, args.command, world, fixed=fixed, ignored=ignored)
+            model.load_state_dict(state["model"])
+
+    def write_results(epoch: int):
+        if args.command == "finetune":
+            smae.save(model, args.out, config)
+            if best_of(run.progress.records)["best_epoch"] == epoch:
+                smae.save(model, args.out / "best", config)
+
+    run = Run(
+        accelerator,
+        model.to(accelerator.device),
+        optimizer,
+        batches,
+        Schedule(args.epochs, args.warmup_epochs, args.lr, min_lr),
+        folder,
+        config=config,
+        write_results=write_results,
+    )
     if state:
-        first, best = state["epoch"] + 1, state["best"]
-        model.load_state_dict(state["model"], strict=isinstance(model, smae.Classifier))
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        last = state["last"]
-        if accelerator.is_main_process:  # a line more may have been written than the state knows
-            lines = (args.out / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (args.out / "metrics.jsonl").write_text("".join(lines[: state["epoch"]]))
+        run.restore(state, resumed_from)
     accelerator.print(
         f"{batches.length} training images, {args.epochs} epochs of {batches.steps_per_epoch} steps, "
-        f"batch {args.batch_size}, learning rate {args.lr:g}" + (f"; going on after epoch {first - 1}" if state else "")
+        f"batch {args.batch_size}, learning rate {args.lr:g}"
+        + (f"; continuing from {resumed_from}" if state else "")
     )
 
-    main, patience = accelerator.is_main_process, 1 if sys.stderr.isatty() else 30  # seconds between updates of the bar
-    done = (first - 1) * batches.steps_per_epoch
-    bar = tqdm(total=steps, initial=done, unit="step", disable=not main, mininterval=patience)
-    for epoch in range(first, args.epochs + 1):
-        step, total, start = (epoch - 1) * batches.steps_per_epoch, 0.0, time.perf_counter()
-        trained.train()
-        with cli.one_line_errors(data.TooManyBadImages, ranks="any"):
-            for micro, batch in enumerate(batches.epoch(epoch)):
-                lr = optim.learning_rate(step, steps, warmup, args.lr, least)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group.get("scale", 1.0)
-                torch.manual_seed(int(uniform((args.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0] * 2**24))
+    rank = np.array([accelerator.process_index])
+    with run.guarded():
+        for epoch in run.epochs():
+            done = run.steps_done_in_epoch() * args.accumulate
+            for micro, batch in enumerate(run.batches_of(epoch), start=done):
+                number = uniform((args.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0]
+                torch.manual_seed(int(number * 2**24))
                 images = data.normalize(batch.images, *model.statistics)
                 labels = data.to_device(batch.labels, accelerator.device)
-                with accelerator.accumulate(trained):
-                    images, labels = mix(images, labels) if mix else (images, labels)
-                    loss = F.cross_entropy(trained(images), labels, label_smoothing=smoothing)
-                    accelerator.backward(loss)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                total += loss.detach()
-                if accelerator.sync_gradients:
-                    step += 1
-                    bar.update()
-                    if step % 10 == 0:
-                        run.check_bad_pictures(batches)
-            run.check_bad_pictures(batches)
-        seconds = time.perf_counter() - start
-        mean = accelerator.reduce(total, "mean").item() / (batches.steps_per_epoch * args.accumulate)
-        if not np.isfinite(mean):
-            raise run.Diverged(f"the loss is {mean} in epoch {epoch}: try a lower --blr")
-        if isinstance(model, Probe):  # every process has met other pictures
-            for buffer in (model.norm.running_mean, model.norm.running_var):
-                buffer.copy_(accelerator.reduce(buffer, "mean"))
-        last = accuracy(args, accelerator, test_batches, model)
-        best = dict(best_top1=last["top1"], best_epoch=epoch) if last["top1"] > best.get("best_top1", -1) else best
-        record = dict(epoch=epoch, loss=mean, lr=lr, **last, seconds=seconds)
-        if main:
-            bar.write(
-                f"epoch {epoch}/{args.epochs}  loss {mean:.4f}  top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} %"
-            )
-            write_epoch(args, accelerator, model, optimizer, record, best)
-    bar.close()
-    return dict(test_split=str(tests.split), **last, **best)
+                if mix:
+                    images, labels = mix(images, labels)
+                run.step(F.cross_entropy(run.trained(images), labels, label_smoothing=smoothing), batch)
+            run.average_statistics()
+            found = accuracy(model, test_batches, accelerator)
+            run.end_epoch(f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %", **found)
+    run.finish()
+    last = {name: run.progress.records[-1][name] for name in ("top1", "top5", "images")}
+    return last | best_of(run.progress.records)
 
 
-def write_epoch(args, accelerator: Accelerator, model: nn.Module, optimizer, record: dict, best: dict):
-    """Metrics, the classifier, the best classifier so far, and all that is needed to go on."""
-    epoch, config = record["epoch"], dict(finetune=cli.plain(args))
-    last = {name: record[name] for name in ("top1", "top5", "images")}
-    with open(args.out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    if isinstance(model, smae.Classifier):
-        smae.save(model, args.out, config)
-        if best["best_epoch"] == epoch:
-            smae.save(model, args.out / "best", config)
-    state = dict(
-        epoch=epoch,
-        best=best,
-        last=last,
-        arguments=json.dumps(what_matters(args)),
-        model={name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.")},
-        optimizer=optimizer.state_dict(),
-        scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
-    )
-    with open(args.out / "state.pt.part", "wb") as file:
-        torch.save(state, file)
-    smae.flush(args.out / "state.pt.part")
-    os.replace(args.out / "state.pt.part", args.out / "state.pt")
+def best_of(records: list[dict]) -> dict:
+    """The best accuracy on the test pictures, and the first epoch that reached it."""
+    best = max(records, key=lambda record: record["top1"])
+    return dict(best_top1=best["top1"], best_epoch=best["epoch"])
 
 
-def load_state(args: argparse.Namespace) -> dict:
-    """The state that a training in --out left. Raises ValueError if that training was another one."""
-    try:
-        state = torch.load(args.out / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{args.out / 'state.pt'} is damaged: {data.one_line(error)}") from None
-    then, now = json.loads(state["arguments"]), json.loads(json.dumps(what_matters(args)))
-    other = [f"--{name.replace('_', '-')} was {then.get(name)}" for name in now if then.get(name) != now[name]]
-    if other:
-        raise ValueError(f"cannot go on with {args.out}, which was another training: {', '.join(other)}")
-    return state
+def make_mix(mixup: float, cutmix: float, classes: int) -> Callable | None:
+    """Mixup or cutmix by chance, whichever have an alpha above 0."""
+    mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    return v2.RandomChoice(mixes) if mixes else None
 
 
-def what_matters(args: argparse.Namespace) -> dict:
-    """The arguments that must not change when a training is resumed."""
-    free = ("out", "overwrite", "resume", "workers", "preload", "max_bad_images")
-    return {name: value for name, value in cli.plain(args).items() if name not in free}
+# ------------------------------------------------------------------------------ use
 
 
-# ------------------------------------------------------------------------------------------------- use
-
-
-def predict(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
-    if not isinstance(encoder, encoders.FineTuned):
-        raise ValueError(f"{args.checkpoint} is no classifier: make one with eval.py finetune")
-
-    def most_likely(images: Tensor) -> Tensor:  # (b, 2): probability and class
-        return torch.stack(encoder.classifier(images).float().softmax(dim=1).max(dim=1), dim=1)
-
-    def write(path: str, rows: Iterator[Rows]) -> int:
-        count = 0
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "class", "probability"])
-            for part in rows:
-                found = [(encoder.classifier.classes[int(i)], f"{p:.6f}") for p, i in part.values.tolist()]
-                writer.writerows([name, *which] for name, which in zip(part.names, found))
-                count += len(found)
-        return count
-
-    return write_rows(args, accelerator, encoder, most_likely, "predictions.csv", write)
-
-
-def embed(args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder) -> dict:
-    def write(path: str, rows: Iterator[Rows]) -> int:
-        count, writer = 0, None
+def write_predictions(path: Path, rows: Iterator[Rows], classes: list[str]) -> int:
+    """Write file, class and probability of every picture to a CSV file; the number of pictures."""
+    count = 0
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "class", "probability"])
         for part in rows:
-            names, vectors = pyarrow.array(part.names), pyarrow.array(part.values.flatten().numpy())
-            columns = dict(
-                file=names,
-                label=pyarrow.array(part.labels.numpy()),
-                features=pyarrow.FixedSizeListArray.from_arrays(vectors, part.values.shape[1]),
-            )
-            table = pyarrow.table(columns)
-            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-            count += len(names)
-        if writer:
-            writer.close()
-        return count
-
-    pooled = functools.partial(encoder.pooled, how=args.pool)
-    return write_rows(args, accelerator, encoder, pooled, "features.parquet", write)
+            found = [(classes[int(i)], f"{p:.6f}") for p, i in part.values.tolist()]
+            writer.writerows([name, *which] for name, which in zip(part.names, found))
+            count += len(found)
+    return count
 
 
-def write_rows(
-    args: argparse.Namespace,
+def write_features(path: Path, rows: Iterator[Rows]) -> int:
+    """Write file, label and features of every picture to a parquet file; the number of pictures."""
+    count, writer = 0, None
+    for part in rows:
+        vectors = pyarrow.array(part.values.flatten().numpy())
+        columns = dict(
+            file=pyarrow.array(part.names),
+            label=pyarrow.array(part.labels.numpy()),
+            features=pyarrow.FixedSizeListArray.from_arrays(vectors, part.values.shape[1]),
+        )
+        table = pyarrow.table(columns)
+        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+        count += len(part.names)
+    if writer:
+        writer.close()
+    return count
+
+
+def probability_and_class(classifier: nn.Module, images: Tensor) -> Tensor:
+    """The most likely class of normalised images, and its probability before it: (b, 2)."""
+    return torch.stack(classifier(images).float().softmax(dim=1).max(dim=1), dim=1)
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def main(arguments: list[str] | None = None):
+    args = build_parser().parse_args(arguments)
+    with checkpoint.Lock(args.out) as lock, cli.one_line_errors(ValueError, OSError):
+        evaluate(args, lock)
+
+
+def evaluate(args: argparse.Namespace, lock: checkpoint.Lock):
+    """Every command: encoder, data, result.json."""
+    start, files = time.perf_counter(), RESULT_FILES[args.command]
+    trains = args.command == "finetune" or (args.command == "linear" and args.recipe == "mae")
+    fill_defaults(args)
+    if not trains:
+        cli.check_folder(args.out, args.overwrite, files)
+    accelerator = cli.make_accelerator(
+        mixed_precision=args.precision, gradient_accumulation_steps=getattr(args, "accumulate", 1)
+    )
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+    set_seed(args.seed)
+    encoder = load_encoder(args).to(accelerator.device)
+    if accelerator.is_main_process and not trains:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (args.out / name).unlink(missing_ok=True)
+
+    columns = args.image_column, args.label_column, args.streaming, args.max_images
+    if args.command in ("knn", "linear", "finetune"):
+        training, tests, classes = load_labelled(args.dataset, args.split, args.test_split, *columns)
+        if args.command != "knn":
+            fill_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
+        parts = [training, tests]
+    else:
+        parts = [data.load_images(args.dataset, args.split, *columns)]
+        if "int" not in getattr((parts[0].features or {}).get("label"), "dtype", ""):  # names of files say more
+            parts = [parts[0].select_columns(["image"])]
+    options, device = cli.eval_batch_options(args, accelerator), accelerator.device
+    batches = [EvalBatches(part, **options, keep=trains and bool(args.preload)) for part in parts]
+
+    if trains:
+        folder = Folder(args.out, lock, files, save_every_steps=args.save_every_steps, keep=args.keep)
+        result = fit(args, accelerator, folder, encoder, training, batches[1], classes)
+    elif args.command == "knn":
+        features = [extract(encoder, part, accelerator, args.pool) for part in batches]
+        how = dict(ks=args.k, classes=len(classes), temperature=args.temperature, device=device)
+        result = probes.evaluate_knn(*features, **how) if accelerator.is_main_process else {}
+    elif args.command == "linear":
+        features = [extract(encoder, part, accelerator, args.pool) for part in batches]
+        how = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay)
+        how |= dict(classes=len(classes), seed=args.seed, device=device)
+        result = probes.evaluate_linear(*features, **how) if accelerator.is_main_process else {}
+    elif args.command == "predict":
+        compute = functools.partial(probability_and_class, encoder.classifier)
+        write = functools.partial(write_predictions, classes=encoder.classifier.classes)
+        result = write_table(args.out / "predictions.csv", batches[0], accelerator, encoder.statistics, compute, write)
+    else:
+        compute = functools.partial(encoder.pooled, how=args.pool)
+        file = args.out / "features.parquet"
+        result = write_table(file, batches[0], accelerator, encoder.statistics, compute, write_features)
+
+    if accelerator.is_main_process:
+        if len(parts) == 2:
+            result = dict(test_split=str(parts[1].split)) | result
+        result |= dict(processes=accelerator.num_processes, seconds=time.perf_counter() - start)
+        report(args.command, args.out, cli.plain(vars(args)), result)
+    accelerator.end_training()  # otherwise the process group may abort at exit
+
+
+def write_table(
+    file: Path,
+    batches: EvalBatches,
     accelerator: Accelerator,
-    encoder: Encoder,
+    statistics: tuple,
     compute: Callable[[Tensor], Tensor],
-    name: str,
-    write: Callable[[str, Iterator[Rows]], int],
+    write: Callable[[Path, Iterator[Rows]], int],
 ) -> dict:
-    """Compute something for every picture and ``write`` it, batch by batch, to the file ``name`` of --out."""
-    options = args.image_column, args.label_column, args.streaming, args.max_images
-    dataset = data.load_images(args.dataset, args.split, *options)
-    label = (dataset.features or {}).get("label")
-    if "int" not in getattr(label, "dtype", ""):  # file names tell as much, and more
-        dataset = dataset.select_columns(["image"])
-    rows = compute_rows(args, accelerator, eval_batches(args, accelerator, dataset), encoder.statistics, compute)
+    """Compute something for every picture and let the main process ``write`` it to ``file``."""
+    rows = compute_rows(batches, accelerator, statistics, compute)
     if not accelerator.is_main_process:
         return dict(images=sum(len(part.names) for part in rows))
-    count = write(f"{args.out / name}.part", rows)
-    os.replace(f"{args.out / name}.part", args.out / name)
-    return dict(images=count, file=name)
+    with smae.whole_file(file) as part:
+        return dict(images=write(part, rows), file=file.name)
 
 
-# ------------------------------------------------------------------------------------------------- command line
-
-
-def report(args: argparse.Namespace, result: dict):
-    """Write result.json and say in a line what came out."""
+def report(command: str, out: Path, options: dict, result: dict):
+    """Write result.json and print the result in a line."""
     metric = dict(metric="top1") if "top1" in result else {}
-    content = dict(command=args.command, checkpoint=args.checkpoint, dataset=args.dataset, **metric, **result)
-    content["config"] = cli.plain(args)
-    (args.out / "result.json.part").write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(args.out / "result.json.part", args.out / "result.json")
-    figures = [
-        f"{title} {result[name]:.2f} %"
-        for name, title in (("top1", "top-1"), ("top5", "top-5"), ("best_top1", "best top-1"))
-        if name in result
-    ]
+    content = dict(command=command, checkpoint=options["checkpoint"], dataset=options["dataset"])
+    content |= metric | result | dict(config=options)
+    with smae.whole_file(out / "result.json") as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
+    titles = dict(top1="top-1", top5="top-5", best_top1="best top-1")
+    figures = [f"{title} {result[name]:.2f} %" for name, title in titles.items() if name in result]
     if "top1_by_k" in result:
         figures += ["k " + ", ".join(f"{k}: {top1:.2f}" for k, top1 in result["top1_by_k"].items())]
+    figures += [f"{result['images']} images"]
     print(
-        f"{args.command} {args.checkpoint} ({args.pool}, {args.image_size} px) on {args.dataset}: "
-        f"{', '.join([*figures, str(result['images']) + ' images'])}, {result['seconds']:.0f} s; wrote "
-        f"{args.out / result.get('file', 'result.json')}"
+        f"{command} {options['checkpoint']} ({options['pool']}, {options['image_size']} px) on {options['dataset']}: "
+        f"{', '.join(figures)}, {result['seconds']:.0f} s; wrote {out / result.get('file', 'result.json')}"
     )
-
-
-def main():
-    args = build_parser().parse_args()
-    with cli.one_line_errors(ValueError, OSError, run.Diverged):
-        start, resume, files = time.perf_counter(), getattr(args, "resume", False), RESULT_FILES[args.command]
-        if resume and (args.streaming or getattr(args, "recipe", None) == "fast"):
-            raise ValueError("--resume is for --recipe mae and finetune, and not for streams, which start anew")
-        resume = resume and (args.out / "state.pt").is_file()
-        if not resume:
-            cli.check_folder(args.out, args.overwrite, files)
-        if args.command == "finetune" and args.out.resolve() == Path(args.checkpoint).resolve():
-            raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
-        if args.batch_size is not None and args.batch_size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-        if not 0 < args.crop_ratio <= 1:
-            raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
-        if args.precision == "auto":
-            args.precision = cli.best_precision()
-        accelerator = cli.make_accelerator(
-            mixed_precision=args.precision, gradient_accumulation_steps=getattr(args, "accumulate", 1)
-        )
-        set_seed(args.seed)
-        encoder = load_encoder(args).to(accelerator.device)
-        if accelerator.is_main_process:
-            args.out.mkdir(parents=True, exist_ok=True)
-            for name in () if resume else files:
-                (args.out / name).unlink(missing_ok=True)
-        else:
-            datasets.disable_progress_bars()
-        result = globals()[args.command](args, accelerator, encoder)
-        if accelerator.is_main_process:
-            seconds, world = time.perf_counter() - start, accelerator.num_processes
-            report(args, result | dict(processes=world, seconds=seconds))
-        accelerator.end_training()  # or the process group may abort on the way out
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import masks
 import probes
 import smae
 import train
+from batches import EvalBatches
 from guide import Guide
 
 ROOT = Path(__file__).resolve().parent
@@ -234,9 +235,9 @@ class Run:
         ours, theirs = vars(self.settings), vars(random.settings)
         same = all(ours[name] == theirs[name] for name in set(ours) - GUIDING - {"out"})
         if not same or ours["guide_start"] == "auto" or not random.done or checkpoint.folders(self.out):
-            return ["--resume", "auto"]
+            return ["--resume"]
         before = {epoch: folder for epoch, folder in random.checkpoints().items() if epoch <= ours["guide_start"]}
-        return ["--resume", str(before[max(before)]), "--overwrite"] if before else ["--resume", "auto"]
+        return ["--resume", str(before[max(before)]), "--overwrite"] if before else ["--resume"]
 
 
 class Stopped(KeyboardInterrupt):
@@ -364,23 +365,26 @@ def judge_all(args: argparse.Namespace, runs: list[Run]):
     knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
     precision = cli.best_precision() if linear.precision == "auto" else linear.precision
     accelerator = cli.make_accelerator(mixed_precision=precision)
-    training, tests, classes = judge.labelled_data(linear)
+    columns = linear.image_column, linear.label_column, linear.streaming, linear.max_images
+    training, tests, classes = judge.load_labelled(linear.dataset, linear.split, linear.test_split, *columns)
     if args.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
-    judge.fill_in_recipe(linear, len(training), 1)
+    judge.fill_recipe(linear, len(training), 1)
     crops, wanted = {}, linear.image_size  # of the pictures, by their size
     for run, epoch, folder in due:
         since = time.perf_counter()
         encoder = encoders.load(str(folder)).to(accelerator.device)
         linear.image_size = size = wanted or encoder.image_size[0]
         if size not in crops:
-            crops[size] = [judge.eval_batches(linear, accelerator, part, keep=True) for part in (training, tests)]
-        seen = [judge.extract(linear, accelerator, encoder, part) for part in crops[size]]
-        found = []
-        for linear.seed in range(PROBES * run.seed, PROBES * (run.seed + 1)):
-            found.append(judge.evaluate_linear(linear, seen, len(classes), accelerator.device)["top1"])
-        how = dict(ks=knn.k, classes=len(classes), temperature=knn.temperature, device=accelerator.device)
-        scores = dict(knn=probes.evaluate_knn(*seen, **how)["top1"], linear=statistics.mean(found))
+            options = cli.eval_batch_options(linear, accelerator)
+            crops[size] = [EvalBatches(part, **options, keep=True) for part in (training, tests)]
+        seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[size]]
+        common = dict(classes=len(classes), device=accelerator.device)
+        how = dict(epochs=linear.epochs, batch_size=linear.batch_size, lr=linear.lr, weight_decay=linear.weight_decay)
+        seeds = range(PROBES * run.seed, PROBES * (run.seed + 1))
+        found = [probes.evaluate_linear(*seen, **how, **common, seed=seed)["top1"] for seed in seeds]
+        how = dict(ks=knn.k, temperature=knn.temperature)
+        scores = dict(knn=probes.evaluate_knn(*seen, **how, **common)["top1"], linear=statistics.mean(found))
         write(judgements(args, run), read(judgements(args, run)) | {str(epoch): scores})
         figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
         print(f"{run.name}, epoch {epoch}: {figures}, {time.perf_counter() - since:.0f} s", flush=True)
@@ -556,7 +560,7 @@ def paper(args: argparse.Namespace):
         for seed in args.seeds:
             out = args.out / f"{arm}-seed{seed}"
             command = f"{launch} train.py --preset paper --compile {options} --seed {seed} --save-every 50 --keep 9999"
-            print(f"{command} --resume auto --out {out}  # {cost:.1f} hours")
+            print(f"{command} --resume --out {out}  # {cost:.1f} hours")
             ran.append((out, cost))
     steps = " ".join(f"{epoch * (pictures // 4096):08d}" for epoch in range(50, 401, 50))
     both = hours(pictures + tests, seconds["look"]) * 2 * 8 * len(ran)

@@ -8,13 +8,13 @@
             run.end_epoch()
     run.finish()
 
-What a training adds of its own, and what has a ``state_dict``, goes into ``parts``.
+Pre-training, fine-tuning and the linear probe of MAE are such loops. What else a training must
+remember, and what has a ``state_dict``, goes into ``parts``.
 """
 
 import contextlib
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -37,7 +37,7 @@ import optim
 import smae
 from batches import Batch, TrainBatches
 
-LONGEST = 15 * 60  # seconds of work that an interruption may cost, whatever the options
+LONGEST_UNSAVED = 15 * 60  # seconds of work without a checkpoint
 
 
 class Diverged(ArithmeticError):
@@ -45,37 +45,105 @@ class Diverged(ArithmeticError):
 
 
 class Interrupted(Exception):
-    """A process was told to stop, by the signal of this number."""
+    """A process received the signal of this number."""
 
 
 class ProcessLost(RuntimeError):
-    """Something outside the training ended it: another process died, or the disk does not take what it needs."""
+    """Another process died, or the disk failed, so that the training cannot continue."""
 
 
 ERRORS = (data.TooManyBadImages, data.NothingToRead, checkpoint.Locked, Diverged, ProcessLost)
 
 
+# ------------------------------------------------------------------------------ what a run is made of
+
+
+@dataclass
+class Schedule:
+    """The length of a training, and its learning rate: linear warm-up, then a cosine to ``min_lr``.
+
+    ``clip_grad`` is the largest norm of the gradient, None for no clipping.
+    """
+
+    epochs: int
+    warmup_epochs: int
+    lr: float
+    min_lr: float = 0.0
+    clip_grad: float | None = None
+
+
 @dataclass
 class Progress:
-    """How far a run has come: in ``epoch``, of which ``seen`` images are done, after ``step`` steps in all."""
+    """How far a run has come: in ``epoch``, with ``seen`` of its images done, after ``step`` steps."""
 
-    total: Tensor  # of the losses of all images of the epoch that this process has seen
+    total: Tensor  # sum of the losses of the images that this process has seen in the epoch
     epoch: int = 1
     seen: int = 0
     step: int = 0
-    seconds: float = 0.0  # of the epoch
-    records: list[dict] = field(default_factory=list)  # of metrics.jsonl
+    seconds: float = 0.0  # of training in the epoch
+    records: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
     name: str = field(default_factory=lambda: uuid.uuid4().hex)  # for trackers
 
 
-class Run:
-    """A training and everything that changes while it goes on.
+class Folder:
+    """The folder of a run: what is in it, when a checkpoint is due, who may write to it.
 
-    ``model`` is the bare one; :attr:`trained` is what a process calls. ``parts`` names what else a checkpoint holds:
-    objects with ``state_dict`` and ``load_state_dict``. ``write_results`` writes what a run leaves besides its
-    metrics, ``files`` are the names of all of that; ``attached`` gives further files that a checkpoint needs.
-    ``milestones`` are epochs after which a checkpoint is written besides every ``save_every``; ``phase`` is what the
-    log calls the present part of the training.
+    ``files`` are the names of everything that a run leaves besides checkpoints. A checkpoint is due
+    every ``save_every`` epochs, after the epochs in ``milestones``, and every ``save_every_steps``
+    steps; the newest ``keep`` stay.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: checkpoint.Lock,
+        files: tuple[str, ...],
+        *,
+        save_every: int = 1,
+        save_every_steps: int | None = None,
+        keep: int = 2,
+    ):
+        self.path, self.lock, self.files = path, lock, files
+        self.save_every, self.save_every_steps, self.keep = save_every, save_every_steps, keep
+        self.milestones: set[int] = set()
+        self.extra_steps: set[int] = set()  # of checkpoints that no option asked for
+        self.saved_step: int | None = None  # of the newest checkpoint
+        self.last_attempt = time.monotonic()
+        self.holds_other_run = True  # until the first file of this run is there
+
+    def is_due(self, epoch: int, step: int) -> bool:
+        """Whether weights and results are due after ``epoch``, which ended with ``step``."""
+        return epoch % self.save_every == 0 or epoch in self.milestones or self.is_due_at_step(step)
+
+    def is_due_at_step(self, step: int) -> bool:
+        return bool(self.save_every_steps) and step % self.save_every_steps == 0
+
+    def is_overdue(self) -> bool:
+        return time.monotonic() > self.last_attempt + LONGEST_UNSAVED
+
+    def claim(self):
+        """Create the folder and lock it. Raises OSError, or Locked if another run writes to it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.take()
+
+    def prepare(self):
+        """Claim the folder; before the first file of this run, remove those of another one."""
+        if self.holds_other_run:
+            for name in self.files:
+                (self.path / name).unlink(missing_ok=True)
+            checkpoint.remove_all(self.path)
+        self.claim()
+        self.holds_other_run = False
+
+
+class Run:
+    """A training, and everything that changes while it goes on.
+
+    ``model`` is the bare model; ``trained`` is the one to call in training. ``config`` is the content
+    of config.json. ``parts`` names what else a checkpoint holds: objects with ``state_dict`` and
+    ``load_state_dict``. ``write_results(epoch)`` writes the files of a run other than its metrics.
+    ``attached`` returns further files that belong to a checkpoint. ``phase`` names the present part
+    of the training in the log.
     """
 
     def __init__(
@@ -84,49 +152,39 @@ class Run:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         batches: TrainBatches,
+        schedule: Schedule,
+        folder: Folder,
         *,
-        out: Path,
-        lock: checkpoint.Lock,
         config: dict,
-        epochs: int,
-        warmup_epochs: int,
-        lr: float,
-        clip_grad: float | None = None,
-        save_every: int = 1,
-        save_every_steps: int | None = None,
-        keep: int = 2,
-        files: tuple[str, ...] = (),
         parts: dict | None = None,
         write_results: Callable[[int], None] = lambda epoch: None,
         attached: Callable[[], list[Path]] = list,
     ):
         self.accelerator, self.model, self.batches = accelerator, model, batches
-        self.out, self.lock, self.config, self.files = out, lock, config, files
-        self.total_epochs, self.warmup_epochs, self.lr, self.clip_grad = epochs, warmup_epochs, lr, clip_grad
-        self.save_every, self.save_every_steps, self.keep = save_every, save_every_steps, keep
+        self.schedule, self.folder, self.config = schedule, folder, config
         self.parts, self.write_results, self.attached = parts or {}, write_results, attached
         self.trained, self.optimizer = accelerator.prepare(model, optimizer)
         self.progress = Progress(torch.zeros((), device=accelerator.device))
         self.peers, self.signals = checkpoint.Peers(accelerator.num_processes), checkpoint.Signals()
-        self.phase, self.milestones = "", {epochs}
+        self.phase = ""
+        self.lr = 0.0  # of the last step
         self.clock = time.perf_counter()  # when the epoch began
-        self.losses: list[tuple[int, Tensor, list[int]]] = []  # step, loss, images: not yet known to be finite
-        self.saved, self.saved_at = None, time.monotonic()  # step of the last checkpoint; when one was last tried
-        self.passing: set[int] = set()  # steps of checkpoints that no option asked for
-        self.replaces, self.published = True, True  # whether another run lies in --out; whether the results are there
+        self.unchecked: list[tuple[int, Tensor, list[int]]] = []  # step, loss, images
+        self.results_written = True
         self.stopped_by = 0  # the number of a signal
+        folder.milestones.add(schedule.epochs)
         self.bar = tqdm(
-            total=epochs * batches.steps_per_epoch,
+            total=schedule.epochs * batches.steps_per_epoch,
             disable=not accelerator.is_main_process,
             unit="step",
-            mininterval=1 if sys.stderr.isatty() else 30,  # seconds between updates
+            mininterval=cli.seconds_between_updates(),
         )
 
-    # ---------------------------------------------------------------------------------------------- the loop
+    # -------------------------------------------------------------------------- the loop
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Turn signals into a checkpoint and an orderly end, and known errors into one line; save at the end."""
+        """Turn signals into a checkpoint and an orderly end, and known errors into one line."""
         world = self.accelerator.num_processes
         with cli.one_line_errors(*ERRORS, ranks="any"), lost_processes(world), self.signals:
             try:
@@ -140,97 +198,106 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, counted from 1."""
-        if self.progress.records and not self.progress.seen:  # killed, perhaps, between checkpoint and results
+        progress = self.progress
+        if progress.records and not progress.seen:  # perhaps killed between checkpoint and results
             self.publish()
-        while self.progress.epoch <= self.total_epochs:
-            self.clock = time.perf_counter() - self.progress.seconds
-            yield self.progress.epoch
+        while progress.epoch <= self.schedule.epochs:
+            self.clock = time.perf_counter() - progress.seconds
+            yield progress.epoch
 
     def batches_of(self, epoch: int) -> Iterator[Batch]:
-        """This process's micro-batches of what is left of an epoch, each at its learning rate."""
+        """This process's micro-batches of the rest of an epoch. Sets the learning rate before each."""
         self.trained.train()
         with contextlib.closing(self.batches.epoch(epoch, self.progress.seen)) as batches:
             for batch in batches:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate()
+                self._set_learning_rate()
                 with self.accelerator.accumulate(self.trained):
                     yield batch
+        self.check_losses()  # waits for the device, so that the time is right
+        self.progress.seconds = time.perf_counter() - self.clock
 
-    def learning_rate(self) -> float:
-        """That of the step at hand."""
-        steps, warmup = (epochs * self.batches.steps_per_epoch for epochs in (self.total_epochs, self.warmup_epochs))
-        return optim.learning_rate(self.steps_done(), steps, warmup, self.lr)
+    def _set_learning_rate(self):
+        schedule, steps = self.schedule, self.batches.steps_per_epoch
+        length, warmup = schedule.epochs * steps, schedule.warmup_epochs * steps
+        self.lr = optim.learning_rate(self.steps_done(), length, warmup, schedule.lr, schedule.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group.get("scale", 1.0)
 
     def steps_done(self) -> int:
-        """Steps of the schedule that are done."""
-        progress = self.progress
-        return (progress.epoch - 1) * self.batches.steps_per_epoch + progress.seen // self.batches.plan.batch_size
+        """Finished steps of the schedule."""
+        epochs_done = self.progress.epoch - 1
+        return epochs_done * self.batches.steps_per_epoch + self.steps_done_in_epoch()
+
+    def steps_done_in_epoch(self) -> int:
+        return self.progress.seen // self.batches.plan.batch_size
 
     def step(self, loss: Tensor, batch: Batch):
-        """Backward; with the last micro-batch of a step also update, look out for signals, save if it is time."""
+        """Backward pass; after the last micro-batch of a step, update, poll signals, save if due."""
         accelerator, progress = self.accelerator, self.progress
         accelerator.backward(loss)
-        if self.clip_grad and accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(self.trained.parameters(), self.clip_grad)
+        if self.schedule.clip_grad and accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(self.trained.parameters(), self.schedule.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.total += loss.detach() * len(batch.images)
-        self.losses.append((progress.step + 1, loss.detach(), batch.indices))
+        self.unchecked.append((progress.step + 1, loss.detach(), batch.indices))
         if not accelerator.sync_gradients:
             return
 
+        # The step is complete. At the last step of an epoch, end_epoch() saves and stops.
         progress.step += 1
         progress.seen += self.batches.plan.batch_size
         self.bar.update()
-        last = not self.batches.plan.steps_left(progress.seen)  # then the end of the epoch does what is due
+        last = not self.batches.plan.steps_left(progress.seen)
         overdue = self.poll(stop=not last)
-        if progress.step % 10 == 0:  # this waits for the device: not at every step
+        if progress.step % 10 == 0:  # not at every step: this waits for the device
             self.check_losses()
-        if (overdue or self.is_save_step(progress.step)) and not last:
+        if (overdue or self.folder.is_due_at_step(progress.step)) and not last:
             self.save()
 
-    def end_epoch(self, **metrics):
-        """Log the finished epoch, with more ``metrics`` of it, and save what is due."""
-        accelerator, progress = self.accelerator, self.progress
-        self.check_losses()
-        seconds, epoch = time.perf_counter() - self.clock, progress.epoch
+    def end_epoch(self, note: str = "", **metrics):
+        """Log the finished epoch, with ``metrics`` of it and a ``note``, and save what is due."""
+        accelerator, progress, epoch = self.accelerator, self.progress, self.progress.epoch
         record = dict(
             loss=accelerator.reduce(progress.total, "sum").item() / progress.seen,
-            lr=self.optimizer.param_groups[0]["lr"],
-            images_per_second=progress.seen / seconds,
-            seconds=seconds,
+            lr=self.lr,
+            images_per_second=progress.seen / progress.seconds,
+            seconds=progress.seconds,
             bad_images=self.batches.bad.count,
         )
         accelerator.log(record, step=epoch)
-        progress.records.append(dict(epoch=epoch) | (dict(phase=self.phase) if self.phase else {}) | record | metrics)
-        self.say(
-            f"epoch {epoch}/{self.total_epochs}  {self.phase:10}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
-            f"{record['images_per_second']:.0f} images/s"
-        )
+        phase = dict(phase=self.phase) if self.phase else {}
+        progress.records.append(dict(epoch=epoch) | phase | record | metrics)
+        speed = f"{record['images_per_second']:.0f} images/s"
+        words = [f"epoch {epoch}/{self.schedule.epochs}", f"{self.phase:10}" if self.phase else ""]
+        words += [f"loss {record['loss']:.4f}", f"lr {self.lr:.2e}", speed, note]
+        self.say("  ".join(word for word in words if word))
+
+        # The next epoch begins; a checkpoint of this moment continues there.
         progress.epoch, progress.seen, progress.seconds = epoch + 1, 0, 0.0
         progress.total.zero_()
         self.clock = time.perf_counter()
-        if self.is_due():
+        if self.folder.is_due(epoch, progress.step):
             self.save()
         self.publish()
-        if self.poll(stop=epoch < self.total_epochs):
+        if self.poll(stop=epoch < self.schedule.epochs):
             self.save()
 
     def finish(self):
-        """End the program where the run was stopped, or where its last checkpoint or results could not be written."""
+        """Exit with a code if a signal stopped the run, or if the disk did not take its end."""
         self.accelerator.end_training()
-        if self.saved != self.progress.step or not self.published:
+        if self.folder.saved_step != self.progress.step or not self.results_written:
             with cli.one_line_errors(OSError):
                 raise OSError("the last checkpoint, or the results, could not be written, see above")
             sys.exit(1)
         if self.stopped_by:
             self.accelerator.print(
-                f"stopped by {signal.Signals(self.stopped_by).name}: epoch {self.progress.epoch}, after step "
-                f"{self.progress.step} of the run, with a checkpoint: the same command with --resume auto goes on"
+                f"stopped by {signal.Signals(self.stopped_by).name} in epoch {self.progress.epoch}, after step "
+                f"{self.progress.step}, with a checkpoint: continue with the same command and --resume"
             )
             sys.exit(128 + self.stopped_by)
 
-    # ---------------------------------------------------------------------------------------------- checks
+    # -------------------------------------------------------------------------- checks
 
     def say(self, text: str):
         """Print a line above the progress bar, in the main process."""
@@ -238,14 +305,15 @@ class Run:
             self.bar.write(text)
 
     def poll(self, stop: bool = True) -> bool:
-        """Exchange news with the other processes: signals, broken pictures. Whether a checkpoint is overdue.
+        """Exchange signals and broken pictures with the other processes. Whether a checkpoint is overdue.
 
-        Raises Interrupted, in all processes, if one of them was told to stop, unless this is no moment to ``stop``.
+        Raises Interrupted, in all processes, if one of them received a signal, provided that
+        ``stop`` allows it.
         """
-        overdue = self.accelerator.is_main_process and time.monotonic() > self.saved_at + LONGEST
-        news = self.batches.bad.unreported
-        number, news, overdue = self.peers.largest(self.signals.caught(), news, overdue)
-        if news:
+        overdue = self.accelerator.is_main_process and self.folder.is_overdue()
+        unreported = self.batches.bad.unreported
+        number, unreported, overdue = self.peers.largest(self.signals.caught(), unreported, overdue)
+        if unreported:
             check_bad_pictures(self.batches)
             for description in self.batches.bad.take_unreported():
                 self.say(f"skipped a broken image: {description}")
@@ -255,117 +323,115 @@ class Run:
 
     def check_losses(self):
         """Raise Diverged, in all processes, if a loss since the last call was not finite."""
-        values = torch.stack([loss for _, loss, _ in self.losses]).tolist() if self.losses else []
+        values = torch.stack([loss for _, loss, _ in self.unchecked]).tolist() if self.unchecked else []
         wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         if self.peers.largest(wrong is not None)[0]:
             rank, found = self.accelerator.process_index, []
             if wrong is not None:
-                step, _, images = self.losses[wrong]
+                step, _, images = self.unchecked[wrong]
                 found = [(step, rank, values[wrong], [int(i) for i in images])]
             step, rank, value, images = min(gather_object(found))
-            with reported_once(Diverged):
+            with cli.reported_once(Diverged):
                 raise Diverged(
-                    f"the loss is {value} in epoch {self.progress.epoch}, step {step} of the run{self._of_phase()}, "
-                    f"images {', '.join(map(str, images))} of the data; the checkpoints are from before it: --resume "
-                    "auto goes on from there, with a lower --blr perhaps, or --clip-grad 1"
+                    f"the loss is {value} in epoch {self.progress.epoch}, step {step} of the run"
+                    f"{self._of_phase()}, images {', '.join(map(str, images))} of the data; the checkpoints are "
+                    "older: continue from one with --resume, with a lower --blr perhaps, or with --clip-grad 1"
                 )
         if values:
-            text = f"loss {values[-1]:.4f}, lr {self.optimizer.param_groups[0]['lr']:.2e}"
-            text = f"{self.phase}, {text}" if self.phase else text
             speed = self.progress.seen / (time.perf_counter() - self.clock)
-            self.bar.set_postfix_str(f"{text}, {speed:.0f} images/s", refresh=False)
-        self.losses.clear()
+            words = [self.phase, f"loss {values[-1]:.4f}", f"lr {self.lr:.2e}", f"{speed:.0f} images/s"]
+            self.bar.set_postfix_str(", ".join(word for word in words if word), refresh=False)
+        self.unchecked.clear()
 
     def _of_phase(self) -> str:
         return f", {self.phase} masks" if self.phase else ""
 
-    # ---------------------------------------------------------------------------------------------- saving
+    def average_statistics(self):
+        """Replace the running statistics of BatchNorm by their mean over the processes."""
+        for buffer in running_statistics(self.model).values():
+            buffer.copy_(self.accelerator.reduce(buffer, "mean"))
 
-    def is_due(self) -> bool:
-        """Whether weights and results are due, the epoch being finished."""
-        epoch = self.progress.epoch - 1
-        due = epoch % self.save_every == 0 or epoch in self.milestones
-        return due or self.is_save_step(self.progress.step)
-
-    def is_save_step(self, step: int) -> bool:
-        return bool(self.save_every_steps) and step % self.save_every_steps == 0
-
-    def claim(self):
-        """Make --out the folder of this run, in the main process. Raises OSError, or Locked if it is another's."""
-        if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock.take()
+    # -------------------------------------------------------------------------- saving
 
     def write(self, how: Callable[[], object]) -> bool:
-        """Write something, in the main process; warn where the disk does not take it, and go on. Whether it did."""
+        """Write something, in the main process. Warns and returns False if the disk does not take it."""
         if not self.accelerator.is_main_process:
             return True
         try:
-            if self.replaces:  # until there is something to put in its place
-                for name in self.files:
-                    (self.out / name).unlink(missing_ok=True)
-                checkpoint.remove_all(self.out)
-            self.claim()
-            self.replaces = False
+            self.folder.prepare()
             how()
         except OSError as error:
-            self.say(f"WARNING: {data.one_line(error)}; training goes on, the last checkpoint stays")
+            self.say(f"WARNING: {data.one_line(error)}; training continues, the last checkpoint stays")
             return False
         return True
 
     def publish(self):
-        """Write what a run leaves, the epoch being finished: metrics, and the results if they are due."""
-        self.published = self.write(self._write_metrics)
-        if self.is_due():
-            self.published &= self.write(lambda: self.write_results(self.progress.epoch - 1))
+        """Write the metrics of the finished epochs, and the results if they are due."""
+        epoch = self.progress.epoch - 1
+        self.results_written = self.write(self._write_metrics)
+        if self.folder.is_due(epoch, self.progress.step):
+            self.results_written &= self.write(lambda: self.write_results(epoch))
 
     def _write_metrics(self):
         text = "".join(json.dumps(record) + "\n" for record in self.progress.records)
-        with smae.whole_file(self.out / "metrics.jsonl") as part:
+        with smae.whole_file(self.folder.path / "metrics.jsonl") as part:
             part.write_text(text)
 
     def save(self):
-        """Write a checkpoint of this very moment, unless there is one. Raises Diverged where it would be of no use."""
-        progress, accelerator = self.progress, self.accelerator
-        if self.saved == progress.step:
+        """Write a checkpoint of this moment, unless there is one. Raises Diverged if it would be useless."""
+        progress, folder = self.progress, self.folder
+        if folder.saved_step == progress.step:
             return
         self.check_losses()
+        self._check_weights()
+        progress.seconds = time.perf_counter() - self.clock
+        state = self._state()
+        ended = not progress.seen  # the epoch has
+        due = folder.is_due(progress.epoch - 1, progress.step) if ended else folder.is_due_at_step(progress.step)
+        if not due:
+            folder.extra_steps.add(progress.step)
+        keep = folder.keep, folder.extra_steps, self.attached()
+        done = self.write(lambda: checkpoint.write(folder.path, progress.step, self.model, state, *keep))
+        if not self.peers.largest(not done)[0]:
+            folder.saved_step = progress.step
+        folder.last_attempt = time.monotonic()
+
+    def _check_weights(self):
         finite = checkpoint.all_finite(self.model, self.optimizer)
-        with reported_once(Diverged):
+        with cli.reported_once(Diverged):
             if self.peers.largest(not finite)[0]:
                 raise Diverged(
-                    f"weights or moments of the optimizer are no longer finite in epoch {progress.epoch}, step "
-                    f"{progress.step} of the run{self._of_phase()}: go on from a checkpoint before it"
+                    "weights or moments of the optimizer are no longer finite in epoch "
+                    f"{self.progress.epoch}, step {self.progress.step} of the run{self._of_phase()}: "
+                    "continue from an earlier checkpoint"
                 )
-        progress.seconds = time.perf_counter() - self.clock
-        mine = dict(random=checkpoint.random_states(), total=progress.total.item())
-        state = dict(
+
+    def _state(self) -> dict:
+        """Everything that a checkpoint holds besides the weights."""
+        progress, scaler = self.progress, self.accelerator.scaler
+        mine = dict(
+            random=checkpoint.random_states(),
+            total=progress.total.item(),
+            statistics={name: buffer.cpu() for name, buffer in running_statistics(self.model).items()},
+        )
+        return dict(
             config=self.config,
             progress={name: value for name, value in vars(progress).items() if name != "total"},
             processes=gather_object([mine]),
             optimizer=self.optimizer.state_dict(),
-            scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+            scaler=scaler.state_dict() if scaler else None,
             bad=self.batches.bad.state_dict(),
             **{name: part.state_dict() for name, part in self.parts.items()},
         )
-        if not (self.is_save_step(progress.step) if progress.seen else self.is_due()):
-            self.passing.add(progress.step)
-        keep = self.keep, self.passing, self.attached()
-        done = self.write(lambda: checkpoint.write(self.out, progress.step, self.model, state, *keep))
-        if not self.peers.largest(not done)[0]:
-            self.saved = progress.step
-        self.saved_at = time.monotonic()
 
-    def restore(self, state: dict, folder: Path):
-        """Go on from a checkpoint in ``folder``: everything but the weights, which the model has already."""
-        progress, accelerator, rank = self.progress, self.accelerator, self.accelerator.process_index
+    def restore(self, state: dict, source: Path):
+        """Continue from the checkpoint in ``source``, whose weights the model already has."""
+        progress, accelerator = self.progress, self.accelerator
         for name, value in state["progress"].items():
             setattr(progress, name, value)
-        totals = [process["total"] for process in state["processes"]]
-        if len(totals) != accelerator.num_processes:
-            totals = [sum(totals)] + [0.0] * (accelerator.num_processes - 1)
-        progress.total.fill_(totals[rank])
+        self._restore_process(state["processes"])
 
+        # A changed --weight-decay counts: it is not part of what the optimizer has learned.
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, decay in zip(self.optimizer.param_groups, decays):
@@ -375,41 +441,47 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.batches.bad.load_state_dict(state["bad"])
-        if rank < len(state["processes"]):
-            checkpoint.set_random_states(state["processes"][rank]["random"])
 
-        if folder.parent == self.out.resolve():
-            self.saved, self.replaces = progress.step, False
+        if source.parent == self.folder.path.resolve():
+            self.folder.saved_step, self.folder.holds_other_run = progress.step, False
         else:
             progress.name = uuid.uuid4().hex
         self.bar.update(self.steps_done())
 
+    def _restore_process(self, processes: list[dict]):
+        """Restore what each process has of its own, for this or another number of processes."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        totals = [process["total"] for process in processes]
+        if len(totals) != world:
+            totals = [sum(totals)] + [0.0] * (world - 1)
+        self.progress.total.fill_(totals[rank])
+        if rank < len(processes):
+            checkpoint.set_random_states(processes[rank]["random"])
+        for name, buffer in running_statistics(self.model).items():
+            values = [process["statistics"][name] for process in processes]
+            buffer.copy_(values[rank] if len(values) == world else torch.stack(values).mean(dim=0))
 
-# ------------------------------------------------------------------------------------------------- processes
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running means and variances of BatchNorm, which differ between processes until averaged."""
+    names = ("running_mean", "running_var")
+    return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in names}
+
+
+# ------------------------------------------------------------------------------ processes
 
 
 def check_bad_pictures(batches: TrainBatches):
-    """Add up the bad pictures of all processes. Raises TooManyBadImages, in all of them, if they are too many."""
+    """Add up the broken pictures of all processes. Raises TooManyBadImages, in all of them."""
     everywhere = gather_object(list(batches.bad.descriptions.items()))
-    with reported_once(data.TooManyBadImages):
+    with cli.reported_once(data.TooManyBadImages):
         batches.bad.add(everywhere)
         batches.bad.check()
 
 
 @contextlib.contextmanager
-def reported_once(*kinds: type[Exception]) -> Iterator[None]:
-    """Let only the first process raise errors of these ``kinds``, which all meet at once; the others end."""
-    try:
-        yield
-    except kinds:
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        sys.exit(1)
-
-
-@contextlib.contextmanager
 def all_processes_or_none() -> Iterator[None]:
-    """End all processes, with one line, if one of them meets a ValueError or OSError."""
+    """End all processes, with one line, if one of them raises a ValueError or OSError."""
     problem = None
     try:
         yield
@@ -428,79 +500,80 @@ def lost_processes(world: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = f"({data.one_line(error)}): --resume auto goes on from the last checkpoint"
+        text = f"({data.one_line(error)}): continue from the last checkpoint with --resume"
         if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
-            raise ProcessLost(f"a process that reads pictures died, for want of memory perhaps {text}") from None
+            raise ProcessLost(f"a process that reads pictures died, perhaps for lack of memory {text}") from None
         gone = "closed by peer|reset by peer|broken pipe|remote process exited|timed? ?out"
         if world > 1 and re.search(gone, text, re.IGNORECASE):
             raise ProcessLost(f"another process of the run is gone {text}") from None
         raise
 
 
-# ------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------ resuming
 
 
-def find_checkpoint(
-    accelerator: Accelerator,
-    lock: checkpoint.Lock,
-    out: Path,
-    resume: str | None,
-    overwrite: bool,
-    files: tuple[str, ...],
-) -> Path | None:
-    """The checkpoint that --resume names, if any. Raises ValueError if it is not there or would cost another run."""
-    folder, problem = None, None
+def find_checkpoint(accelerator: Accelerator, folder: Folder, resume: str | None, overwrite: bool) -> Path | None:
+    """The checkpoint that --resume names, if any.
+
+    Raises ValueError, in all processes, if there is none or if another run would be lost.
+    """
+    found, problem = None, None
     if accelerator.is_main_process:
         try:
-            lock.take()
-            folder = _choose_checkpoint(out, resume, overwrite, files, accelerator.print)
+            folder.lock.take()
+            found = _choose_checkpoint(folder, resume, overwrite, accelerator.print)
         except (ValueError, OSError) as error:
             problem = str(error)
-    folder, problem = broadcast_object_list([folder, problem])
+    found, problem = broadcast_object_list([found, problem])
     if problem:
         raise ValueError(problem)
-    return folder
+    return found
 
 
-def _choose_checkpoint(
-    out: Path, resume: str | None, overwrite: bool, files: tuple[str, ...], say: Callable
-) -> Path | None:
-    auto, folder = resume == "auto", None
+def _choose_checkpoint(folder: Folder, resume: str | None, overwrite: bool, say: Callable) -> Path | None:
+    out, auto, found = folder.path, resume == "auto", None
     if resume:
-        folder = checkpoint.find(out if auto else Path(resume), say, aside=auto)
-        if not auto and folder is None:
+        found = checkpoint.find(out if auto else Path(resume), say, aside=auto)
+        if not auto and found is None:
             raise ValueError(f"--resume {resume}: there is no checkpoint")
-    if folder and folder.parent == out.resolve():
-        newer = [other.name for other in checkpoint.folders(out) if other.name > folder.name]
+    if found and found.parent == out.resolve():
+        newer = [other.name for other in checkpoint.folders(out) if other.name > found.name]
         if newer and not overwrite:
-            raise ValueError(f"{', '.join(newer)} of {out} would be lost; if they may be, add --overwrite")
-    else:  # what is left of a run stopped before its first checkpoint is not worth a question
-        cli.check_folder(out, overwrite, ("model.safetensors",) if auto else files)
-    return folder
+            raise ValueError(f"{', '.join(newer)} of {out} would be lost; to allow that, add --overwrite")
+    else:  # auto: a run that stopped before its first checkpoint has nothing to lose
+        results = {"model.safetensors", "result.json"} & set(folder.files)
+        cli.check_folder(out, overwrite, tuple(results) if auto else folder.files)
+    return found
 
 
-def compare_configurations(state: dict, config: dict, processes: int, free: set[str]) -> list[str]:
-    """What has changed since a checkpoint was written, where that may be; options in ``free`` are not listed.
+def compare_configurations(
+    state: dict, config: dict, command: str, processes: int, *, fixed: set[str], ignored: set[str]
+) -> list[str]:
+    """What has changed since a checkpoint was written, as lines for the log.
 
-    Raises ValueError if it is something that must not change: model, data set or seed.
+    ``config`` holds the options of ``command`` under its name. Raises ValueError if the model, the
+    data or an option in ``fixed`` has changed. Options in ``ignored`` are not compared.
     """
     then, now = (json.loads(json.dumps(x)) for x in (state["config"], config))
-    if then["model"] != now["model"]:
-        names = [name for name in now["model"] if then["model"].get(name) != now["model"][name]]
-        other = [f"{name} {then['model'].get(name)}, now {now['model'][name]}" for name in names]
-        raise ValueError(f"cannot go on with another model: it had {'; '.join(other)}")
+    _compare_models(then["model"], now["model"])
+    old, new = then[command], now[command]
     pairs = [(a, b) for a, b in zip(then["data"]["pictures"], now["data"]["pictures"]) if a and b]
     if then["data"]["images"] != now["data"]["images"] or 2 * sum(a != b for a, b in pairs) > len(pairs):
         raise ValueError(
-            f"cannot go on with another data set: it was {then['train']['dataset']}, {then['data']['images']} images, "
-            f"and is {now['train']['dataset']}, {now['data']['images']} images"
+            f"cannot resume with another data set: it was {old['dataset']}, {then['data']['images']} images, "
+            f"and is {new['dataset']}, {now['data']['images']} images"
         )
-    then, now = then["train"], now["train"]
-    if then["seed"] != now["seed"]:
-        raise ValueError(
-            f"cannot resume with another --seed, on which data order and crops depend: it was {then['seed']}"
-        )
-    names = [name for name in now if name not in free and then.get(name) != now[name]]
-    changed = [f"--{name.replace('_', '-')} {then.get(name)} -> {now[name]}" for name in names]
+    changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
+    options = {name: f"--{name.replace('_', '-')}" for name in changed}
+    if refused := [f"{options[name]} was {old.get(name)}" for name in changed if name in fixed]:
+        raise ValueError(f"cannot resume with other options: {', '.join(refused)}")
+    lines = [f"{options[name]} {old.get(name)} -> {new[name]}" for name in changed]
     before = len(state["processes"])
-    return changed + ([f"processes {before} -> {processes}"] if before != processes else [])
+    return lines + ([f"processes {before} -> {processes}"] if before != processes else [])
+
+
+def _compare_models(old: dict, new: dict):
+    if old != new:
+        names = [name for name in new if old.get(name) != new[name]]
+        other = [f"{name} {old.get(name)}, now {new[name]}" for name in names]
+        raise ValueError(f"cannot resume with another model: it had {'; '.join(other)}")

@@ -490,20 +490,16 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     ``.pth`` file as facebookresearch/mae writes it. Raises ValueError if the format has no place
     for the model.
     """
-    path, classifier = Path(path), None
-    if isinstance(model, Classifier):
-        classifier = dict(classes=model.classes, pool=model.pool)
+    path, description = Path(path), describe_model(model)
     if format == "smae":
-        content = {"model": model.config, **(config or {})}
-        if classifier:
-            content["classifier"] = classifier
-        return write_folder(path, tensors_of(model), {"config.json": content})
+        return write_folder(path, tensors_of(model), {"config.json": description | (config or {})})
 
     import convert
 
     if format not in convert.WRITERS:
         raise ValueError(f"unknown format {format!r}: smae, {', '.join(convert.WRITERS)}")
-    content = convert.WRITERS[format](tensors_of(model, positions=True), model.config, classifier)
+    tensors = tensors_of(model, positions=True)
+    content = convert.WRITERS[format](tensors, model.config, description.get("classifier"))
     if format != "mae":
         return write_folder(path, *content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -511,7 +507,14 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
         torch.save(content, file)
 
 
-def tensors_of(model: SMAE | Classifier, positions: bool = False) -> dict[str, Tensor]:
+def describe_model(model: SMAE | Classifier) -> dict:
+    """What config.json says of a model: all that :func:`build_model` needs besides the weights."""
+    if isinstance(model, Classifier):
+        return dict(model=model.config, classifier=dict(classes=model.classes, pool=model.pool))
+    return dict(model=model.config)
+
+
+def tensors_of(model: nn.Module, positions: bool = False) -> dict[str, Tensor]:
     """The state dict on the CPU; ``positions`` adds the tables that the model computes itself."""
     tensors = model.state_dict() | (dict(model.named_buffers()) if positions else {})
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -33,7 +33,15 @@ import pictures
 import smae
 from batches import TrainBatches
 from guide import Guide, Source
-from run import ProcessLost, Run, all_processes_or_none, compare_configurations, find_checkpoint
+from run import (
+    Folder,
+    ProcessLost,
+    Run,
+    Schedule,
+    all_processes_or_none,
+    compare_configurations,
+    find_checkpoint,
+)
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     dataset="imagenet-1k",
@@ -130,15 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     cli.add(group, "out", "overwrite", out=Path("runs/pretrain"))
     group.add_argument(
-        "--resume", help="go on from a checkpoint, or the newest of a run folder; auto: of --out, if there is one"
-    )
-    group.add_argument(
         "--save-every", type=int, help="epochs between checkpoints with weights and pictures (default: a tenth)"
     )
-    group.add_argument(
-        "--save-every-steps", type=int, help="steps between more checkpoints (in any case, one comes every 15 minutes)"
-    )
-    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep, the newest; unasked ones go sooner")
+    cli.add(group, "resume", "save-every-steps", "keep")
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
 
     return parser
@@ -156,7 +158,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def fill_defaults(args: argparse.Namespace):
     """Fill in the defaults that depend on other arguments; raise ValueError where arguments make no sense."""
-    cli.check_training(args)
+    cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, args.crop_scale)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // (10 if args.mask == "amt" else 8))
         args.guide_start = 0 if args.guide_from else args.guide_start
@@ -218,7 +220,7 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
         config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
         config.setdefault("patch_size", 8)
         args.image_size = args.image_size or 64
-    config |= cli.model_sizes(args) | dict(image_size=args.image_size)
+    config |= cli.model_sizes(vars(args)) | dict(image_size=args.image_size)
     model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
     if source:
         smae.initialise(model, source, decoder=not fresh)
@@ -304,7 +306,9 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     with cli.one_line_errors(ValueError, OSError):
         fill_defaults(args)
         accelerator = make_accelerator(args)
-        resumed_from = find_checkpoint(accelerator, lock, args.out, args.resume, args.overwrite, RUN_FILES)
+        saving = dict(save_every=args.save_every, save_every_steps=args.save_every_steps, keep=args.keep)
+        folder = Folder(args.out, lock, RUN_FILES, **saving)
+        resumed_from = find_checkpoint(accelerator, folder, args.resume, args.overwrite)
     with all_processes_or_none():
         state = checkpoint.read(resumed_from) if resumed_from else None
         set_seed(args.seed)
@@ -315,9 +319,11 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         samples, objects = data.sample_pictures(dataset, 32, args.image_size, mask_column(args.guide_from) or "mask")
         optimizer = optim.adamw(model, args.lr, args.weight_decay, accelerator.device.type)
         seen = dict(images=batches.length, pictures=data.fingerprint(dataset))
-        config = dict(model=model.config, train=cli.plain(args), data=seen)
+        config = dict(model=model.config, train=cli.plain(vars(args)), data=seen)
         free = FREE | (set() if args.streaming else {"workers"})
-        changes = compare_configurations(state, config, accelerator.num_processes, free) if state else []
+        if state:
+            world = accelerator.num_processes
+            changes = compare_configurations(state, config, "train", world, fixed={"seed"}, ignored=free)
     prepare_kernels(model, accelerator.device, args.compile)
 
     if state:
@@ -333,17 +339,9 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         model,
         optimizer,
         batches,
-        out=args.out,
-        lock=lock,
+        Schedule(args.epochs, args.warmup_epochs, args.lr, clip_grad=args.clip_grad),
+        folder,
         config=config,
-        epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        lr=args.lr,
-        clip_grad=args.clip_grad,
-        save_every=args.save_every,
-        save_every_steps=args.save_every_steps,
-        keep=args.keep,
-        files=RUN_FILES,
         parts=dict(guide=guide),
         write_results=write_results,
         attached=lambda: [file for file in [args.out / MAPS] if guide.crc is not None and file.exists()],
@@ -362,7 +360,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
 
     trained_before = bool(args.init_from) and not args.fresh_decoder
     with run.guarded():
-        run.milestones.add(guide.start)
+        folder.milestones.add(guide.start)
         for epoch in run.epochs():
             run.phase = kind_of_masks(args) if guide.guides(epoch) else "random"
             if guide.guides(epoch) and guide.cached:
@@ -475,8 +473,9 @@ def refresh_relevance(run: Run, guide: Guide, epoch: int):
         run.save()
     run.say(f"looking at {run.batches.length} whole pictures, for the masks of the next epochs")
     try:
-        run.claim()
-        guide.remember(run.batches, run.accelerator, run.out / MAPS, after_each=run.poll)
+        if run.accelerator.is_main_process:
+            run.folder.claim()
+        guide.remember(run.batches, run.accelerator, run.folder.path / MAPS, after_each=run.poll)
     except OSError as error:
         if guide.maps is None:
             raise ProcessLost(f"the relevance of the pictures cannot be kept: {data.one_line(error)}") from None
@@ -490,10 +489,10 @@ def restore_relevance(run: Run, guide: Guide, state: dict, folder: Path):
     """Go on with the relevance of whole pictures that the checkpoint in ``folder`` knew; say if it is lost."""
     if run.accelerator.is_main_process and (folder / MAPS).exists():
         with contextlib.suppress(OSError):  # then it is lost
-            run.claim()
-            checkpoint.link(folder / MAPS, run.out / MAPS)
+            run.folder.claim()
+            checkpoint.link(folder / MAPS, run.folder.path / MAPS)
     run.accelerator.wait_for_everyone()
-    found = guide.load_maps(state, run.out / MAPS) or not guide.cached
+    found = guide.load_maps(state, run.folder.path / MAPS) or not guide.cached
     if run.peers.largest(not found)[0]:
         run.say(f"the relevance of whole pictures ({MAPS}) is lost or of another kind: they will be looked at again")
 
@@ -505,7 +504,7 @@ def measure_exploitation(run: Run, guide: Guide, samples: Tensor, trained_before
         guide.measure(data.normalize(samples.to(accelerator.device), *run.model.statistics))
     if guide.start is None and broadcast_object_list([guide.ready(trained_before)])[0]:  # in all processes
         guide.start = run.progress.epoch
-        run.milestones.add(guide.start)
+        run.folder.milestones.add(guide.start)
         run.say(f"mask tokens have overtaken visible ones: the guide starts after epoch {guide.start}")
 
 
