@@ -151,14 +151,14 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
             BASE: training_step(ours, lambda: forward(images, masks.random_mask(b, n, device=device)), images, dtype),
             "transformers": training_step(peer, lambda: peer_forward(images).loss, images, dtype),
             "ours, cached guide": training_step(
-                ours, lambda: forward(images, guide.mask(guide.recall(batch), noise)), images, dtype
+                ours, lambda: forward(images, guide.mask(guide.cached_relevance(batch), noise)), images, dtype
             ),
-            "cached guide alone": autocast(lambda: guide.mask(guide.recall(batch), noise)),
-            "online guide alone": autocast(lambda: guide.mask(guide.look(images)[0], noise)),
+            "cached guide alone": autocast(lambda: guide.mask(guide.cached_relevance(batch), noise)),
+            "online guide alone": autocast(lambda: guide.mask(guide.relevance(images)[0], noise)),
             "of it the features": features,
             "of it all else": autocast(lambda: masks.self_guided_mask(seen, grid)),
-            "frozen guide alone, online": autocast(lambda: frozen.mask(frozen.look(images)[0], noise)),
-            "frozen guide alone, cached": autocast(lambda: frozen.mask(frozen.recall(batch), noise)),
+            "frozen guide alone, online": autocast(lambda: frozen.mask(frozen.relevance(images)[0], noise)),
+            "frozen guide alone, cached": autocast(lambda: frozen.mask(frozen.cached_relevance(batch), noise)),
         },
         args.repeats,
         device,

@@ -338,8 +338,7 @@ def fit(
         run.restore(state, resumed_from)
     accelerator.print(
         f"{batches.length} training images, {args.epochs} epochs of {batches.steps_per_epoch} steps, "
-        f"batch {args.batch_size}, learning rate {args.lr:g}"
-        + (f"; continuing from {resumed_from}" if state else "")
+        f"batch {args.batch_size}, learning rate {args.lr:g}" + (f"; continuing from {resumed_from}" if state else "")
     )
 
     rank = np.array([accelerator.process_index])

@@ -1,10 +1,9 @@
-"""What guides the masks in training: relevance of the patches of each crop, or of whole pictures now and then.
+"""What guides the masks in training: the relevance of the patches of each crop, or of whole pictures.
 
-Between ``masks.py``, which knows nothing but tensors, and ``train.py``: which features or which attention a mask is
-made from, what is kept of it from one step to the next, and when a model is ready to guide.
+``masks.py`` turns features into masks. This file decides which features: whose, of which layer, computed when, and
+kept for how long. It also decides when a model is ready to guide itself.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -29,31 +28,34 @@ MOMENTUM = 0.95  # of the running mean of the features, from step to step
 MEAN_OVER = 2048  # whole pictures that the mean of the features is taken over
 FINE = 4  # cells to the side of a patch, in maps of what is known exactly (the centre, a mask column)
 
+FLOORS = ("pixels", "centre")
+
 Source = smae.SMAE | data.ObjectMasks | Literal["pixels", "centre"]
 
 
 class Guide:
     """Relevance of the patches of images, and the masks that follow from it.
 
-    ``kind`` "selfguided": how much a patch belongs to the main object, by the features of ``layer`` (one of the
-    model's ``layers``, default: the last encoder block but one); ``debias`` first takes the mean that the features
-    have at each patch position off them. "amt": how much the CLS token attends to it.
+    ``kind`` "selfguided": relevance is how much a patch belongs to the main object, by the features of ``layer`` (one
+    of the model's ``layers``, default: the last encoder block but one). ``debias`` subtracts from the features their
+    mean at each patch position. ``kind`` "amt": relevance is how much the CLS token attends to a patch.
 
     ``source`` replaces the model itself, so that the masks are no longer self-guided. A frozen model sees the images
     as squares of ``source_size`` pixels (default: its own size). A mask column of the data is an upper bound. "pixels"
     (features are the raw patches) and "centre" (the more central, the more relevant) are floors. ``source_name`` is
-    what the user calls it. ``shuffle`` gives each picture the cached relevance of another: masks of the same shapes
-    without their content.
+    the name that the user gave. ``shuffle`` gives each picture the cached relevance of another: masks of the same
+    shapes without their content.
 
-    Hints: ``hint_ratio`` and ``hint_portion`` fall linearly over the guided epochs, of ``epochs`` in all, to
-    ``hint_end`` times themselves. The other arguments are those of ``masks.find_object``, ``masks.informed_mask`` and
+    ``hint_ratio`` and ``hint_portion`` fall linearly over the guided epochs, of ``epochs`` in all, to ``hint_end``
+    times their value. The other arguments are those of ``masks.find_object``, ``masks.informed_mask`` and
     ``masks.amt_mask``.
 
-    ``maps`` (images, h, w) float16 holds the relevance of whole pictures after :meth:`remember`, in a file that all
-    processes of a machine map into memory; ``mean`` (n, d) is the mean of the features, ``start`` the number of epochs
-    before the guide (None: not known yet), ``history`` the exploitation rates (:func:`exploitation`) of every epoch.
+    ``maps`` (images, h, w) float16 holds the relevance of whole pictures after :meth:`cache_relevance`, in a file that
+    all processes of a machine map into memory. ``mean`` (n, d) is the mean of the features. ``start`` is the number of
+    epochs before the guide (None: not known yet). ``history`` holds the exploitation rates (:func:`exploitation`) of
+    every epoch.
 
-    Raises ValueError where the model has no such layer or the counts of patches do not fit.
+    Raises ValueError if the model has no such layer or the counts of patches do not fit.
     """
 
     def __init__(
@@ -90,27 +92,34 @@ class Guide:
         self.amt_ratio, self.throw_ratio = amt_ratio, throw_ratio
         self.foreground, self.scoring, self.debias = foreground, scoring, debias
         self.start, self.every, self.epochs, self.cached = start, every, epochs, cached
-        self.maps = self.crc = self.mean = self._seen = self._others = None
+        self.name = self._name()
+        self.maps = self.crc = self.mean = self._step_sum = self._others = None
         self.history: list[dict] = []
 
-        looking = source if isinstance(source, smae.SMAE) else model
-        self.size = (source_size, source_size) if source_size else tuple(looking.config["image_size"])
-        self.layer = max(1, len(looking.blocks) - 1) if layer is None else layer
+        guiding = source if isinstance(source, smae.SMAE) else model
+        self.size = (source_size, source_size) if source_size else tuple(guiding.config["image_size"])
+        self.layer = max(1, len(guiding.blocks) - 1) if layer is None else layer
         wrap = torch.compile if compile else lambda function, **_: function
-        self.features: Callable = wrap(looking.features, fullgraph=True, dynamic=False)
+        self.features: Callable = wrap(guiding.features, fullgraph=True, dynamic=False)
         self.attention: Callable = wrap(model.class_attention, fullgraph=True, dynamic=False)
-        self._check(looking)
+        self._check(guiding)
 
-    def _check(self, looking: smae.SMAE):
+    def _name(self) -> str:
+        """The kind of the masks, in log and metrics."""
+        if self.kind == "amt":
+            return "shuffled amt" if self.shuffle else "amt"
+        return "guided" if self.source is not None or self.shuffle else "selfguided"
+
+    def _check(self, guiding: smae.SMAE):
         n = self.model.patch_count
         masks.masked_count(n, self.ratio)
         if not 0 <= self.hint_end <= 1:
             raise ValueError(f"--hint-end must lie between 0 and 1, got {self.hint_end}")
-        if self.layer not in looking.layers:
-            raise ValueError(f"--guide-layer {self.layer}: there are {', '.join(map(str, looking.layers))}")
-        if looking is not self.model:
+        if self.layer not in guiding.layers:
+            raise ValueError(f"--guide-layer {self.layer}: there are {', '.join(map(str, guiding.layers))}")
+        if guiding is not self.model:
             try:
-                looking.grid(torch.empty(0, 3, *self.size, device="meta"))
+                guiding.grid(torch.empty(0, 3, *self.size, device="meta"))
             except ValueError as error:
                 raise ValueError(
                     f"--guide-from cannot see the pictures: {error}; try another --guide-image-size"
@@ -132,18 +141,20 @@ class Guide:
     # ---------------------------------------------------------------------------------------------- relevance
 
     @torch.no_grad()
-    def look(self, images: Tensor, learn: bool = False, objects: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def relevance(
+        self, images: Tensor, update_mean: bool = False, objects: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Relevance (b, n) of the patches of normalised images (b, 3, H, W), and which are on the object's side.
 
-        ``learn`` takes the features into the running mean at the next :meth:`end_step`. A mask column is not in the
-        images: then the ``objects`` (b, H, W) bool are. AMT has no sides: None.
+        ``update_mean``: the next :meth:`finish_step` adds the features to their running mean. If a mask column guides,
+        the ``objects`` (b, H, W) bool stand for it. AMT has no sides: None.
         """
         own = self.model.grid(images)
         if isinstance(self.source, data.ObjectMasks):
             scores = objects.to(images.device).float()
             side = scores > 0.5
         else:
-            scores, side = self._relevance(images, learn)
+            scores, side = self._source_relevance(images, update_mean)
         if scores.shape[1:] != own:
             (b, *grid), device = scores.shape, scores.device
             whole = torch.tensor([[0, 0, *grid]], device=device).expand(b, 4)
@@ -154,8 +165,8 @@ class Guide:
             scores, side = both[:, 0], both[:, 1] > 0.5
         return scores.flatten(1), side if side is None else side.flatten(1)
 
-    def _relevance(self, images: Tensor, learn: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Relevance (b, h, w) and side of normalised images on the grid of whatever guides. One forward pass."""
+    def _source_relevance(self, images: Tensor, update_mean: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Relevance (b, h, w) and side of normalised images, on the grid of the source. One forward pass."""
         if self.kind == "amt":
             return masks.attention_weights(self.attention(images)).unflatten(1, self.model.grid(images)), None
         if self.source == "centre":
@@ -163,15 +174,15 @@ class Guide:
             scores = data.to_device(masks.centrality(grid), images.device).expand(len(images), -1).unflatten(1, grid)
             return scores, scores > scores[0].median()
         features, grid = self._features(images)
-        if self.debias and learn:
-            self._learn(features)
+        if self.debias and update_mean:
+            self._add_to_mean(features)
         if self.debias and self.mean is not None:
             features = features - self.mean
         scores, side = masks.find_object(features, grid, self.foreground, self.scoring)
         return scores.unflatten(1, grid), side.unflatten(1, grid)
 
     def _features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """What whatever guides sees in normalised images: patch features (b, n, d), and their grid (h, w)."""
+        """The patch features (b, n, d) that the source has of normalised images, and their grid (h, w)."""
         if self.source == "pixels":
             return smae.patchify(images, self.model.patch_size), self.model.grid(images)
         if self.source is None:
@@ -190,33 +201,33 @@ class Guide:
         their_mean, their_std = data.mean_and_std(images.device, tuple(theirs["mean"]), tuple(theirs["std"]))
         return (images * std + mean - their_mean) / their_std
 
-    def _learn(self, features: Tensor):
-        total, count = self._seen or (0, 0)
-        self._seen = total + features.float().sum(dim=0), count + len(features)
+    def _add_to_mean(self, features: Tensor):
+        total, count = self._step_sum or (0, 0)
+        self._step_sum = total + features.float().sum(dim=0), count + len(features)
 
     def guides(self, epoch: int) -> bool:
         """Whether the masks of an epoch, counted from 1, are guided."""
         return self.start is not None and epoch > self.start
 
     def mask_batch(self, images: Tensor, batch: Batch, epoch: int, accelerator: Accelerator) -> masks.Mask:
-        """The mask of a batch in training, whose normalised crops are ``images``: random before the guide starts.
+        """The masks of a batch in training, whose normalised crops are ``images``: random before the guide starts.
 
-        With the last micro-batch of a step the running mean of the features is updated.
+        After the last micro-batch of a step, updates the running mean of the features.
         """
         noise = uniform((self.seed, epoch, RandomStream.MASK), batch.indices, self.model.patch_count)
         noise = data.to_device(noise, images.device)
         with accelerator.autocast():
             if not self.guides(epoch):
                 return masks.random_mask(*noise.shape, self.ratio, noise=noise)
-            relevance = self.recall(batch) if self.cached else self.look(images, learn=True)[0]
+            relevance = self.cached_relevance(batch) if self.cached else self.relevance(images, update_mean=True)[0]
             if accelerator.sync_gradients:
-                self.end_step(accelerator)
+                self.finish_step(accelerator)
             return self.mask(relevance, noise, epoch)
 
     def mask(self, relevance: Tensor, noise: Tensor, epoch: int | None = None) -> masks.Mask:
-        """The mask of images of this relevance (b, n); ``noise`` (b, n) decides what is left to chance.
+        """The masks of images of this relevance (b, n); ``noise`` (b, n) decides what is random in them.
 
-        With the hints of ``epoch`` (counted from 1; default: those of the first guided one).
+        ``epoch``, counted from 1, sets the share of hints (default: the first guided epoch).
         """
         if self.kind == "amt":
             return masks.amt_mask(relevance, self.amt_ratio, self.throw_ratio, noise=noise)
@@ -230,48 +241,48 @@ class Guide:
             share += (self.hint_end - 1) * min(1, guided / (self.epochs - self.start - 1))
         return share * self.hint_ratio, share * self.hint_portion
 
-    def end_step(self, accelerator: Accelerator):
-        """Take what all looks of a step, in all processes, have learned into the running mean of the features."""
-        if self._seen is not None:
-            total, count = self._seen
+    def finish_step(self, accelerator: Accelerator):
+        """Add the features of a step, of all processes, to their running mean."""
+        if self._step_sum is not None:
+            total, count = self._step_sum
             count = torch.full((), float(count), device=total.device)
             new = accelerator.reduce(total, "sum") / accelerator.reduce(count, "sum")
             if self.mean is None:
                 self.mean = new.nan_to_num(0, 0, 0)
-            else:  # what is not finite would stay for ever
+            else:  # a value that is not finite would stay for ever
                 self.mean = torch.where(new.isfinite(), MOMENTUM * self.mean + (1 - MOMENTUM) * new, self.mean)
-            self._seen = None
+            self._step_sum = None
 
-    # ---------------------------------------------------------------------------------------------- remembering
+    # ---------------------------------------------------------------------------------------------- whole pictures
 
     @property
     def lacks_maps(self) -> bool:
-        """Whether :meth:`recall` needs :meth:`remember` first. The centre is the same in every picture."""
-        return self.maps is None and self.source != "centre"
+        """Whether :meth:`cache_relevance` must come before :meth:`cached_relevance`."""
+        return self.maps is None and self.source != "centre"  # which is the same in every picture
 
     def is_due(self, epoch: int) -> bool:
-        """Whether whole pictures are to be looked at before this epoch. What is frozen is looked at once."""
+        """Whether the relevance of whole pictures is to be computed again before this epoch."""
         once = self.source is not None or self.every == 0
         return not once and (epoch - self.start - 1) % self.every == 0
 
     @torch.no_grad()
-    def remember(
+    def cache_relevance(
         self, batches: TrainBatches, accelerator: Accelerator, file: Path, after_each: Callable = lambda: None
     ):
-        """Keep the relevance of every picture of the data, whole and not augmented, in ``file``: one pass, shared out.
+        """Compute the relevance of every whole picture of the data and keep it in ``file``: one pass, shared out.
 
-        With ``debias``, another one over the first MEAN_OVER of them before, for the mean. ``after_each`` is
-        called after every batch, as often in each process; should it raise, the whole pass is to be done again.
-        Raises OSError, in all processes, if the main one cannot write the file; earlier maps then stay.
+        ``debias`` takes another pass before, over the first MEAN_OVER pictures, for the mean of the features.
+        ``after_each`` is called after every batch, equally often in each process. Raises OSError, in all processes, if
+        the main one cannot write the file; earlier maps then stay.
         """
 
-        def whole(look: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
+        def whole(compute: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
             pictures = batches.uncropped(count, max(self.size))
             for indices in batches.plan.uncropped(count):
-                if len(indices):  # not in every process the last time
+                if len(indices):  # some processes have no part of the last batch
                     images = data.normalize(next(pictures).images, self.model.config["mean"], self.model.config["std"])
                     with accelerator.autocast():
-                        found = look(images)
+                        found = compute(images)
                 yield found[: len(indices)]
                 after_each()
 
@@ -283,9 +294,9 @@ class Guide:
         if self.debias and self.kind == "selfguided":
             self.mean = None
             for features in whole(lambda images: self._features(images)[0], MEAN_OVER):
-                self._learn(features)
-            self.end_step(accelerator)
-        seen = whole(lambda images: self._compact(self._relevance(images)[0]))
+                self._add_to_mean(features)
+            self.finish_step(accelerator)
+        seen = whole(lambda images: self._compact(self._source_relevance(images)[0]))
         maps = known() if isinstance(self.source, data.ObjectMasks) else seen
         parts, problem = self._gather(maps, batches, accelerator), None
         if accelerator.is_main_process:
@@ -293,7 +304,7 @@ class Guide:
                 _write_maps(file, parts, (batches.length, *self._map_grid()))
             except OSError as error:
                 problem = data.one_line(error)
-        for _ in parts:  # other processes have nothing to write, but their share to compute
+        for _ in parts:  # the other processes compute their share and write nothing
             pass
         (problem,) = broadcast_object_list([problem])
         if problem:
@@ -317,8 +328,8 @@ class Guide:
             relevance = (relevance - low) / torch.where(high - low > 1e-4 * high.abs(), high - low, torch.inf)
         return relevance.nan_to_num(0).half().cpu()
 
-    def recall(self, batch: Batch) -> Tensor:
-        """Relevance (b, n) of the crops of a batch, cut out of that of the whole pictures."""
+    def cached_relevance(self, batch: Batch) -> Tensor:
+        """Relevance (b, n) of the crops of a batch, cropped from that of the whole pictures."""
         device, (h, w), own = batch.images.device, self._map_grid(), self.model.grid(batch.images)
         indices = np.asarray(batch.indices)
         if self.shuffle:
@@ -333,10 +344,10 @@ class Guide:
         how = "beyond" if (h, w) == own else "area"  # neighbours help where a crop is smaller than the map
         with torch.autocast(device.type, enabled=False):
             relevance = crop_batch(maps[:, None].float(), boxes, flips, own, how).flatten(1)
-        return relevance if how == "beyond" else (relevance * 1024).round() / 1024  # what is equal stays equal
+        return relevance if how == "beyond" else (relevance * 1024).round() / 1024  # equal cells stay equal
 
     def _other_pictures(self) -> np.ndarray:
-        """For each picture another one, whose relevance it gets: all pictures in one random ring."""
+        """For each picture the one whose relevance it gets: its neighbour in a random ring of all pictures."""
         if self._others is None:
             ring = np.random.default_rng((self.seed, RandomStream.MASK)).permutation(len(self.maps))
             self._others = np.empty_like(ring)
@@ -352,63 +363,93 @@ class Guide:
 
     # ---------------------------------------------------------------------------------------------- starting
 
-    def measure(self, images: Tensor):
-        """Add to ``history`` how far the decoder lives on mask tokens and on visible ones, on normalised images."""
+    def measure_exploitation(self, images: Tensor):
+        """Add the exploitation rates of the decoder on normalised images to ``history``."""
         noise = uniform((0, RandomStream.MASK), range(len(images)), self.model.patch_count)
         mask = masks.random_mask(*noise.shape, self.ratio, noise=data.to_device(noise, images.device))
         masked, visible = exploitation(self.model, images, mask)
         self.history.append(dict(exploitation_masked=masked.tolist(), exploitation_visible=visible.tolist()))
 
-    def ready(self, trained: bool = False) -> bool:
-        """Whether mask tokens have overtaken visible ones, on the average of the blocks, for two epochs in a row.
+    def mask_tokens_lead(self, trained: bool = False) -> bool:
+        """Whether the decoder has exploited mask tokens more than visible ones for two epochs in a row.
 
-        An untrained decoder looks everywhere alike, and mask tokens are many: unless it was ``trained`` before, their
-        lead at the start does not count.
+        An untrained decoder attends to all tokens alike, and most are mask tokens: unless it was ``trained`` before,
+        their lead at the start does not count.
         """
         ahead = [sum(rates["exploitation_masked"]) > sum(rates["exploitation_visible"]) for rates in self.history]
         return len(ahead) > 1 and all(ahead[-2:]) and (trained or not all(ahead))
 
     def state_dict(self) -> dict:
-        """All that is kept from one step to the next; of the file of the maps its checksum."""
-        return dict(maps=self.crc, mean=self.mean, start=self.start, history=self.history, look=self._way_to_look())
+        """What a checkpoint holds: for the maps, the checksum of their file."""
+        return dict(maps=self.crc, mean=self.mean, start=self.start, history=self.history, look=self._method())
 
     def load_state_dict(self, state: dict):
-        """Go on from there; but a start that was asked for stays, and a mean of other features is left."""
+        """Continue from a checkpoint. A start that was asked for stays; the mean of other features is dropped."""
         self.start, self.history = state["start"] if self.start is None else self.start, list(state["history"])
-        if state["look"] == self._way_to_look():
+        if state["look"] == self._method():
             self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
 
     def load_maps(self, state: dict, file: Path) -> bool:
-        """Go on with the maps that a checkpoint knew; False if they are lost or were made in another way."""
+        """Map the ``file`` of a checkpoint; False if it is lost, damaged, or was computed by another method."""
         if state["maps"] is None:
             return True
-        if state["look"] != self._way_to_look() or not file.is_file() or checkpoint.checksum(file) != state["maps"]:
+        if state["look"] != self._method() or not file.is_file() or checkpoint.checksum(file) != state["maps"]:
             return False
         self.maps, self.crc = np.load(file, mmap_mode="r"), state["maps"]
         return True
 
-    def _way_to_look(self) -> list:
+    def _method(self) -> list:
         how = [self.kind, self.layer, self.foreground, self.scoring, self.debias]
         return [*how, self.source_name, list(self.size)]
 
 
 def _write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, int]):
-    """Write maps (images, h, w) float16, part by part, to an .npy file that appears whole or not at all.
+    """Write maps (images, h, w) float16 to an .npy file, part by part.
 
-    Not through a memory map: that ends a process on a full disk.
+    Not through a memory map, which ends the process when the disk is full.
     """
-    part = file.with_suffix(".part")
-    try:
-        with open(part, "wb") as out:
-            np.lib.format.write_array_header_1_0(out, dict(descr="<f2", fortran_order=False, shape=shape))
-            for rows in parts:
-                assert rows.shape[1:] == shape[1:], (rows.shape, shape)
-                out.write(np.ascontiguousarray(rows).data)
-        smae.flush(part)
-        os.replace(part, file)
-        smae.flush(file.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with smae.whole_file(file) as part, open(part, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, dict(descr="<f2", fortran_order=False, shape=shape))
+        for rows in parts:
+            assert rows.shape[1:] == shape[1:], (rows.shape, shape)
+            out.write(np.ascontiguousarray(rows).data)
+
+
+# ------------------------------------------------------------------------------------------------- --guide-from
+
+
+def find_source(name: str | None, dataset: data.Dataset | None = None, device: torch.device | str = "cpu"):
+    """The :data:`Source` that --guide-from names; a path that exists wins over the names of the floors."""
+    if name is None or (name in FLOORS and not Path(name).exists()):
+        return name
+    if column := mask_column(name):
+        return data.ObjectMasks(dataset, column)
+    model = smae.load(name, device)
+    return (model.encoder if isinstance(model, smae.Classifier) else model).requires_grad_(False)
+
+
+def mask_column(guide_from: str | None) -> str | None:
+    """NAME where --guide-from says column:NAME."""
+    return guide_from.removeprefix("column:") if (guide_from or "").startswith("column:") else None
+
+
+def check_source(name: str | None, mask: str, *, cached: bool, streaming: bool, shuffle: bool, source_size: int | None):
+    """Raise ValueError where --guide-from, --guide-shuffle and --guide-image-size contradict other options."""
+    if name and mask != "selfguided":
+        raise ValueError(f"--guide-from guides --mask selfguided, not --mask {mask}")
+    if mask_column(name) and streaming:
+        raise ValueError(f"--guide-from {name} finds masks by their index, which a stream lacks: drop --streaming")
+    if mask_column(name) and not cached:
+        raise ValueError(f"--guide-from {name} is read once for all pictures: it takes --guide cached")
+    if shuffle and mask == "random":
+        raise ValueError("--guide-shuffle is for guided masks, not for --mask random")
+    if shuffle and not cached:
+        raise ValueError("--guide-shuffle takes the relevance of whole pictures: add --guide cached")
+    if shuffle and name == "centre":
+        raise ValueError("--guide-shuffle changes nothing with --guide-from centre, the same for every picture")
+    frozen_model = name and name not in FLOORS and not mask_column(name)
+    if source_size is not None and (not frozen_model or source_size < 1):
+        raise ValueError("--guide-image-size takes a positive number of pixels, and a model as --guide-from")
 
 
 # -------------------------------------------------------------------------------------------------- when to start

@@ -33,7 +33,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     x = data.normalize(images.to(device), *statistics)
     h, w = model.grid(x)
     noise = data.to_device(uniform((0, RandomStream.MASK), np.arange(len(x)), h * w), device)
-    relevance, side = guide.look(x, objects=truth)
+    relevance, side = guide.relevance(x, objects=truth)
     if guide.shuffle:
         relevance, side = relevance.roll(1, 0), side if side is None else side.roll(1, 0)
     mask = guide.mask(relevance, noise, epoch)

@@ -590,7 +590,7 @@ def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
 
     def look():
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            guide.mask(guide.look(images)[0], weights)
+            guide.mask(guide.relevance(images)[0], weights)
 
     def step(mask: Callable) -> Callable:
         return bench.training_step(model, lambda: model(images, mask()), images, torch.bfloat16)

@@ -49,12 +49,12 @@ def test_online_masks_are_those_of_the_chain_in_masks(small_model):
     expected = masks.self_guided_mask(
         small_model.features(images, "decoder-1"), (4, 4), 0.5, "similar", 0.05, "peak", "contrast", noise=noise
     )
-    relevance, side = guide.look(images)
+    relevance, side = guide.relevance(images)
     assert torch.equal(guide.mask(relevance, noise).masked, expected.masked) and side.shape == (4, 16)
     assert Guide(small_model).layer == 2  # of 3: the last but one
 
     guide = Guide(small_model, "amt", amt_ratio=0.25, throw_ratio=0.25)
-    weights, side = guide.look(images)
+    weights, side = guide.relevance(images)
     assert side is None and torch.equal(weights, masks.attention_weights(small_model.class_attention(images)))
     mask = guide.mask(weights, noise)
     assert mask.masked.shape == (4, 4) and mask.visible.shape == (4, 8)
@@ -64,20 +64,20 @@ def test_debiasing_takes_off_the_running_mean_of_each_patch_position(small_model
     guide, first, second = Guide(small_model, debias=True), *torch.randn(2, 6, 3, 32, 32)
     plain = Guide(small_model)
     features = [small_model.features(images, 2).detach() for images in (first, second)]
-    torch.testing.assert_close(guide.look(first)[0], plain.look(first)[0])  # nothing is known yet
-    guide.look(first[:4], learn=True)
-    guide.look(first[3:], learn=True)
+    torch.testing.assert_close(guide.relevance(first)[0], plain.relevance(first)[0])  # nothing is known yet
+    guide.relevance(first[:4], update_mean=True)
+    guide.relevance(first[3:], update_mean=True)
     assert guide.mean is None  # a step's micro-batches count together
-    guide.end_step(accelerator)
+    guide.finish_step(accelerator)
     mean = torch.cat([features[0][:4], features[0][3:]]).mean(0)
     torch.testing.assert_close(guide.mean, mean)
     expected = masks.find_object(features[1] - mean, (4, 4))
-    torch.testing.assert_close(guide.look(second, learn=True)[0], expected[0])
-    guide.end_step(accelerator)
+    torch.testing.assert_close(guide.relevance(second, update_mean=True)[0], expected[0])
+    guide.finish_step(accelerator)
     torch.testing.assert_close(guide.mean, 0.95 * mean + 0.05 * features[1].mean(0))
     before = guide.mean.clone()
-    guide.look(first)  # to draw a picture
-    guide.end_step(accelerator)
+    guide.relevance(first)  # to draw a picture
+    guide.finish_step(accelerator)
     assert torch.equal(guide.mean, before)
 
 
@@ -116,7 +116,7 @@ def test_a_crop_of_the_map_is_the_map_of_the_crop(size, preload, small_model):
         at_border += int(((top == 0) | (left == 0) | (top + height >= 1) | (left + width >= 1)).sum())
         for relevance, expected in zip(maps, patch_means(batch.images)):
             guide.maps = relevance.view(-1, 8, 8).half().numpy()
-            error = (guide.recall(batch) - expected).abs()
+            error = (guide.cached_relevance(batch) - expected).abs()
             assert (error < 1 / 16 + 0.01 + half_a_pixel).all()
             errors += error[(expected > 3 / 16) & (expected < 13 / 16)].tolist()
     assert flips == {True, False} and at_border > 0
@@ -132,11 +132,11 @@ def test_a_crop_finds_the_object_where_the_picture_shows_it(small_model):
     (whole,) = batches.uncropped()
     guide.maps = patch_means(whole.images)[0].view(-1, 4, 4).half().numpy()
     (batch,) = batches.epoch(1)
-    recalled, shown = guide.recall(batch), patch_means(batch.images)[0]
+    recalled, shown = guide.cached_relevance(batch), patch_means(batch.images)[0]
     correlation = np.corrcoef(recalled.flatten(), shown.flatten())[0, 1]
     assert correlation > 0.85
     guide.maps = np.flip(guide.maps, 2)
-    assert np.corrcoef(guide.recall(batch).flatten(), shown.flatten())[0, 1] < correlation - 0.2
+    assert np.corrcoef(guide.cached_relevance(batch).flatten(), shown.flatten())[0, 1] < correlation - 0.2
 
 
 @pytest.mark.parametrize("kind", ["selfguided", "amt"])
@@ -145,13 +145,13 @@ def test_every_picture_is_remembered_as_a_look_at_the_whole_of_it(kind, options,
     dataset = dataset_of([image_bytes(picture(40 + i, 30 + 2 * i, seed=i)) for i in range(11)])
     batches = TrainBatches(dataset, 32, 4, **options)
     guide = Guide(small_model, kind)
-    guide.remember(batches, accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (11, 4, 4) and guide.maps.dtype == np.float16
     assert isinstance(guide.maps, np.memmap) and [file.name for file in tmp_path.iterdir()] == ["maps.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), guide.maps)
     for i, record in enumerate(dataset["image"]):
         image = data.stretch(data.decode(record), 32)
-        expected = guide.look(data.normalize(image[None]))[0][0]
+        expected = guide.relevance(data.normalize(image[None]))[0][0]
         if kind == "selfguided":
             expected = (expected - expected.min()) / (expected.max() - expected.min())
         atol = 0.05 if options.get("preload") else 2e-3  # preloaded pictures are kept smaller
@@ -168,16 +168,19 @@ def test_a_map_that_says_nothing_leaves_the_mask_to_chance(small_model, accelera
             block.norm2.weight.zero_()
         small_model.positions.zero_()
     guide = Guide(small_model)
-    guide.remember(batches, accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     assert (guide.maps == 0).all()
     monkeypatch.setattr(
         masks, "find_object", lambda *_: (1 + 1e-6 * torch.rand(4, 16), torch.zeros(4, 16))
     )  # but for rounding
-    guide.remember(batches, accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     assert (guide.maps == 0).all()
     (batch,) = batches.epoch(1)
     noise = torch.rand(4, 16)
-    guided, random = guide.mask(guide.recall(batch), noise), masks.informed_mask(torch.zeros(4, 16), noise=noise)
+    guided, random = (
+        guide.mask(guide.cached_relevance(batch), noise),
+        masks.informed_mask(torch.zeros(4, 16), noise=noise),
+    )
     assert torch.equal(guided.masked, random.masked)
 
 
@@ -186,7 +189,7 @@ def test_a_new_pass_starts_with_a_new_mean(small_model, accelerator, tmp_path):
     batches = TrainBatches(dataset, 32, 4)  # three batches, the last one smaller
     guide = Guide(small_model, debias=True)
     guide.mean = torch.full((16, 32), 1e3)
-    guide.remember(batches, accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     images = torch.cat([batch.images for batch in batches.uncropped()])
     expected = small_model.features(data.normalize(images), 2).mean(dim=0)
     torch.testing.assert_close(guide.mean, expected, rtol=1e-4, atol=1e-4)
@@ -195,7 +198,7 @@ def test_a_new_pass_starts_with_a_new_mean(small_model, accelerator, tmp_path):
 def test_streams_have_no_index_to_remember_by(small_model, accelerator, monkeypatch, tmp_path, capfd):
     stream = dataset_of([image_bytes(picture(seed=i)) for i in range(8)]).to_iterable_dataset()
     with pytest.raises(ValueError, match="a stream has no index"):
-        Guide(small_model).remember(TrainBatches(stream, 32, 4, length=8), accelerator, tmp_path / "maps.npy")
+        Guide(small_model).cache_relevance(TrainBatches(stream, 32, 4, length=8), accelerator, tmp_path / "maps.npy")
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *QUICK, "--streaming", "--guide", "cached", "--out", tmp_path / "run")
     assert "with --streaming the guide must be --guide online" in capfd.readouterr().err
@@ -204,7 +207,7 @@ def test_streams_have_no_index_to_remember_by(small_model, accelerator, monkeypa
 def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
     guide = Guide(small_model, debias=True, start=None)
     batches = TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(11)]), 32, 4)
-    guide.remember(batches, accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     guide.start, guide.history = 7, [dict(exploitation_masked=[0.5])]
     torch.save(guide.state_dict(), tmp_path / "guide.pt")
     state = torch.load(tmp_path / "guide.pt", weights_only=True)
@@ -230,8 +233,8 @@ def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
 def test_a_picture_whose_features_are_no_numbers_does_not_spoil_the_mean_for_ever(accelerator, small_model):
     guide = Guide(small_model, debias=True)
     for images in (torch.full((2, 3, 32, 32), torch.nan), torch.randn(2, 3, 32, 32), torch.full((2, 3, 32, 32), 1e38)):
-        guide.look(images, learn=True)
-        guide.end_step(accelerator)
+        guide.relevance(images, update_mean=True)
+        guide.finish_step(accelerator)
         assert guide.mean.isfinite().all()
     assert guide.mean.abs().max() > 0
 
@@ -253,7 +256,7 @@ def test_a_frozen_model_sees_the_pictures_as_it_was_made_for(small_model):
     mean, std = (torch.tensor(source.config[name]).view(3, 1, 1) for name in ("mean", "std"))
     theirs = (large * torch.tensor(data.STD).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1) - mean) / std
     scores, side = masks.find_object(source.features(theirs, 2), (6, 6))
-    relevance, ours = guide.look(data.normalize(images))
+    relevance, ours = guide.relevance(data.normalize(images))
     areas = torch.nn.functional.interpolate(scores.view(4, 1, 6, 6), (12, 12), mode="nearest")  # 3 x 3 of these a patch
     expected = reduce(areas, "b 1 (h p1) (w p2) -> b (h w)", "mean", p1=3, p2=3)
     torch.testing.assert_close(relevance, expected, rtol=1e-3, atol=1e-4)
@@ -271,7 +274,7 @@ def test_a_frozen_model_looks_at_whole_pictures_at_its_own_size(preload, small_m
     dataset = dataset_of([image_bytes(picture(70, 80, seed=i)) for i in range(11)])
     batches, source = TrainBatches(dataset, 32, 4, preload=preload), foreign(small_model, mean=data.MEAN)
     guide = Guide(small_model, source=source, source_name="elsewhere")
-    guide.remember(batches, accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (11, 6, 6)
     seen = torch.cat([batch.images for batch in batches.uncropped(size=60)])
     scores, _ = masks.find_object(source.features(data.normalize(seen, data.MEAN, source.config["std"]), 2), (6, 6))
@@ -279,7 +282,7 @@ def test_a_frozen_model_looks_at_whole_pictures_at_its_own_size(preload, small_m
     expected = ((scores - low) / (high - low)).view(11, 6, 6)
     torch.testing.assert_close(torch.tensor(guide.maps).float(), expected, rtol=0, atol=2e-3)
     (batch, _) = batches.epoch(1)
-    assert guide.recall(batch).shape == (4, 16)
+    assert guide.cached_relevance(batch).shape == (4, 16)
 
 
 def test_cropped_maps_of_another_grid_are_means_over_areas(small_model, accelerator):
@@ -289,10 +292,10 @@ def test_cropped_maps_of_another_grid_are_means_over_areas(small_model, accelera
     batch = Batch(torch.zeros(1, 3, 32, 32), np.array([0]), [], np.zeros(1), crops)
     guide._map_grid = lambda: (12, 12)
     expected = reduce(torch.tensor(guide.maps).float(), "b (h p1) (w p2) -> b (h w)", "mean", p1=3, p2=3)
-    torch.testing.assert_close(guide.recall(batch), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(guide.cached_relevance(batch), expected, rtol=0, atol=1e-3)
     half = Crops(np.float32([[0.5, 0, 0.5, 1 / 3]]), np.array([True]))  # rows 6 to 12, columns 0 to 4: mirrored
     expected = torch.tensor(guide.maps).float()[0, 6:, :4].repeat_interleave(2, 0).unflatten(0, (4, 3)).mean(1)
-    found = guide.recall(batch._replace(crops=half))
+    found = guide.cached_relevance(batch._replace(crops=half))
     torch.testing.assert_close(found, expected.flip(1).reshape(1, 16), rtol=0, atol=1e-3)
 
 
@@ -307,15 +310,17 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
     dataset = datasets.Dataset.from_dict(table, datasets.Features(image=datasets.Image(), truth=datasets.Image()))
     column = data.ObjectMasks(dataset, "truth")
     guide = Guide(small_model, source=column, source_name="column:truth")
-    guide.remember(TrainBatches(dataset, 32, 1), accelerator, tmp_path / "maps.npy")
+    guide.cache_relevance(TrainBatches(dataset, 32, 1), accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (3, 16, 16) and column.missing == [2] and (guide.maps[2] == 0).all()
     crops = Crops(np.tile(np.float32([0, 0, 1, 1]), (2, 1)), np.array([False, False]))
     batch = Batch(torch.zeros(2, 3, 32, 32), np.arange(2), [], np.zeros(2), crops)
     shares = torch.zeros(4, 4)
     shares[1, :2] = torch.tensor([7 / 16, 1])
     shares[2, :2] = shares[1, :2] * 10 / 16
-    torch.testing.assert_close(guide.recall(batch), torch.stack([shares, 1 - shares]).flatten(1), rtol=0, atol=3e-3)
-    seen, side = guide.look(torch.zeros(1, 3, 32, 32), objects=torch.tensor(pixels[None, ::2, ::2] > 0))
+    torch.testing.assert_close(
+        guide.cached_relevance(batch), torch.stack([shares, 1 - shares]).flatten(1), rtol=0, atol=3e-3
+    )
+    seen, side = guide.relevance(torch.zeros(1, 3, 32, 32), objects=torch.tensor(pixels[None, ::2, ::2] > 0))
     torch.testing.assert_close(seen, shares.view(1, 16), rtol=0, atol=0.07)
     assert torch.equal(side, seen > 0.5)
     with pytest.raises(ValueError, match="no column 'mask' of mask pictures, only image, truth"):
@@ -325,7 +330,7 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
 def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path):
     centre, pixels = Guide(small_model, source="centre"), Guide(small_model, source="pixels")
     images = torch.randn(5, 3, 32, 32)
-    relevance, side = centre.look(images)
+    relevance, side = centre.relevance(images)
     middle = torch.zeros(4, 4, dtype=torch.bool)
     middle[1:3, 1:3] = True
     assert torch.equal(relevance.topk(4, dim=1).indices.sort(1).values, middle.flatten().nonzero().T.expand(5, -1))
@@ -333,17 +338,17 @@ def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path
     wide = masks.centrality((2, 6)).view(2, 6)
     assert (wide[:, 2:4].min() > wide[:, [1, 4]].max()) and (wide[:, [1, 4]].min() > wide[:, [0, 5]].max())
     expected = masks.find_object(smae.patchify(images, 8), (4, 4))
-    torch.testing.assert_close(pixels.look(images), expected)
+    torch.testing.assert_close(pixels.relevance(images), expected)
 
     batches = TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(8)]), 32, 8)
     assert not centre.lacks_maps and pixels.lacks_maps
-    pixels.remember(batches, accelerator, tmp_path / "maps.npy")
+    pixels.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
     (batch,) = batches.epoch(1)
     boxes = np.tile(np.float32([0, 0, 0.5, 0.5]), (8, 1))  # the top left quarter: its bottom right is the centre
     corner = batch._replace(crops=Crops(boxes, np.arange(8) % 2 == 1))
-    recalled = centre.recall(corner).view(8, 4, 4)
+    recalled = centre.cached_relevance(corner).view(8, 4, 4)
     assert (recalled[::2].flatten(1).argmax(1) == 15).all() and (recalled[1::2].flatten(1).argmax(1) == 12).all()
-    assert pixels.recall(batch).shape == (8, 16)
+    assert pixels.cached_relevance(batch).shape == (8, 16)
 
 
 def test_shuffled_maps_are_those_of_other_pictures_each_used_once(small_model):
@@ -352,15 +357,17 @@ def test_shuffled_maps_are_those_of_other_pictures_each_used_once(small_model):
     crops = Crops(np.tile(np.float32([0, 0, 1, 1]), (50, 1)), np.zeros(50, bool))
     order = np.random.default_rng(0).permutation(50)
     batch = Batch(torch.zeros(50, 3, 32, 32), order, [], np.zeros(50), crops)
-    whose = guide.recall(batch)[:, 0].round().int().numpy()
+    whose = guide.cached_relevance(batch)[:, 0].round().int().numpy()
     assert sorted(whose) == list(range(50)) and (whose != order).all()
     again = Guide(small_model, shuffle=True, seed=3)
     again.maps = guide.maps
     alone = batch._replace(images=batch.images[:5], indices=order[:5], crops=Crops(*(x[:5] for x in crops)))
-    assert (again.recall(alone)[:, 0].round().int().numpy() == whose[:5]).all()  # a function of seed and picture only
+    assert (
+        again.cached_relevance(alone)[:, 0].round().int().numpy() == whose[:5]
+    ).all()  # a function of seed and picture only
     other = Guide(small_model, shuffle=True, seed=4)
     other.maps = guide.maps
-    assert (other.recall(batch)[:, 0].round().int().numpy() != whose).any()
+    assert (other.cached_relevance(batch)[:, 0].round().int().numpy() != whose).any()
 
 
 def test_hints_become_fewer_and_more_relevant_over_the_guided_epochs(small_model):
@@ -581,13 +588,13 @@ def rates(share: float) -> dict:
 def test_the_guide_starts_when_mask_tokens_overtake_visible_ones_and_not_before(shares, starts, small_model):
     guide = Guide(small_model)
     guide.history = [rates(share) for share in shares]
-    assert guide.ready() == starts
+    assert guide.mask_tokens_lead() == starts
 
 
 def test_a_decoder_trained_before_may_lead_from_the_start(small_model):
     guide = Guide(small_model)
     guide.history = [rates(0.6), rates(0.6)]
-    assert guide.ready(trained=True) and not guide.ready()
+    assert guide.mask_tokens_lead(trained=True) and not guide.mask_tokens_lead()
 
 
 def test_auto_starts_after_the_epoch_that_is_ready_and_every_run_is_measured(
@@ -668,16 +675,16 @@ def test_no_features_whatever_lead_to_anything_but_a_mask(
         x = strange_features(kinds, step).to(dtype)
         guide.features = lambda images, layer, x=x: x
         guide.attention = lambda images, x=x: x.transpose(1, 2)[:, :4].float()
-        relevance, _ = guide.look(torch.zeros(len(x), 3, 32, 32), learn=True)
+        relevance, _ = guide.relevance(torch.zeros(len(x), 3, 32, 32), update_mean=True)
         if cached:
             guide.maps = guide._compact(relevance.view(-1, 4, 4)).numpy()
             assert np.isfinite(guide.maps).all()
             crops = Crops(np.tile(np.float32([0.1, 0.1, 0.8, 0.7]), (len(x), 1)), np.arange(len(x)) % 2 == 0)
-            relevance = guide.recall(
+            relevance = guide.cached_relevance(
                 Batch(torch.zeros(len(x), 3, 32, 32), np.arange(len(x)), [], np.zeros(len(x)), crops)
             )
         mask = guide.mask(relevance, torch.rand(len(x), 16))
-        guide.end_step(accelerator)
+        guide.finish_step(accelerator)
         m = 7 if kind == "amt" else 12
         assert mask.masked.shape == (len(x), m) and (mask.masked.diff(dim=1) > 0).all()
         assert ((mask.masked >= 0) & (mask.masked < 16)).all() and mask.visible.shape[1] == (3 if kind == "amt" else 4)
