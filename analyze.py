@@ -194,8 +194,15 @@ def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: 
 
 def analyze_masks(args: argparse.Namespace):
     with cli.one_line_errors(ValueError, OSError):
-        model, layers, seen = prepare(args)
-    h, w = grid = model.grid(seen.images)
+        cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        model = encoders.backbone(args.checkpoint, device)
+        layers, size = choose_layers(model, args.layers), args.image_size or model.config["image_size"][0]
+        h, w = grid = model.grid(torch.empty(0, model.config["channels"], size, size))
+        masks.masked_count(h * w, args.mask_ratio)
+        columns = args.image_column, args.mask_column
+        dataset = load_with_masks(args.dataset, args.split, *columns, args.max_images)
+        seen = Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
     subsets, pixels = seen.subsets(), smae.patchify(data.normalize(seen.images), model.patch_size)
 
@@ -223,38 +230,36 @@ def analyze_masks(args: argparse.Namespace):
         print(f"loss under random masks: object {loss['object']:.4f}, background {loss['background']:.4f}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) for name, value in vars(args).items() if name != "run"}
+    arguments = {name: str(value) for name, value in vars(args).items()}
     result = dict(arguments=arguments, pictures=counts, measures=MEASURES, rows=rows, made_of=variance, loss=loss)
-    (args.out / "result.json").write_text(json.dumps(result, indent=1))
+    with smae.whole_file(args.out / "result.json") as part:
+        part.write_text(json.dumps(result, indent=1))
     how = f"{args.foreground}, {args.relevance}{', debiased' if args.guide_debias else ''}"
     sheet(seen, grid, drawn, args.mask_ratio, how).savefig(args.out / "masks.png")
     print(f"wrote result.json and masks.png to {args.out}")
 
 
-def prepare(args: argparse.Namespace) -> tuple[smae.SMAE, list[int | str], Pictures]:
-    """The model, the layers to look at, and the pictures; raises ValueError where the arguments make no sense."""
-    cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = encoders.backbone(args.checkpoint, device)
+def choose_layers(model: smae.SMAE, layers: list[int | str] | None) -> list[int | str]:
+    """``layers``, or four of the model's. Raises ValueError for one that it does not have."""
     depth, decoder = len(model.blocks), model.config["decoder_depth"]
     usual = [max(1, depth // 2), max(1, depth - 1), depth, *[f"decoder-{decoder}"] * bool(decoder)]
-    layers = list(dict.fromkeys(args.layers or usual))
+    layers = list(dict.fromkeys(layers or usual))
     for layer in layers:
         if layer not in model.layers:
             raise ValueError(f"--layers {layer}: there are {', '.join(map(str, model.layers))}")
-    size = args.image_size or model.config["image_size"][0]
-    h, w = model.grid(torch.empty(0, model.config["channels"], size, size))
-    masks.masked_count(h * w, args.mask_ratio)
+    return layers
 
-    split = args.split or ("test" if args.dataset.startswith("shapes") else "train")
-    dataset = data.load_images(args.dataset, split, args.image_column, "", max_images=args.max_images)
-    if args.mask_column not in dataset.column_names:
+
+def load_with_masks(name: str, split: str | None, image_column: str | None, mask_column: str, max_images: int | None):
+    """The data set with its column of masks, undecoded. Raises ValueError if there is no such column."""
+    split = split or ("test" if name.startswith("shapes") else "train")
+    dataset = data.load_images(name, split, image_column, "", max_images=max_images)
+    if mask_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)
-        raise ValueError(f"{args.dataset} has no column {args.mask_column!r}; name one with --mask-column: {names}")
-    if not isinstance(dataset.features[args.mask_column], datasets.Image):
-        raise ValueError(f"column {args.mask_column!r} of {args.dataset} does not hold masks")
-    dataset = dataset.cast_column(args.mask_column, datasets.Image(decode=False))  # some may be broken
-    return model, layers, Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
+        raise ValueError(f"{name} has no column {mask_column!r}; name one with --mask-column: {names}")
+    if not isinstance(dataset.features[mask_column], datasets.Image):
+        raise ValueError(f"column {mask_column!r} of {name} does not hold masks")
+    return dataset.cast_column(mask_column, datasets.Image(decode=False))  # some may be broken
 
 
 def summaries(values: dict[str, Tensor], subsets: dict[str, Tensor], units: Tensor) -> dict[str, dict]:
@@ -312,7 +317,6 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "masks", help="how well masks find known objects, beside floors", formatter_class=cli.HelpFormatter
     )
-    command.set_defaults(run=analyze_masks)
     command.add_argument("--checkpoint", required=True, help="run folder, or foreign checkpoint")
     cli.add(command, "dataset", "split", "image-column", "max-images", "image-size", split=None)
     command.add_argument(
@@ -332,9 +336,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main():
-    args = build_parser().parse_args()
-    args.run(args)
+def main(arguments: list[str] | None = None):
+    analyze_masks(build_parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

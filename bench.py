@@ -42,10 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")
     step.add_argument("--batch-size", type=int, default=8, help="images per step")
     step.add_argument("--guide-model", choices=list(smae.PRESETS), default="small", help="size of a frozen guide")
-    step.add_argument("--guide-image-size", type=int, default=224, help="side of the images that it sees, in pixels")
+    step.add_argument("--guide-side", type=int, default=224, help="side of the images that it sees, in pixels")
     step.add_argument("--guide-patch-size", type=int, default=14, help="side of its patches, in pixels")
     step.add_argument("--compile", action="store_true", help="compile both models")
-    step.set_defaults(run=bench_step)
 
     cut = commands.add_parser(
         "cut", help="the bi-partition against torch.linalg.eigh", formatter_class=cli.HelpFormatter
@@ -53,7 +52,6 @@ def parse_arguments() -> argparse.Namespace:
     cut.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="images")
     cut.add_argument("--sides", type=int, nargs="+", default=[14, 24], help="sides of the patch grid, in patches")
     cut.add_argument("--width", type=int, default=768, help="width of the features")
-    cut.set_defaults(run=bench_cut)
     for command in (step, cut):
         command.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
         command.add_argument("--repeats", type=int, default=10, help="rounds, after two to warm up")
@@ -125,7 +123,7 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     n = grid[0] * grid[1]
     guide, noise = Guide(ours, compile=args.compile), torch.rand(b, n, device=device)
     guide.maps = np.random.default_rng(0).random((b, *grid)).astype(np.float16)
-    size = args.guide_image_size
+    size = args.guide_side
     sizes = smae.PRESETS[args.guide_model] | dict(image_size=size, patch_size=args.guide_patch_size, decoder_depth=0)
     frozen = smae.SMAE(**sizes).to(device).eval()
     frozen = Guide(ours, source=frozen, source_name=args.guide_model, compile=args.compile)
@@ -165,7 +163,9 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     )
 
 
-def bench_cut(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+def bench_cut(
+    sides: list[int], batch_sizes: list[int], width: int, dtype: torch.dtype | None, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
     """The solver alone against eigh, and all that follows the features, for several batches and grids."""
 
     def exact(affinity: Tensor) -> Tensor:
@@ -174,15 +174,15 @@ def bench_cut(args: argparse.Namespace, device: torch.device) -> dict[str, list[
         return torch.linalg.eigh(scale[:, :, None] * w * scale[:, None, :]).eigenvectors[..., -2] * scale
 
     seconds = {}
-    for side in args.sides:
-        for b in args.batch_sizes:
+    for side in sides:
+        for b in batch_sizes:
             n = side * side
             object_ = (torch.rand(b, n, 1, device=device) < 0.3).float()  # noisy features of objects and background
-            features = torch.randn(b, n, args.width, device=device) + object_ * torch.randn(args.width, device=device)
+            features = torch.randn(b, n, width, device=device) + object_ * torch.randn(width, device=device)
             affinity = masks.similarity(features)
 
             def everything(features=features, side=side):
-                with torch.autocast(device.type, TYPES[args.precision], enabled=args.precision != "no"):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     masks.self_guided_mask(features, (side, side))
 
             contestants = {
@@ -190,7 +190,7 @@ def bench_cut(args: argparse.Namespace, device: torch.device) -> dict[str, list[
                 f"ours, b {b}, n {n}": lambda affinity=affinity: masks.normalized_cut(affinity),
                 f"features to mask, b {b}, n {n}": everything,
             }
-            times = measure(contestants, args.repeats, device)
+            times = measure(contestants, repeats, device)
             print(report(times, f"eigh, b {b}, n {n}"), flush=True)
             seconds |= times
     return seconds
@@ -206,6 +206,27 @@ def report(seconds: dict[str, list[float]], base: str) -> str:
     return "\n".join(lines)
 
 
+def paper_step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
+    """Seconds of training steps of ViT-B/16 with random and AMT masks, and of the relevance of all patches."""
+    model = smae.SMAE(**smae.PRESETS["base"]).to(device)
+    images, n = torch.randn(batch, 3, 224, 224, device=device), model.patch_count
+    weights, guide = torch.rand(batch, n, device=device), Guide(model)
+
+    def relevance():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            guide.mask(guide.relevance(images)[0], weights)
+
+    def step(mask: Callable) -> Callable:
+        return training_step(model, lambda: model(images, mask()), images, torch.bfloat16)
+
+    contestants = {
+        "random": step(lambda: masks.random_mask(batch, n, device=device)),
+        "amt": step(lambda: masks.amt_mask(weights)),
+        "relevance": relevance,
+    }
+    return measure(contestants, 5, device)
+
+
 def main():
     args = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -217,11 +238,14 @@ def main():
         f"precision {args.precision}, {hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         flush=True,
     )
-    seconds = args.run(args, device)
+    if args.command == "step":
+        seconds = bench_step(args, device)
+    else:
+        seconds = bench_cut(args.sides, args.batch_sizes, args.width, TYPES[args.precision], args.repeats, device)
     if args.command == "step":
         print(report(seconds, BASE))
     if args.json:
-        arguments = {name: value for name, value in vars(args).items() if name != "run"}
+        arguments = vars(args)
         with open(args.json, "w") as file:
             json.dump(dict(arguments=arguments, hardware=hardware, torch=torch.__version__, seconds=seconds), file)
 

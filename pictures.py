@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 
 import matplotlib
 import numpy as np
@@ -166,4 +167,25 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
     for axis in (loss, rates):
         axis.grid(alpha=0.3)
         axis.legend()
+    return figure
+
+
+def accuracy_curves(records: list[dict], x: str, label: str) -> Figure:
+    """Accuracy of each arm against ``x`` (epoch or minutes): means over seeds, with bars of one deviation."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, (metric, title) in zip(axes, (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True):
+        for arm in dict.fromkeys(record["arm"] for record in records):
+            points = []
+            for epoch in sorted({r["epoch"] for r in records if r["arm"] == arm}):
+                rows = [r for r in records if (r["arm"], r["epoch"]) == (arm, epoch)]
+                values = [row[metric] for row in rows]
+                deviation = statistics.stdev(values) if len(values) > 1 else 0
+                points.append((statistics.mean(row[x] for row in rows), statistics.mean(values), deviation))
+            places, means, deviations = zip(*points)
+            style = dict(color="black", linewidth=2) if arm == "random" else dict(linewidth=1.3)
+            axis.errorbar(places, means, deviations, marker=".", capsize=3, label=arm, **style)
+        axis.set(xlabel=label, ylabel="top-1 accuracy, %", title=title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure

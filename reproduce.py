@@ -22,23 +22,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 
 import bench
 import checkpoint
 import cli
 import encoders
 import eval as judge
-import masks
+import pictures
 import probes
 import smae
 import train
 from batches import EvalBatches
-from guide import Guide
 
 ROOT = Path(__file__).resolve().parent
 ARMS = {  # options of train.py
@@ -80,30 +79,33 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
 }
 PROBES = 3  # splits of the training data to choose a linear head on: what is chosen varies more than what is fitted
 OURS = ("dataset", "epochs", "seed", "mask", "save_every", "keep", "out", "resume", "overwrite")  # not for --pretrain
-GUIDING = {
-    "mask",
-    "hint",
-    "hint_ratio",
-    "hint_portion",
-    "hint_end",
-    "amt_ratio",
-    "throw_ratio",
-    "guide",
-    "guide_start",
-    "guide_every",
-}
-GUIDING |= {
-    "guide_layer",
-    "guide_debias",
-    "guide_from",
-    "guide_image_size",
-    "guide_shuffle",
-    "foreground",
-    "relevance",
-}  # what does not matter before the guide starts
+GUIDING = set(  # options that make no difference before the guide starts
+    "mask hint hint_ratio hint_portion hint_end amt_ratio throw_ratio guide guide_start guide_every guide_layer "
+    "guide_debias guide_from guide_image_size guide_shuffle foreground relevance".split()
+)
 
 
-def parse_arguments() -> argparse.Namespace:
+@dataclass
+class Experiment:
+    """What is compared, on which data, and how each run is trained and judged."""
+
+    scale: str
+    dataset: str | None
+    epochs: int | None
+    seeds: list[int]
+    arms: dict[str, str]  # options of train.py, by name
+    pretrain: str  # more of them, for all arms
+    finetune: str | None  # options of eval.py finetune; None: no fine-tuning
+    probe: str  # options common to eval.py knn and linear
+    select: bool  # judge on a part of the training data
+    jobs: int | None
+    judge_at: list[int]  # epochs
+    evidence: Path | None
+    gpus: int
+    out: Path
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Experiment:
     parser = argparse.ArgumentParser(
         description="Compare kinds of masks: pre-train, judge, draw up.", formatter_class=cli.HelpFormatter
     )
@@ -139,50 +141,65 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--gpus", type=int, default=8, help="of --scale paper")
     parser.add_argument("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
-    return complete(parser.parse_args())
+    return plan_experiment(parser.parse_args(arguments))
 
 
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what the scale says; raise ValueError where arguments make no sense."""
-    args.out = args.out or Path("runs") / f"reproduce-{args.scale}"
+def plan_experiment(args: argparse.Namespace) -> Experiment:
+    """Fill in what the scale says. Raises ValueError where options make no sense."""
     arms = {name: ARMS[name] for name in args.arms}
     for text in args.arm:
         name, equals, options = text.partition("=")
         if not equals or not name or "/" in name or name in ARMS:
             raise ValueError(f"--arm takes NAME=OPTIONS with a name of its own, got {text!r}")
         arms[name] = options
-    args.arms = arms
-    if args.scale == "paper":
-        args.seeds = args.seeds or [0, 1, 2]
-        return args
-    scale = SCALES[args.scale]
-    if args.jobs is None:
-        args.jobs = max(scale["jobs"], torch.cuda.device_count())
-    for name in ("dataset", "epochs", "seeds"):
-        if getattr(args, name) is None:
-            setattr(args, name, scale.get(name))
-    if args.dataset is None:
-        raise ValueError(f"--scale {args.scale} needs --dataset: Imagenette, or another with labels and a test split")
-    if args.jobs < 1 or args.epochs < 2:
+    scale = SCALES.get(args.scale, dict(seeds=[0, 1, 2], pretrain="", jobs=1, epochs=400))
+    finetune = [text for text in (scale.get("finetune"), args.finetune) if text not in ("none", None)]
+    experiment = Experiment(
+        scale=args.scale,
+        dataset=args.dataset or scale.get("dataset"),
+        epochs=args.epochs or scale["epochs"],
+        seeds=args.seeds or scale["seeds"],
+        arms=arms,
+        pretrain=f"{scale['pretrain']} {args.pretrain}",
+        finetune=None if args.finetune == "none" else " ".join(finetune) or None,
+        probe=args.probe,
+        select=args.select,
+        jobs=max(scale["jobs"], torch.cuda.device_count()) if args.jobs is None else args.jobs,
+        judge_at=args.judge_at or [],
+        evidence=args.evidence,
+        gpus=args.gpus,
+        out=args.out or Path("runs") / f"reproduce-{args.scale}",
+    )
+    if args.scale != "paper":
+        check_experiment(experiment, args.pretrain)
+    return experiment
+
+
+def check_experiment(experiment: Experiment, pretrain: str):
+    """Fill in when to judge; raise ValueError where options, ``pretrain`` of the user included, make no sense.
+
+    What is wrong with options should show now, and not after hours.
+    """
+    if experiment.dataset is None:
+        raise ValueError(
+            f"--scale {experiment.scale} needs --dataset: Imagenette, or another with labels and a test split"
+        )
+    if experiment.jobs < 1 or experiment.epochs < 2:
         raise ValueError("--jobs must be at least 1, --epochs at least 2")
-    eighth = max(1, args.epochs // 8)
-    usual = [epoch for epoch in (eighth, 2 * eighth, 4 * eighth) if epoch < args.epochs]
-    args.judge_at = sorted({*(args.judge_at or usual), args.epochs})
-    for epoch in args.judge_at:
-        if not 0 < epoch <= args.epochs or (epoch % eighth and epoch != args.epochs):
-            raise ValueError(f"--judge-at {epoch}: checkpoints are kept every {eighth} epochs, of {args.epochs}")
+    eighth = max(1, experiment.epochs // 8)
+    usual = [epoch for epoch in (eighth, 2 * eighth, 4 * eighth) if epoch < experiment.epochs]
+    experiment.judge_at = sorted({*(experiment.judge_at or usual), experiment.epochs})
+    for epoch in experiment.judge_at:
+        if not 0 < epoch <= experiment.epochs or (epoch % eighth and epoch != experiment.epochs):
+            raise ValueError(f"--judge-at {epoch}: checkpoints are kept every {eighth} epochs, of {experiment.epochs}")
     parser = train.build_parser()
     parser.set_defaults(**dict.fromkeys(OURS))
-    options = vars(parser.parse_args(shlex.split(args.pretrain)))
+    options = vars(parser.parse_args(shlex.split(pretrain)))
     if taken := [name for name in OURS if options[name] is not None]:
-        raise ValueError(f"--pretrain cannot set {', '.join(taken)}: that is up to reproduce.py and its own options")
-    args.pretrain = f"{scale['pretrain']} {args.pretrain}"
-    chosen = [text for text in (scale["finetune"], args.finetune) if text not in ("none", None)]
-    args.finetune = None if args.finetune == "none" else " ".join(chosen) or None
-    for command in ("knn", "linear"):  # what is wrong with options should not show after hours only
-        probe_arguments(args, command)
-    judge.build_parser().parse_args(["finetune", *shlex.split(args.finetune or "")])
-    return args
+        raise ValueError(f"--pretrain cannot set {', '.join(taken)}: reproduce.py sets them from its own options")
+    for command in ("knn", "linear"):
+        probe_arguments(experiment, command)
+    judge.build_parser().parse_args(["finetune", *shlex.split(experiment.finetune or "")])
 
 
 # ------------------------------------------------------------------------------------------------- runs
@@ -191,13 +208,33 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 class Run:
     """One arm with one seed: its folder, and the options of ``train.py`` that make it."""
 
-    def __init__(self, args: argparse.Namespace, arm: str, seed: int):
+    def __init__(self, experiment: Experiment, arm: str, seed: int):
         self.arm, self.seed, self.name = arm, seed, f"{arm}-seed{seed}"
-        self.out, self.log, self.judge_at = args.out / self.name, args.out / f"{self.name}.log", args.judge_at
-        eighth = str(max(1, args.epochs // 8))
-        self.options = ["--guide-start", eighth, "--guide-every", eighth, *shlex.split(args.pretrain)]
-        self.options += ["--dataset", args.dataset, "--preload", "--epochs", str(args.epochs), "--seed", str(seed)]
-        self.options += ["--save-every", eighth, "--keep", "9999", *shlex.split(args.arms[arm]), "--out", str(self.out)]
+        self.out, self.log, self.judge_at = (
+            experiment.out / self.name,
+            experiment.out / f"{self.name}.log",
+            experiment.judge_at,
+        )
+        eighth = str(max(1, experiment.epochs // 8))
+        self.options = ["--guide-start", eighth, "--guide-every", eighth, *shlex.split(experiment.pretrain)]
+        self.options += [
+            "--dataset",
+            experiment.dataset,
+            "--preload",
+            "--epochs",
+            str(experiment.epochs),
+            "--seed",
+            str(seed),
+        ]
+        self.options += [
+            "--save-every",
+            eighth,
+            "--keep",
+            "9999",
+            *shlex.split(experiment.arms[arm]),
+            "--out",
+            str(self.out),
+        ]
         self.settings = train.parse_arguments(self.options)
 
     @property
@@ -223,11 +260,11 @@ class Run:
         first = 0 if self.settings.mask == "random" or start == "auto" else start
         return [epoch for epoch in self.judge_at if epoch > first]
 
-    def is_judged(self, args: argparse.Namespace) -> bool:
+    def is_judged(self, experiment: Experiment) -> bool:
         """Whether everything that is wanted of it is known, so that its weights are no longer needed."""
-        looks = self.looks()[-1:] if args.select else self.looks()
-        known = read(judgements(args, self))
-        tuned = args.select or not args.finetune or (self.out / "finetune" / "result.json").exists()
+        looks = self.looks()[-1:] if experiment.select else self.looks()
+        known = read(judgements(experiment, self))
+        tuned = experiment.select or not experiment.finetune or (self.out / "finetune" / "result.json").exists()
         return tuned and len(self.records()) == self.settings.epochs and all(str(epoch) in known for epoch in looks)
 
     def resume(self, random: "Run") -> list[str]:
@@ -301,11 +338,11 @@ def start(job: Job, place: int, count: int) -> subprocess.Popen:
             os.sched_setaffinity(0, cores)
 
 
-def pretrain(args: argparse.Namespace, runs: list[Run]) -> list[str]:
+def pretrain(experiment: Experiment, runs: list[Run]) -> list[str]:
     """Train what is not trained; runs with random masks before those that go on from them."""
     random = {run.seed: run for run in runs if run.arm == "random"}
     jobs = []
-    for run in (run for run in runs if not run.done and not run.is_judged(args)):
+    for run in (run for run in runs if not run.done and not run.is_judged(experiment)):
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
@@ -316,10 +353,10 @@ def pretrain(args: argparse.Namespace, runs: list[Run]) -> list[str]:
 
         after = None if first is run else f"pre-training {first.name}"  # no such job: it is done
         jobs.append(Job(f"pre-training {run.name}", arguments, run.log, after))
-    return work(jobs, args.jobs)
+    return work(jobs, experiment.jobs)
 
 
-def finetune(args: argparse.Namespace, runs: list[Run]) -> list[str]:
+def finetune(experiment: Experiment, runs: list[Run]) -> list[str]:
     """Fine-tune what is trained and not yet fine-tuned."""
     jobs = []
     for run in runs:
@@ -327,17 +364,24 @@ def finetune(args: argparse.Namespace, runs: list[Run]) -> list[str]:
         if run.done and not (out / "result.json").exists():
             last = run.checkpoints()[run.settings.epochs]
             command = [sys.executable, str(ROOT / "eval.py"), "finetune", "--checkpoint", str(last)]
-            command += ["--dataset", args.dataset, "--seed", str(run.seed), "--preload", *shlex.split(args.finetune)]
+            command += [
+                "--dataset",
+                experiment.dataset,
+                "--seed",
+                str(run.seed),
+                "--preload",
+                *shlex.split(experiment.finetune),
+            ]
             command += ["--resume", "--overwrite", "--out", str(out)]
             jobs.append(Job(f"fine-tuning {run.name}", lambda command=command: command, run.log))
-    return work(jobs, args.jobs)
+    return work(jobs, experiment.jobs)
 
 
 # ------------------------------------------------------------------------------------------------- judging
 
 
-def judgements(args: argparse.Namespace, run: Run) -> Path:
-    return run.out / ("selection.json" if args.select else "tests.json")
+def judgements(experiment: Experiment, run: Run) -> Path:
+    return run.out / ("selection.json" if experiment.select else "tests.json")
 
 
 def read(file: Path) -> dict:
@@ -345,29 +389,28 @@ def read(file: Path) -> dict:
 
 
 def write(file: Path, content: dict | list):
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, file)
+    with smae.whole_file(file) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def judge_all(args: argparse.Namespace, runs: list[Run]):
+def judge_all(experiment: Experiment, runs: list[Run]):
     """kNN and linear probe (mean of PROBES) of every checkpoint not yet judged; the pictures are decoded once."""
     due = []
     for run in (run for run in runs if run.done):
-        known, checkpoints = read(judgements(args, run)), run.checkpoints()
-        looks = run.looks()[-1:] if args.select else run.looks()
+        known, checkpoints = read(judgements(experiment, run)), run.checkpoints()
+        looks = run.looks()[-1:] if experiment.select else run.looks()
         looks = [epoch for epoch in looks if str(epoch) not in known]
         if gone := [epoch for epoch in looks if epoch not in checkpoints]:
             print(f"{run.name}: not judged after epochs {gone}, whose checkpoints are gone", flush=True)
         due += [(run, epoch, checkpoints[epoch]) for epoch in looks if epoch in checkpoints]
     if not due:
         return
-    knn, linear = (probe_arguments(args, command) for command in ("knn", "linear"))
+    knn, linear = (probe_arguments(experiment, command) for command in ("knn", "linear"))
     precision = cli.best_precision() if linear.precision == "auto" else linear.precision
     accelerator = cli.make_accelerator(mixed_precision=precision)
     columns = linear.image_column, linear.label_column, linear.streaming, linear.max_images
     training, tests, classes = judge.load_labelled(linear.dataset, linear.split, linear.test_split, *columns)
-    if args.select:
+    if experiment.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
     judge.fill_recipe(linear, len(training), 1)
     crops, wanted = {}, linear.image_size  # of the pictures, by their size
@@ -385,24 +428,24 @@ def judge_all(args: argparse.Namespace, runs: list[Run]):
         found = [probes.evaluate_linear(*seen, **how, **common, seed=seed)["top1"] for seed in seeds]
         how = dict(ks=knn.k, temperature=knn.temperature)
         scores = dict(knn=probes.evaluate_knn(*seen, **how, **common)["top1"], linear=statistics.mean(found))
-        write(judgements(args, run), read(judgements(args, run)) | {str(epoch): scores})
+        write(judgements(experiment, run), read(judgements(experiment, run)) | {str(epoch): scores})
         figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
         print(f"{run.name}, epoch {epoch}: {figures}, {time.perf_counter() - since:.0f} s", flush=True)
 
 
-def probe_arguments(args: argparse.Namespace, command: str) -> argparse.Namespace:
+def probe_arguments(experiment: Experiment, command: str) -> argparse.Namespace:
     """The arguments of eval.py knn or linear; what pre-training leaves out is left out here, too."""
-    limit = train.parse_arguments(shlex.split(args.pretrain)).max_images
+    limit = train.parse_arguments(shlex.split(experiment.pretrain)).max_images
     options = ["--max-images", str(limit)] if limit else []
-    options += ["--test-split", "train"] if args.select else []
-    options = [command, "--pool", "mean", "--dataset", args.dataset, *options, *shlex.split(args.probe)]
+    options += ["--test-split", "train"] if experiment.select else []
+    options = [command, "--pool", "mean", "--dataset", experiment.dataset, *options, *shlex.split(experiment.probe)]
     return judge.build_parser().parse_args(options)
 
 
 # ------------------------------------------------------------------------------------------------- reporting
 
 
-def collect(args: argparse.Namespace, runs: list[Run]) -> list[dict]:
+def collect(experiment: Experiment, runs: list[Run]) -> list[dict]:
     """All that is known: a record for each run and look, with arm, seed, epoch, minutes, loss, knn, linear, finetune.
 
     Runs share the epochs before their guides start: ``minutes`` count them for each, as if it had been alone.
@@ -410,14 +453,14 @@ def collect(args: argparse.Namespace, runs: list[Run]) -> list[dict]:
     found = []
     for run in runs:
         past = {record["epoch"]: record for record in run.records()}
-        for epoch, scores in read(judgements(args, run)).items():
+        for epoch, scores in read(judgements(experiment, run)).items():
             if int(epoch) not in run.looks() or int(epoch) not in past:
                 continue
             minutes = sum(record["seconds"] for e, record in past.items() if e <= int(epoch)) / 60
             known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=past[int(epoch)]["loss"])
             known |= scores
             result = read(run.out / "finetune" / "result.json")
-            if result and int(epoch) == run.settings.epochs and not args.select:
+            if result and int(epoch) == run.settings.epochs and not experiment.select:
                 known["finetune"] = result["top1"]
             found.append(known)
     return found
@@ -435,17 +478,19 @@ def show(values: list[float], sign: str = "") -> str:
     return f"{mean:{sign}.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
 
 
-def table(args: argparse.Namespace, records: list[dict]) -> str:
+def table(experiment: Experiment, records: list[dict]) -> str:
     """Markdown: accuracy of each arm after each look, mean ± deviation over seeds; its lead over random masks."""
-    epochs, arms = sorted({r["epoch"] for r in records}), [a for a in args.arms if any(r["arm"] == a for r in records)]
+    epochs = sorted({record["epoch"] for record in records})
+    arms = [arm for arm in experiment.arms if any(record["arm"] == arm for record in records)]
 
     def values(arm: str, epoch: int, metric: str) -> dict[int, float]:  # by seed
         return {r["seed"]: r[metric] for r in records if (r["arm"], r["epoch"]) == (arm, epoch) and metric in r}
 
-    where = "a fifth of the training data, held out" if args.select else "the test data"
+    where = "a fifth of the training data, held out" if experiment.select else "the test data"
     lines = [
-        f"{args.dataset}, {args.scale}: top-1 in per cent on {where}, mean ± deviation over seeds; differences to "
-        "random masks of the same seed and minutes of pre-training at the end. Empty: not judged, masks still random."
+        f"{experiment.dataset}, {experiment.scale}: top-1 in per cent on {where}, mean ± deviation over seeds; "
+        "differences to random masks of the same seed and minutes of pre-training at the end. Empty: not judged, masks "
+        "still random."
     ]
     for metric, title in (("knn", "kNN (k = 20)"), ("linear", "linear probe"), ("finetune", "fine-tuning")):
         columns = epochs if metric != "finetune" else epochs[-1:]
@@ -463,61 +508,43 @@ def table(args: argparse.Namespace, records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def curves(records: list[dict], x: str, label: str) -> Figure:
-    """Accuracy of each arm against ``x`` (epoch or minutes): means over seeds, with bars of one deviation."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, (metric, title) in zip(axes, (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True):
-        for arm in dict.fromkeys(record["arm"] for record in records):
-            points = []
-            for epoch in sorted({r["epoch"] for r in records if r["arm"] == arm}):
-                rows = [r for r in records if (r["arm"], r["epoch"]) == (arm, epoch)]
-                mean, deviation = mean_and_deviation([r[metric] for r in rows])
-                points.append((statistics.mean(r[x] for r in rows), mean, 0 if math.isnan(deviation) else deviation))
-            places, means, deviations = zip(*points)
-            style = dict(color="black", linewidth=2) if arm == "random" else dict(linewidth=1.3)
-            axis.errorbar(places, means, deviations, marker=".", capsize=3, label=arm, **style)
-        axis.set(xlabel=label, ylabel="top-1 accuracy, %", title=title)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    return figure
-
-
-def report(args: argparse.Namespace):
+def report(experiment: Experiment):
     """Draw up what is known so far, of all arms and seeds that the folder has ever been asked for."""
-    settings, kind = read(args.out / "settings.json"), "selection-" if args.select else ""
-    args = argparse.Namespace(**vars(args) | dict(arms=settings["arms"]))
-    runs = [Run(args, arm, seed) for seed in settings["seeds"] for arm in settings["arms"]]
-    if records := collect(args, runs):
-        write(args.out / f"{kind}results.json", records)
-        (args.out / f"{kind}table.md").write_text(table(args, records))
+    settings, kind = read(experiment.out / "settings.json"), "selection-" if experiment.select else ""
+    experiment = replace(experiment, arms=settings["arms"])
+    runs = [Run(experiment, arm, seed) for seed in settings["seeds"] for arm in settings["arms"]]
+    if records := collect(experiment, runs):
+        write(experiment.out / f"{kind}results.json", records)
+        (experiment.out / f"{kind}table.md").write_text(table(experiment, records))
         for x, name in (("epoch", "epochs"), ("minutes", "minutes")):
-            curves(records, x, f"{name} of pre-training").savefig(args.out / f"{kind}{name}.png")
+            pictures.accuracy_curves(records, x, f"{name} of pre-training").savefig(
+                experiment.out / f"{kind}{name}.png"
+            )
     for run in reversed(runs):  # of the first seed there is
         if (run.out / "masks.png").exists():
-            shutil.copy(run.out / "masks.png", args.out / f"masks-{run.arm}.png")
+            shutil.copy(run.out / "masks.png", experiment.out / f"masks-{run.arm}.png")
 
 
 EVIDENCE = ("tests.json", "selection.json", "metrics.jsonl", "finetune/result.json")  # of a run
 
 
-def import_evidence(args: argparse.Namespace):
+def import_evidence(experiment: Experiment):
     """Bring to --out what --evidence knows and --out does not."""
-    if not args.evidence:
+    if not experiment.evidence:
         return
-    for file in args.evidence.glob("*/metrics.jsonl"):
-        if not (args.out / file.parent.name / "metrics.jsonl").exists():
-            copy_files(file.parent, args.out / file.parent.name, EVIDENCE)
+    for file in experiment.evidence.glob("*/metrics.jsonl"):
+        if not (experiment.out / file.parent.name / "metrics.jsonl").exists():
+            copy_files(file.parent, experiment.out / file.parent.name, EVIDENCE)
 
 
-def export_evidence(args: argparse.Namespace, runs: list[Run]):
+def export_evidence(experiment: Experiment, runs: list[Run]):
     """Leave in --evidence what is known of runs that are complete."""
-    if args.evidence:
+    if experiment.evidence:
         for run in runs:
-            if run.is_judged(args):
-                copy_files(run.out, args.evidence / run.name, EVIDENCE)
+            if run.is_judged(experiment):
+                copy_files(run.out, experiment.evidence / run.name, EVIDENCE)
         tables = [f"{kind}{name}" for kind in ("", "selection-") for name in ("results.json", "table.md")]
-        copy_files(args.out, args.evidence, ("settings.json", *tables))
+        copy_files(experiment.out, experiment.evidence, ("settings.json", *tables))
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]):
@@ -531,20 +558,20 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]):
 # ------------------------------------------------------------------------------------------------- paper
 
 
-def paper(args: argparse.Namespace):
+def paper(experiment: Experiment):
     """Print the commands of the paper's experiment, and the hours that follow from steps measured here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
     batch, pictures, tests = 256 if device.type == "cuda" else 8, 1_281_167, 50_000
-    seconds = {key: statistics.median(values) / batch for key, values in step_times(device, batch).items()}
-    launch, ran = f"accelerate launch --num_processes {args.gpus}", []
+    seconds = {key: statistics.median(values) / batch for key, values in bench.paper_step_times(device, batch).items()}
+    launch, ran = f"accelerate launch --num_processes {experiment.gpus}", []
 
     def hours(images: float, seconds_per_image: float) -> float:
-        return images * seconds_per_image / args.gpus / 3600
+        return images * seconds_per_image / experiment.gpus / 3600
 
     speed = ", ".join(f"{key} {1 / value:.4g} images/s" for key, value in seconds.items())
-    print(f"# hours on {args.gpus} of these: {name}, bf16, measured at batch {batch}, not compiled: {speed}")
-    for arm, options in args.arms.items():
+    print(f"# hours on {experiment.gpus} of these: {name}, bf16, measured at batch {batch}, not compiled: {speed}")
+    for arm, options in experiment.arms.items():
         settings = train.parse_arguments(["--preset", "paper", *shlex.split(options)])
         train.fill_defaults(settings)
         before = settings.epochs if settings.mask == "random" else settings.guide_start
@@ -556,16 +583,16 @@ def paper(args: argparse.Namespace):
             looks = min(after, 1) if once else math.ceil(after / settings.guide_every)
         looks = 0 if settings.guide_from == "centre" else looks
         cost = before * seconds["random"] + after * seconds["amt" if settings.mask == "amt" else "random"]
-        cost = hours(pictures, cost + looks * seconds["look"])
-        for seed in args.seeds:
-            out = args.out / f"{arm}-seed{seed}"
+        cost = hours(pictures, cost + looks * seconds["relevance"])
+        for seed in experiment.seeds:
+            out = experiment.out / f"{arm}-seed{seed}"
             command = f"{launch} train.py --preset paper --compile {options} --seed {seed} --save-every 50 --keep 9999"
             print(f"{command} --resume --out {out}  # {cost:.1f} hours")
             ran.append((out, cost))
     steps = " ".join(f"{epoch * (pictures // 4096):08d}" for epoch in range(50, 401, 50))
-    both = hours(pictures + tests, seconds["look"]) * 2 * 8 * len(ran)
-    slow = hours(pictures + tests, seconds["look"]) * 90 * len(ran)
-    tuned = hours(3 * pictures + tests, seconds["look"]) * 100 * len(ran)
+    both = hours(pictures + tests, seconds["relevance"]) * 2 * 8 * len(ran)
+    slow = hours(pictures + tests, seconds["relevance"]) * 90 * len(ran)
+    tuned = hours(3 * pictures + tests, seconds["relevance"]) * 100 * len(ran)
     print(f"for run in {' '.join(str(out) for out, _ in ran)}; do")
     print(f"  for step in {steps}; do for probe in knn linear; do  # {both:.1f} hours")
     judged = "--dataset imagenet-1k --checkpoint $run/checkpoint-$step --out $run/$probe-$step"
@@ -582,39 +609,18 @@ def paper(args: argparse.Namespace):
     print("# every run leaves 8 checkpoints of 1.3 GB; the state.pt in them may go when it is done")
 
 
-def step_times(device: torch.device, batch: int) -> dict[str, list[float]]:
-    """Seconds of training steps of ViT-B/16 with random and AMT masks, and of a look over all patches."""
-    model = smae.SMAE(**smae.PRESETS["base"]).to(device)
-    images, n = torch.randn(batch, 3, 224, 224, device=device), model.patch_count
-    weights, guide = torch.rand(batch, n, device=device), Guide(model)
-
-    def look():
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            guide.mask(guide.relevance(images)[0], weights)
-
-    def step(mask: Callable) -> Callable:
-        return bench.training_step(model, lambda: model(images, mask()), images, torch.bfloat16)
-
-    contestants = {
-        "random": step(lambda: masks.random_mask(batch, n, device=device)),
-        "amt": step(lambda: masks.amt_mask(weights)),
-        "look": look,
-    }
-    return bench.measure(contestants, 5, device)
-
-
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def note_settings(args: argparse.Namespace):
+def note_settings(experiment: Experiment):
     """Raise ValueError if --out or --evidence holds runs of other settings; note ours. Arms and seeds may be added."""
-    ours = {name: getattr(args, name) for name in ("scale", "dataset", "epochs", "pretrain", "finetune", "probe")}
+    ours = {name: getattr(experiment, name) for name in ("scale", "dataset", "epochs", "pretrain", "finetune", "probe")}
     ours = {name: value for name, value in ours.items() if value is not None}
     known = dict(arms={}, seeds=[])
-    for folder in filter(None, (args.evidence, args.out)):
+    for folder in filter(None, (experiment.evidence, experiment.out)):
         theirs = dict(arms={}, seeds=[]) | read(folder / "settings.json")
         other = [f"--{name} {theirs[name]!r}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
-        expected = known["arms"] | args.arms
+        expected = known["arms"] | experiment.arms
         for name, options in theirs["arms"].items():
             if expected.get(name, options) != options:
                 other.append(f"--arm {name}={options!r}")
@@ -624,9 +630,9 @@ def note_settings(args: argparse.Namespace):
             )
         both = dict(arms=known["arms"] | theirs["arms"], seeds=known["seeds"] + theirs["seeds"])
         known |= theirs | both
-    args.out.mkdir(parents=True, exist_ok=True)
-    both = dict(arms=known["arms"] | args.arms, seeds=sorted({*known["seeds"], *args.seeds}))
-    write(args.out / "settings.json", known | ours | both)
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    both = dict(arms=known["arms"] | experiment.arms, seeds=sorted({*known["seeds"], *experiment.seeds}))
+    write(experiment.out / "settings.json", known | ours | both)
 
 
 def main():
@@ -634,29 +640,31 @@ def main():
         raise Stopped(number)
 
     with cli.one_line_errors(ValueError, OSError):
-        args = parse_arguments()
-        if args.scale == "paper":
-            return paper(args)
-        everything = [Run(args, arm, seed) for seed in args.seeds for arm in args.arms]
-        note_settings(args)
-        import_evidence(args)
+        experiment = parse_arguments()
+        if experiment.scale == "paper":
+            return paper(experiment)
+        everything = [Run(experiment, arm, seed) for seed in experiment.seeds for arm in experiment.arms]
+        note_settings(experiment)
+        import_evidence(experiment)
         signal.signal(signal.SIGTERM, stop)
         failed = []
         try:
-            for start in range(0, len(args.seeds), args.jobs):  # seed after seed, as many at a time as there are jobs
-                runs = [run for run in everything if run.seed in args.seeds[start : start + args.jobs]]
-                failed += pretrain(args, runs)
-                judge_all(args, runs)
-                if args.finetune and not args.select:
-                    failed += finetune(args, runs)
-                report(args)
-                export_evidence(args, runs)
+            for start in range(
+                0, len(experiment.seeds), experiment.jobs
+            ):  # seed after seed, as many at a time as there are jobs
+                runs = [run for run in everything if run.seed in experiment.seeds[start : start + experiment.jobs]]
+                failed += pretrain(experiment, runs)
+                judge_all(experiment, runs)
+                if experiment.finetune and not experiment.select:
+                    failed += finetune(experiment, runs)
+                report(experiment)
+                export_evidence(experiment, runs)
         except KeyboardInterrupt as interrupt:
             print("stopped: the same command goes on", flush=True)
             sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
         finally:
-            report(args)
-    if (drawn_up := args.out / ("selection-" * args.select + "table.md")).exists():
+            report(experiment)
+    if (drawn_up := experiment.out / ("selection-" * experiment.select + "table.md")).exists():
         print(f"wrote {drawn_up}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -71,9 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = cli.add_model_options(parser)
     group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
-    group.add_argument(
-        "--init-from", help="start from the weights of this run folder or checkpoint, and from its sizes"
-    )
+    group.add_argument("--init-from", help="start from the weights and sizes of this run folder or checkpoint")
     group.add_argument("--fresh-decoder", action="store_true", help="take only the encoder of --init-from")
 
     group = parser.add_argument_group("masks")
@@ -81,34 +79,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask", choices=["random", "selfguided", "amt"], default="selfguided", help="masks after --guide-start"
     )
     cli.add(group, "mask-ratio")
-    group.add_argument(
-        "--hint", choices=["none", "random", "similar"], default="random", help="how hint patches are chosen"
-    )
-    group.add_argument(
-        "--hint-ratio", type=float, default=0.05, help="hints, as a fraction of all patches; at least two"
-    )
+    group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="choice of the hints")
+    group.add_argument("--hint-ratio", type=float, default=0.05, help="hints, as a fraction of all patches; at least 2")
     group.add_argument(
         "--hint-portion",
         type=float,
         default=0.5,
-        help="fraction of all patches, the most relevant, from which hints are drawn",
+        help="hints are drawn from the most relevant patches, this fraction of all",
     )
     group.add_argument(
         "--hint-end",
         type=float,
         default=1.0,
-        help="factor on hint ratio and portion in the last epoch, reached linearly",
+        help="factor on hint ratio and portion, in the last epoch",
     )
-    group.add_argument(
-        "--amt-ratio", type=float, default=0.45, help="fraction of the patches that AMT masks, in place of --mask-ratio"
-    )
+    group.add_argument("--amt-ratio", type=float, default=0.45, help="fraction of the patches that AMT masks")
     group.add_argument("--throw-ratio", type=float, default=0.4, help="fraction of the patches that AMT throws away")
 
     group = parser.add_argument_group("guide")
     group.add_argument(
         "--guide",
         choices=["online", "cached"],
-        help="online: relevance of every crop, at every step; cached: of every whole picture, every --guide-every epochs "
+        help="online: relevance of each crop, at every step; cached: of whole pictures, every --guide-every epochs "
         "(default: cached for amt and --guide-from, else online)",
     )
     group.add_argument(
@@ -120,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--guide-image-size",
         type=int,
-        help="side of the images that the model of --guide-from sees, in pixels (default: its own)",
+        help="side of what the model of --guide-from sees, in pixels (default: its own)",
     )
     group.add_argument(
         "--guide-shuffle",
