@@ -193,8 +193,8 @@ class Run:
                 self.stopped_by = interrupted.args[0]
             finally:
                 self.batches.close()
+                self.bar.close()
             self.save()
-        self.bar.close()
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, counted from 1."""

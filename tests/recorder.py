@@ -32,7 +32,7 @@ def apply():
         record.update(
             weights=noted.model.state_dict(), guide=noted.parts["guide"].state_dict(), world=state.num_processes
         )
-        torch.save(record, noted.out.parent / f"{state.process_index}.pt")
+        torch.save(record, noted.folder.path.parent / f"{state.process_index}.pt")
 
     TrainBatches.epoch, Guide.mask_batch, train.Run, train.main = noted_epoch, noted_choice, noted_run, noted_main
     train.draw = lambda out, *_: (out / "masks.png").write_text("drawn")

@@ -1,8 +1,13 @@
 import csv
+import functools
 import json
+import os
+import signal
 import sys
+import time
 
 import datasets
+import forked
 import numpy as np
 import pytest
 import safetensors.torch
@@ -11,6 +16,7 @@ import torch.nn.functional as F
 from helpers import SMALL, run
 from PIL import Image
 
+import checkpoint as checkpoint_file
 import data
 import eval as judge
 import smae
@@ -118,7 +124,7 @@ def test_the_probe_of_mae_trains_the_head_alone(monkeypatch, checkpoint, folder,
     assert result["top1"] > 80 and result["config"]["weight_decay"] == 0.0
     before, after = smae.load(checkpoint).state_dict(), models[0].backbone.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    state = checkpoint_file.read(checkpoint_file.folders(tmp_path)[0])["model"]
     assert state.keys() == {
         "norm.running_mean",
         "norm.running_var",
@@ -133,15 +139,15 @@ def test_the_probe_of_mae_trains_the_head_alone(monkeypatch, checkpoint, folder,
 def test_recipes_are_those_of_mae():
     parser = judge.build_parser()
     args = parser.parse_args("linear --recipe mae".split())
-    judge.fill_in_recipe(args, 1281167, 8)
+    judge.fill_recipe(args, 1281167, 8)
     assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.weight_decay) == (90, 10, 16384, 6.4, 0.0)
     args = parser.parse_args(["finetune"])
-    judge.fill_in_recipe(args, 1281167, 8)
+    judge.fill_recipe(args, 1281167, 8)
     assert (args.epochs, args.warmup_epochs, args.batch_size, args.lr, args.weight_decay) == (100, 5, 1024, 2e-3, 0.05)
     assert (args.layer_decay, args.drop_path, args.smoothing, args.mixup, args.cutmix) == (0.65, 0.1, 0.1, 0.8, 1.0)
     assert (args.erasing, args.randaugment, args.min_lr, tuple(args.crop_scale)) == (0.25, 9, 1e-6, (0.08, 1.0))
     args = parser.parse_args("finetune --accumulate 2 --epochs 20".split())
-    judge.fill_in_recipe(args, 500, 3)
+    judge.fill_recipe(args, 500, 3)
     assert args.batch_size == 30  # of a small set: 16 steps an epoch, divisible by processes and micro-batches
     assert args.warmup_epochs == 1  # the same share of the epochs
 
@@ -234,33 +240,117 @@ def test_predictions_and_features_of_a_classifier(finetuned, monkeypatch, folder
     assert table["file"][:] == [str(file) for file in files] and set(table["label"]) == {0, 1, 2}
 
 
-def test_a_resumed_fine_tuning_ends_as_an_uninterrupted_one(monkeypatch, checkpoint, folder, tmp_path, capsys):
+# ------------------------------------------------------------------------------------------- interrupted trainings
+
+TRAININGS = {
+    "finetune": ["finetune", *FINETUNE],
+    "linear": ["linear", "--recipe", "mae", "--epochs", 4, "--batch-size", 12, "--accumulate", 2, "--lr", 1],
+}
+
+
+def outcome(out) -> dict:
+    """All that a training leaves that its interruption must not change."""
+    state = checkpoint_file.read(checkpoint_file.folders(out)[0])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    timeless = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    result = json.loads((out / "result.json").read_text())
+    names = ("top1", "top5", "images", "best_top1", "best_epoch", "test_split")
+    return dict(
+        weights={name: tensor.tolist() for name, tensor in state["model"].items()},
+        moments={i: {k: v.tolist() for k, v in s.items()} for i, s in state["optimizer"]["state"].items()},
+        metrics=timeless,
+        result={name: result[name] for name in names},
+    )
+
+
+@pytest.mark.parametrize("name, extra", [
+    ("finetune", []),
+    ("linear", []),
+    ("finetune", ["--streaming", "--max-images", 48, "--workers", 1]),
+])  # fmt: skip
+def test_a_resumed_training_ends_as_an_uninterrupted_one(name, extra, monkeypatch, checkpoint, folder, tmp_path, capfd):
+    """Interrupted within an epoch, at its end, and before the last step."""
+    command, *options = TRAININGS[name]
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, *options, "--pool", "mean", *extra]
+    often = ["--save-every-steps", 1, "--keep", 99]
+    evaluate(monkeypatch, command, tmp_path / "whole", *arguments, *often)
+    whole = outcome(tmp_path / "whole")
+    steps = checkpoint_file.number(checkpoint_file.folders(tmp_path / "whole")[0])
+    for step in (1, steps // 4, steps - 1) if not extra else (steps // 4 + 2,):
+        resume = tmp_path / "whole" / f"checkpoint-{step:08d}"
+        evaluate(monkeypatch, command, tmp_path / f"{step}", *arguments, "--resume", resume)
+        assert f"continuing from {resume}" in capfd.readouterr().out
+        assert outcome(tmp_path / f"{step}") == whole
+    if name == "finetune":
+        a, b = (smae.load(tmp_path / out).state_dict() for out in ("whole", f"{step}"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_training_is_not_resumed_with_other_options(monkeypatch, checkpoint, folder, tmp_path, capfd):
     arguments = ["--checkpoint", checkpoint, "--dataset", folder, *FINETUNE]
-    whole = evaluate(monkeypatch, "finetune", tmp_path / "whole", *arguments)
-    write = judge.write_epoch
-
-    def stop_after_two(args, accelerator, model, optimizer, record, best):
-        write(args, accelerator, model, optimizer, record, best)
-        if record["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(judge, "write_epoch", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(monkeypatch, "finetune", tmp_path / "parts", *arguments)
-    monkeypatch.setattr(judge, "write_epoch", write)
+    evaluate(monkeypatch, "finetune", tmp_path, *arguments)
+    before = (tmp_path / "result.json").read_text()
+    for other, message in ((["--mixup", 0.5], "--mixup was 0.8"), (["--epochs", 9], "--epochs was 4")):
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, "finetune", tmp_path, *arguments, "--resume", *other)
+        assert message in capfd.readouterr().err
     with pytest.raises(SystemExit):
-        evaluate(monkeypatch, "finetune", tmp_path / "parts", *arguments, "--resume", "--mixup", 0.5)
-    assert "--mixup was 0.8" in capsys.readouterr().err
-    parts = evaluate(monkeypatch, "finetune", tmp_path / "parts", *arguments, "--resume")
-    assert "going on after epoch 2" in capsys.readouterr().out
-    names = ("top1", "top5", "images", "best_top1", "best_epoch")
-    assert [parts[name] for name in names] == [whole[name] for name in names]
-    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("whole", "parts")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+        evaluate(monkeypatch, "finetune", tmp_path, *arguments)
+    assert "add --overwrite" in capfd.readouterr().err
+    assert (tmp_path / "result.json").read_text() == before
+    again = evaluate(monkeypatch, "finetune", tmp_path, *arguments, "--resume")  # there is nothing left to do
+    assert again["top1"] == json.loads(before)["top1"]
+
+
+def test_a_signal_ends_a_fine_tuning_with_a_checkpoint(checkpoint, folder, tmp_path):
+    arguments = ["finetune", "--checkpoint", checkpoint, "--dataset", folder, *FINETUNE, *TINY]
+    start = functools.partial(forked.start, script="eval", patches="slow_steps")
+    assert forked.finish(start(tmp_path / "log", *arguments, "--out", tmp_path / "whole")) == [0]
+    arguments += ["--out", tmp_path / "run", "--resume"]
+    processes = start(tmp_path / "log", *arguments, "--save-every-steps", 1)
+    while not checkpoint_file.folders(tmp_path / "run"):
+        assert processes[0].is_alive()
+        time.sleep(0.01)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert forked.finish(processes, 30) == [143]
+    assert "stopped by SIGTERM" in (tmp_path / "log-0").read_text()
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert forked.finish(start(tmp_path / "log", *arguments)) == [0]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    best = (safetensors.torch.load_file(tmp_path / n / "best" / "model.safetensors") for n in ("run", "whole"))
+    assert torch.equal(*(weights["head.weight"] for weights in best))
+
+
+def test_two_trainings_never_write_to_the_same_folder(monkeypatch, checkpoint, folder, tmp_path, capfd):
+    monkeypatch.setattr(checkpoint_file.Lock.__init__, "__defaults__", (0.1,))  # seconds of patience
+    with checkpoint_file.Lock(tmp_path) as lock:
+        lock.take()
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, "finetune", tmp_path, "--checkpoint", checkpoint, "--dataset", folder, *FINETUNE)
+    assert "another run is writing to" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_resume_a_probe_with_their_own_statistics_of_batch_norm(checkpoint, folder, tmp_path):
+    arguments = ["linear", "--recipe", "mae", "--checkpoint", checkpoint, "--dataset", folder, "--epochs", 2]
+    arguments += ["--batch-size", 12, "--lr", 1, *TINY]
+    start = functools.partial(forked.start, script="eval", world=2)
+    often = ["--save-every-steps", 1, "--keep", 99, "--out", tmp_path / "whole"]
+    assert forked.finish(start(tmp_path / "log", *arguments, *often)) == [0, 0]
+    resume = tmp_path / "whole" / "checkpoint-00000002"
+    ours, theirs = (process["statistics"] for process in checkpoint_file.read(resume)["processes"])
+    assert not torch.equal(ours["norm.running_mean"], theirs["norm.running_mean"])
+    rest = ["--out", tmp_path / "rest", "--resume", resume]
+    assert forked.finish(start(tmp_path / "log", *arguments, *rest)) == [0, 0]
+    assert outcome(tmp_path / "rest") == outcome(tmp_path / "whole")
+
+
+def test_a_fine_tuning_that_diverges_ends_in_a_line(monkeypatch, checkpoint, folder, tmp_path, capfd):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--epochs", 3, "--warmup-epochs", 0, "--lr", 1e30]
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "finetune", tmp_path, *arguments)
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("eval.py: error: ") and "in epoch" in error
 
 
 # ------------------------------------------------------------------------------------------- every image once
@@ -300,7 +390,7 @@ def test_two_processes_train_together_as_one(command, monkeypatch, folder, check
     assert "48 training images, 2 epochs of 3 steps" in result.stdout
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert (two["images"], two["processes"], one["processes"], two["test_split"]) == (15, 2, 1, "val")
-    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("one", "two"))
+    one, two = (checkpoint_file.read(checkpoint_file.folders(tmp_path / n)[0])["model"] for n in ("one", "two"))
     tolerance = dict(rtol=1e-4, atol=1e-5) if command == ["finetune"] else dict(rtol=0.2, atol=0.02)  # BatchNorm
     for name in one:
         torch.testing.assert_close(two[name], one[name], **tolerance)
@@ -356,7 +446,7 @@ def pictures_with(labels, names=None) -> datasets.Dataset:
 
 
 def labelled(monkeypatch, splits: dict[str, datasets.Dataset], *arguments):
-    """labelled_data() of a hub that has these splits, and what was asked of it."""
+    """load_labelled() of a hub that has these splits, and what was asked of it."""
     asked = []
 
     def load_dataset(hub, configuration=None, *, split, streaming):
@@ -366,7 +456,8 @@ def labelled(monkeypatch, splits: dict[str, datasets.Dataset], *arguments):
         return splits[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return judge.labelled_data(judge.build_parser().parse_args(["knn", *arguments])), asked
+    args = judge.build_parser().parse_args(["knn", *arguments])
+    return judge.load_labelled(args.dataset, args.split, args.test_split, args.image_column, args.label_column), asked
 
 
 def test_a_data_set_of_the_paper_goes_by_its_name(monkeypatch):
@@ -466,19 +557,3 @@ def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folde
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "knn", tmp_path / "out", "--checkpoint", "pixels", "--dataset", tmp_path / "flat")
     assert "has no labels; name a column with --label-column" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------- from encoder to encoder
-
-
-def test_training_goes_on_from_a_checkpoint_with_masks_of_its_own_from_the_start(monkeypatch, checkpoint, tmp_path):
-    from helpers import QUICK, records, train_here
-
-    smae.save(smae.load(checkpoint), tmp_path / "vit", format="timm")
-    quick = QUICK[len(SMALL) :]
-    arguments = [*quick, "--init-from", tmp_path / "vit", "--image-size", 48, "--guide-start", 0, "--lr", 0]
-    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
-    assert [record["phase"] for record in records(tmp_path / "run")] == ["selfguided"] * 2
-    before, after = smae.load(checkpoint), smae.load(tmp_path / "run")
-    assert torch.equal(after.embed.weight, before.embed.weight)  # the learning rate was 0
-    assert after.config["image_size"] == [48, 48] and after.config["decoder_width"] == 512

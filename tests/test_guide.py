@@ -408,7 +408,9 @@ def test_maps_that_the_disk_does_not_take_leave_earlier_ones(quick_drawing, monk
     arguments = [*QUICK, "--epochs", 3, "--guide-start", 1, "--guide", "cached", "--guide-every", 1]
     refused = {2}
     train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
-    assert "No space left on device; training goes on with the relevance of an earlier epoch" in capfd.readouterr().out
+    assert (
+        "No space left on device; training continues with the relevance of an earlier epoch" in capfd.readouterr().out
+    )
     written.clear()
     refused = {1}
     before = (tmp_path / "run" / "model.safetensors").read_bytes()

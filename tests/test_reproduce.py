@@ -218,12 +218,8 @@ def test_runs_can_be_judged_at_other_epochs(monkeypatch, options, message):
 
 
 def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path):
-    seen, load = [], evaluation.eval_batches
-    monkeypatch.setattr(
-        evaluation,
-        "eval_batches",
-        lambda args, accelerator, part, **how: seen.append(part) or load(args, accelerator, part, **how),
-    )
+    seen, load = [], reproduce.EvalBatches
+    monkeypatch.setattr(reproduce, "EvalBatches", lambda part, **how: seen.append(part) or load(part, **how))
     out = tmp_path / "experiment"
     text = reproduced(*QUICK, "--select", "--arms", "random", "--out", out)
     pictures = [[record["image"]["bytes"] for record in part] for part in seen]

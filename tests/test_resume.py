@@ -106,7 +106,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(extra, quick_drawing, monkey
         random.seed(9), np.random.seed(9), torch.manual_seed(9)
         resume = tmp_path / "whole" / f"checkpoint-{point:08d}"
         train_here(monkeypatch, *arguments, "--out", out, "--resume", resume)
-        assert f"going on from {resume}: epoch {point // 5 + 1}, {point % 5 * 8} images" in capfd.readouterr().out
+        assert f"continuing from {resume}: epoch {point // 5 + 1}, {point % 5 * 8} images" in capfd.readouterr().out
         end_alike(tmp_path / "whole", out)
 
 
@@ -170,12 +170,12 @@ def test_a_signal_ends_a_run_after_the_step_with_a_checkpoint_and_a_code(number,
     os.kill(processes[0].pid, number)
     assert forked.finish(processes, 30) == [128 + number]
     text = (tmp_path / "log-0").read_text()
-    assert f"stopped by {number.name}: epoch" in text and "--resume auto goes on" in text
+    assert f"stopped by {number.name} in epoch" in text and "with the same command and --resume" in text
     last = checkpoint.folders(tmp_path / "run")[0]
-    assert 8 <= checkpoint.number(last) < 60 and f"after step {checkpoint.number(last)} of the run" in text
+    assert 8 <= checkpoint.number(last) < 60 and f"after step {checkpoint.number(last)}, with a checkpoint" in text
     assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
     end_alike(whole, tmp_path / "run")
-    assert f"going on from {last}" in (tmp_path / "log-0").read_text()
+    assert f"continuing from {last}" in (tmp_path / "log-0").read_text()
 
 
 def test_a_signal_to_the_whole_group_does_not_take_the_workers_before_the_step_is_done(whole, tmp_path):
@@ -326,11 +326,11 @@ def test_a_disk_that_takes_no_more_stops_nothing_and_breaks_nothing(whole, tmp_p
 
 
 def test_a_checkpoint_comes_at_least_every_so_often(quick_drawing, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "LONGEST", 0)
+    monkeypatch.setattr(run, "LONGEST_UNSAVED", 0)
     train_here(monkeypatch, *BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--out", tmp_path / "run")
     left = [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "run")]
     assert left == [20, 19, 15, 10, 5]  # those that nobody asked for go when there are two newer ones
-    monkeypatch.setattr(run, "LONGEST", 3600)
+    monkeypatch.setattr(run, "LONGEST_UNSAVED", 3600)
     arguments = [*BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--save-every", 2]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "other")
     assert [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "other")] == [20, 10]
@@ -356,7 +356,7 @@ def test_a_full_file_system_loses_nothing(whole, tmp_path):
         assert [folder.name for folder in checkpoint.folders(disk / "run")] == ["checkpoint-00000004"]
         subprocess.run(["mount", "-o", f"remount,size={10 * size}", disk], check=True)
         assert forked.finish(forked.start(tmp_path / "log", *arguments, patches="slow_steps")) == [0]
-        assert "going on from" in (tmp_path / "log-0").read_text()
+        assert "continuing from" in (tmp_path / "log-0").read_text()
         end_alike(whole, disk / "run")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -408,7 +408,7 @@ def test_a_broken_checkpoint_is_passed_over_with_a_warning(how, quick_drawing, m
     )
     train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto")
     printed = capfd.readouterr().out
-    assert printed.count("skipped a broken checkpoint") == 2 and "going on from" in printed
+    assert printed.count("skipped a broken checkpoint") == 2 and "continuing from" in printed
     assert "checkpoint-00000008: epoch 2, 24 images" in printed
     end_alike(tmp_path / "whole", tmp_path / "run")
     broken = [folder.name[:19] for folder in (tmp_path / "run").glob("*.broken")]  # put aside, not removed
@@ -763,7 +763,7 @@ def test_when_a_process_is_killed_the_other_stops_with_a_message_and_the_run_can
     text = (tmp_path / f"log-{1 - rank}").read_text()
     assert "error: another process of the run is gone" in text and "Traceback" not in text
     assert forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches="slow_steps")) == [0, 0]
-    assert "going on from" in (tmp_path / "log-0").read_text() and len(records(tmp_path / "run")) == 6
+    assert "continuing from" in (tmp_path / "log-0").read_text() and len(records(tmp_path / "run")) == 6
 
 
 @pytest.mark.parametrize("kill", [False, True])
