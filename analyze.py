@@ -1,10 +1,10 @@
 """Measure what a masked autoencoder has learned.
 
-    python analyze.py masks --checkpoint runs/pretrain                              # the test pictures of shapes
-    python analyze.py masks --checkpoint runs/pretrain --dataset PATH_OR_HUB_NAME   # any data with a mask column
+    python analyze.py masks --checkpoint runs/pretrain  # the test pictures of shapes
+    python analyze.py masks --checkpoint runs/pretrain --dataset PATH_OR_HUB_NAME  # needs masks
 
-``masks``: how well masks find known objects, beside floors that know nothing of them, and how well the model
-reconstructs object and background. Leaves in --out: result.json and masks.png.
+``masks`` measures how well masks find known objects, compared with baselines, and how well the
+model reconstructs object and background. Writes result.json and masks.png to --out.
 """
 
 import argparse
@@ -37,17 +37,19 @@ MEASURES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------- pictures
 
 
 class Pictures:
-    """Pictures with known objects: ``images`` (N, 3, H, W) uint8, ``truth`` (N, H, W) share of object, ``groups``.
+    """Pictures with known objects: ``images`` (N, 3, H, W) uint8 and their ``groups``.
 
-    ``units`` (N,) numbers what is independent of one another: pictures, or the videos they are taken from. ``skipped``
-    counts pictures that are broken or show nothing, or nothing but, the object.
+    ``truth`` (N, H, W) is the share of object in each pixel. ``units`` (N,) numbers the independent
+    units: pictures, or the videos they are from. ``skipped`` counts broken pictures and those where
+    the object covers less than 1 % or more than 99 %.
     """
 
     def __init__(self, dataset: datasets.Dataset, mask_column: str, group_column: str, unit_column: str, size: int):
+        # collect pictures with an object
         images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
         for record in tqdm(dataset, desc="pictures", disable=None):
             try:
@@ -67,14 +69,16 @@ class Pictures:
             self.groups.append(_name(dataset, group_column, record))
             units.setdefault(record.get(unit_column, len(images)), []).append(len(images) - 1)
         if not images:
-            raise ValueError("no picture shows an object")
+            raise ValueError("none of the pictures shows an object")
+
+        # number the units
         self.images, self.truth = torch.stack(images), torch.stack(truth)
         self.units = torch.empty(len(images), dtype=torch.int64)
         for number, members in enumerate(units.values()):
             self.units[members] = number
 
     def subsets(self) -> dict[str, Tensor]:
-        """The pictures to report on separately, (N,) bool each: all, each group, those with an object off centre."""
+        """Subsets (N,) bool to report separately: all, each group, objects off centre."""
         subsets = {"all": torch.ones(len(self.images), dtype=torch.bool)}
         names = sorted(set(self.groups))
         for name in names if len(names) > 1 else []:
@@ -83,16 +87,16 @@ class Pictures:
 
 
 def _name(dataset: datasets.Dataset, column: str, record: dict) -> str:
-    """The value of a column as a name; "all" if there is no such column."""
+    """The value of a column as a name; "all" without such a column."""
     value, feature = record.get(column, "all"), dataset.features.get(column)
     return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value)
 
 
-# ------------------------------------------------------------------------------------------------- contestants
+# --------------------------------------------------------------------------------- contestants
 
 
 class Contestant(NamedTuple):
-    """Something to find objects with: patch features (N, n, d), or relevance (N, n) alone."""
+    """A source of masks to compare: patch features (N, n, d), or only relevance (N, n)."""
 
     name: str
     features: Tensor | None = None
@@ -100,7 +104,7 @@ class Contestant(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Relevance (N, n) and foreground side (N, n) of a contestant, and ``how`` they were taken from its features."""
+    """Relevance (N, n) and foreground side (N, n) of a contestant, and ``how`` they were found."""
 
     relevance: Tensor
     side: Tensor
@@ -108,7 +112,7 @@ class Guess(NamedTuple):
 
 
 def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed: int) -> Iterator[Contestant]:
-    """The floors first, then the model's layers, on uint8 images (N, 3, H, W)."""
+    """The baselines, then the model's layers, on uint8 images (N, 3, H, W)."""
     count, (h, w) = len(images), model.grid(images)
     generator = torch.Generator().manual_seed(seed)
     yield Contestant("random mask", relevance=torch.rand(count, h * w, generator=generator))
@@ -135,9 +139,9 @@ def features_of(model: smae.SMAE, images: Tensor, layer: int | str) -> Tensor:
 
 
 def guesses(contestant: Contestant, grid: tuple[int, int]) -> Iterator[Guess]:
-    """Every way to guess the object: debiased or not, with each rule for the foreground, with both scorings.
+    """Guess the object in every way: debiased or not, by each foreground rule and scoring.
 
-    A contestant without features has one: its relevance, the upper half of which is the foreground.
+    A contestant without features has one guess: its relevance, the upper half as foreground.
     """
     if contestant.features is None:
         relevance = contestant.relevance
@@ -158,11 +162,11 @@ def guesses(contestant: Contestant, grid: tuple[int, int]) -> Iterator[Guess]:
         yield Guess(relevance, side, dict(zip(("debias", "foreground", "relevance"), way)))
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------- measuring
 
 
 def measure(guess: Guess, share: Tensor, ratio: float) -> dict[str, Tensor]:
-    """The MEASURES (N,) of a guess against an object that covers a ``share`` (N, n) of each patch."""
+    """The MEASURES (N,) of a guess against an object that covers ``share`` (N, n) of each patch."""
     noise = torch.rand(share.shape, generator=torch.Generator().manual_seed(0)).to(share.device)
     masked = masks.informed_mask(guess.relevance, ratio, "none", noise=noise).masked
     of_object, of_background = measures.masked_shares(masked, share)
@@ -172,9 +176,10 @@ def measure(guess: Guess, share: Tensor, ratio: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: int) -> dict[str, float]:
-    """The model's loss under random masks, of object and background apart; the same masks for every model.
+    """The model's losses under random masks, on object and background.
 
-    uint8 images (N, 3, H, W) with an object that covers a ``share`` (N, n) of each patch.
+    Takes uint8 images (N, 3, H, W) with an object that covers ``share`` (N, n) of each patch.
+    The masks depend on ``seed``, not on the model.
     """
     noise = torch.from_numpy(uniform((seed, RandomStream.MASK), range(len(images)), share.shape[1]))
     sums, device = torch.zeros(2, 2), model.positions.device  # of errors and of areas; object, background
@@ -189,10 +194,12 @@ def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: 
     return dict(zip(("object", "background"), (sums[0] / sums[1]).tolist()))
 
 
-# ------------------------------------------------------------------------------------------------- masks
+# --------------------------------------------------------------------------------- masks
 
 
 def analyze_masks(args: argparse.Namespace):
+    """Run the command ``masks``."""
+    # check the options, load model and pictures
     with cli.one_line_errors(ValueError, OSError):
         cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -206,9 +213,10 @@ def analyze_masks(args: argparse.Namespace):
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
     subsets, pixels = seen.subsets(), smae.patchify(data.normalize(seen.images), model.patch_size)
 
+    # measure every guess, keep those to draw
     wanted = dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)
     last_but_one = max(1, len(model.blocks) - 1)
-    drawn_layer = last_but_one if last_but_one in layers else layers[0]  # one layer is enough to look at
+    drawn_layer = last_but_one if last_but_one in layers else layers[0]  # draw one layer only
     rows, drawn, variance = [], {}, {}
     for contestant in contestants(model, seen.images, layers, args.seed):
         name = contestant.name
@@ -220,8 +228,9 @@ def analyze_masks(args: argparse.Namespace):
             if guess.how in ({}, wanted) and (not name.startswith("model") or name == f"model, {drawn_layer}"):
                 drawn[name] = guess, contestant.features
 
+    # print the results
     counts = {name: int(members.sum()) for name, members in subsets.items()}
-    print(f"{args.dataset}: {len(share)} pictures with an object of {share.mean():.0%}, {seen.skipped} left out")
+    print(f"{args.dataset}: {len(share)} pictures with an object of {share.mean():.0%} area, {seen.skipped} left out")
     print(table(rows, counts), "\n\nwhere the variance of the features comes from")
     for name, shares in variance.items():
         print(f"{name:18}" + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
@@ -229,6 +238,7 @@ def analyze_masks(args: argparse.Namespace):
     if loss:
         print(f"loss under random masks: object {loss['object']:.4f}, background {loss['background']:.4f}")
 
+    # write result.json and masks.png
     args.out.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(args).items()}
     result = dict(arguments=arguments, pictures=counts, measures=MEASURES, rows=rows, made_of=variance, loss=loss)
@@ -240,18 +250,18 @@ def analyze_masks(args: argparse.Namespace):
 
 
 def choose_layers(model: smae.SMAE, layers: list[int | str] | None) -> list[int | str]:
-    """``layers``, or four of the model's. Raises ValueError for one that it does not have."""
+    """``layers``, by default up to four. Raises ValueError for a layer that the model lacks."""
     depth, decoder = len(model.blocks), model.config["decoder_depth"]
     usual = [max(1, depth // 2), max(1, depth - 1), depth, *[f"decoder-{decoder}"] * bool(decoder)]
     layers = list(dict.fromkeys(layers or usual))
     for layer in layers:
         if layer not in model.layers:
-            raise ValueError(f"--layers {layer}: there are {', '.join(map(str, model.layers))}")
+            raise ValueError(f"--layers {layer}: expected one of {', '.join(map(str, model.layers))}")
     return layers
 
 
 def load_with_masks(name: str, split: str | None, image_column: str | None, mask_column: str, max_images: int | None):
-    """The data set with its column of masks, undecoded. Raises ValueError if there is no such column."""
+    """Load a data set with its column of masks, undecoded. Raises ValueError if missing."""
     split = split or ("test" if name.startswith("shapes") else "train")
     dataset = data.load_images(name, split, image_column, "", max_images=max_images)
     if mask_column not in dataset.column_names:
@@ -263,7 +273,7 @@ def load_with_masks(name: str, split: str | None, image_column: str | None, mask
 
 
 def summaries(values: dict[str, Tensor], subsets: dict[str, Tensor], units: Tensor) -> dict[str, dict]:
-    """Mean and standard error of each measure (N,) over each subset of the pictures that has members."""
+    """Mean and standard error of each measure (N,) over each subset that is not empty."""
     found = {}
     for subset, members in subsets.items():
         if members.any():
@@ -274,7 +284,7 @@ def summaries(values: dict[str, Tensor], subsets: dict[str, Tensor], units: Tens
 
 
 def table(rows: list[dict], counts: dict[str, int]) -> str:
-    """A table for each subset of the pictures: the four measures in per cent, mean ± standard error."""
+    """A table for each subset: the four measures in per cent, mean ± standard error."""
     titles = "".join(f"{name:>12}" for name in ("IoU", "rank-AUC", "object", "background"))
     lines = []
     for subset, count in counts.items():
@@ -287,7 +297,7 @@ def table(rows: list[dict], counts: dict[str, int]) -> str:
 
 
 def sheet(seen: Pictures, grid: tuple[int, int], drawn: dict, ratio: float, how: str) -> Figure:
-    """The contact sheet: what each contestant masks; of the model also its cut, relevance and clusters."""
+    """Draw the mask of each contestant, and the model's cut, relevance and clusters."""
     chosen = torch.linspace(0, len(seen.images) - 1, min(10, len(seen.images))).long()
     pixels = rearrange(seen.images[chosen], "b c h w -> b h w c").numpy() / 255
     h, w = grid
@@ -308,28 +318,28 @@ def sheet(seen: Pictures, grid: tuple[int, int], drawn: dict, ratio: float, how:
     return pictures.contact_sheet(columns, title, outlined=truth, labels=labels)
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure what a masked autoencoder has learned.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
-        "masks", help="how well masks find known objects, beside floors", formatter_class=cli.HelpFormatter
+        "masks", help="how well masks find known objects, compared with baselines", formatter_class=cli.HelpFormatter
     )
     command.add_argument("--checkpoint", required=True, help="run folder, or foreign checkpoint")
     cli.add(command, "dataset", "split", "image-column", "max-images", "image-size", split=None)
     command.add_argument(
         "--mask-column",
         default="mask",
-        help="column of the masks: object is what exceeds 127; if nothing does, what is not 0",
+        help="column of the masks: the object is above 127, or, if nothing is, above 0",
     )
-    command.add_argument("--group-column", default="source", help="column to report separately by, if there is one")
+    command.add_argument("--group-column", default="source", help="column of groups to report separately, if it exists")
     command.add_argument(
-        "--unit-column", default="group", help="column of what errs together (frames of a video), for standard errors"
+        "--unit-column", default="group", help="column of videos, or other correlated pictures, for standard errors"
     )
     command.add_argument(
-        "--layers", type=cli.block, nargs="+", help="blocks: numbers, decoder-1, ... (default: 4 of them)"
+        "--layers", type=cli.block, nargs="+", help="blocks to measure: numbers, decoder-1, ... (default: up to 4)"
     )
     cli.add(command, "mask-ratio", "guide-debias", "foreground", "relevance", "seed", "out", "overwrite")
     command.set_defaults(out=cli.Path("runs/masks"))

@@ -1,4 +1,4 @@
-"""Pictures to batches: random crops for training, centre crops for evaluation.
+"""Batches of pictures: random crops for training, centre crops for evaluation.
 
     batches = TrainBatches(data.load_images("shapes"), size=64, batch_size=256)
     for batch in batches.epoch(1):
@@ -25,20 +25,20 @@ from readers import Batch, Plan, Share, make_reader, worker_place
 class TrainBatches:
     """Shuffled, cropped batches: ``for batch in batches.epoch(e)``, epochs counted from 1.
 
-    To continue in the middle of an epoch of which some pictures are ``seen``:
-    ``batches.epoch(e, seen)``.
+    ``batches.epoch(e, seen)`` resumes an epoch after ``seen`` pictures.
 
     ``batch_size`` is that of a step, over all processes and ``accumulate`` micro-batches. One item
     is this process's part of one micro-batch, a :class:`Batch` with the crops on the device. The
-    last pictures of an epoch that do not fill a step are left out.
+    last pictures of an epoch are left out if they do not fill a step.
 
-    ``labels``: read the labels, too. ``preload``: keep decoded pictures on the "host" or "device".
-    ``length``: the number of pictures in an epoch of a stream (default: that of its description).
+    ``labels``: also read the labels. ``preload``: keep decoded pictures on the "host" or "device".
+    ``length``: the number of pictures in an epoch of a stream (default: the number it declares).
     ``scale``, ``augment``: see :class:`cropping.CropOptions`.
 
-    ``bad`` has the broken pictures met so far (of a stream: in this epoch). More than the share
-    ``max_bad`` raise TooManyBadImages; several processes add up theirs and call ``bad.check()``.
-    Raises ValueError if a step does not divide evenly or takes more pictures than there are.
+    ``bad`` holds the broken pictures met so far (of a stream: in this epoch). More than the share
+    ``max_bad`` raise TooManyBadImages; several processes must add theirs up and call
+    ``bad.check()``. Raises ValueError if a step does not divide evenly or takes more pictures than
+    the data has.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class TrainBatches:
         return self.plan.steps_left()
 
     def epoch(self, epoch: int, seen: int = 0) -> Iterator[Batch]:
-        """This process's micro-batches of an epoch of which some pictures are ``seen``."""
+        """This process's micro-batches of an epoch after ``seen`` pictures."""
         return self._check_and_move(self.reader.epoch(epoch, seen))
 
     def uncropped(self, count: int | None = None, size: int | None = None) -> Iterator[Batch]:
         """This process's share of all pictures (or the first ``count``), stretched to squares.
 
-        The batches are those of ``plan.uncropped``, without the empty ones. ``size`` is the side of
-        the squares (default: that of the crops). Raises ValueError for a stream.
+        The batches are those of ``plan.uncropped`` that are not empty. ``size`` is the side of the
+        squares (default: that of the crops). Raises ValueError for a stream.
         """
         return self._check_and_move(self.reader.uncropped(count, size))
 
     def _check_and_move(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Note the broken pictures of each batch, and copy the crops to the device."""
+        """Record the broken pictures of each batch and copy the crops to the device."""
         for batch in batches:
             self.bad.add(batch.bad)
             if self.share.world == 1 or not len(batch.images):  # several processes stop together
@@ -103,7 +103,7 @@ class TrainBatches:
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 
     def close(self):
-        """End the worker processes, which outlive a signal. Nothing can be read afterwards."""
+        """End the worker processes, which ignore a first signal. Nothing can be read afterwards."""
         self.reader.close()
 
 
@@ -114,7 +114,7 @@ def _check_division(length: int | None, batch_size: int, accumulate: int, share:
             f"({share.world} x {accumulate})"
         )
     if not length:
-        raise ValueError("the stream does not say how many images it has: set --max-images")
+        raise ValueError("the stream does not declare its number of images: set --max-images")
     if length < batch_size:
         raise ValueError(f"a batch of {batch_size} needs more images than the data has ({length}): lower --batch-size")
 
@@ -125,9 +125,9 @@ def _check_division(length: int | None, batch_size: int, accumulate: int, share:
 class EvalBatch(NamedTuple):
     """Centre crops for evaluation.
 
-    ``images`` (b, 3, H, W) uint8; a picture that cannot be decoded is blank. ``indices`` (b,)
-    int64. ``labels`` (b,) int64, -1 for none. ``names`` of the files. ``bad``: the reason for each
-    picture that cannot be decoded, None for the others.
+    ``images`` (b, 3, H, W) uint8, blank for broken pictures. ``indices`` (b,) int64. ``labels``
+    (b,) int64, -1 without a label. ``names`` of the files. ``bad``: the reason for each broken
+    picture, None for the others.
     """
 
     images: Tensor
@@ -142,8 +142,8 @@ class EvalBatches:
 
     The pictures are divided over the processes. ``crop_ratio``: side of the crop, as a fraction of
     the short side of the picture. ``keep``: keep the crops in memory. ``max_bad``: the share of
-    broken pictures that whoever reads them should accept. ``length``: the number of pictures of all
-    processes, None if it is not known.
+    broken pictures that the caller should accept. ``length``: the number of pictures of all
+    processes, None if unknown.
     """
 
     def __init__(
@@ -180,14 +180,14 @@ class EvalBatches:
         )
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        if self.kept is not None and not self.kept:  # clones do not lie in shared memory
+        if self.kept is not None and not self.kept:  # clones are not in shared memory
             self.kept = [batch._replace(images=batch.images.clone()) for batch in self.loader]
         for batch in self.kept or self.loader:
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 
 
 class EvalCrops(torch.utils.data.Dataset):
-    """The part of EvalBatches in worker processes: the parts of an EvalBatch, one by one."""
+    """Prepares the pictures of EvalBatches in worker processes, one by one."""
 
     def __init__(self, dataset: data.Dataset, size: int, short_side: int):
         self.dataset, self.size, self.short_side = dataset, size, short_side
@@ -207,9 +207,9 @@ class EvalCrops(torch.utils.data.Dataset):
 
 
 class EvalStream(IterableDataset):
-    """The part of EvalBatches in worker processes, for a stream, whose shards are divided.
+    """Prepares the pictures of a stream, whose shards are divided over worker processes.
 
-    Indices tell pictures apart, but are not their place in the stream.
+    Indices are unique, but are not positions in the stream.
     """
 
     def __init__(self, crops: EvalCrops, share: Share):

@@ -4,9 +4,9 @@
     python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
     python bench.py cut         # the bi-partition against torch.linalg.eigh, and all that follows the features
 
-Both models see the same batch, draw their random masks inside the step, and use SDPA and fused AdamW. Times are
-medians over --repeats rounds; in every round each contestant runs once, so that a noisy machine treats them alike,
-and the ratios are medians of the ratios of the rounds.
+Both models see the same batch, draw their random masks inside the step, and use SDPA and fused
+AdamW. Times are medians over --repeats rounds; in every round each contestant runs once, so that a
+noisy machine treats them alike, and the ratios are medians of the ratios of the rounds.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What lets a run survive: whole checkpoints, random states, a lock, signals, messages between processes.
+"""Resuming a run: checkpoints, random states, a lock, signals, messages between processes.
 
 A checkpoint is a folder ``checkpoint-STEP`` of a run. It holds ``model.safetensors`` and
-``config.json``, which ``smae.load`` reads, and ``state.pt``, everything else that resuming needs.
-Accelerate's ``save_state`` would write in place, from every process, and unpickle custom states
-without ``weights_only``.
+``config.json``, which ``smae.load`` reads, and ``state.pt`` with everything else needed to resume.
+Accelerate's ``save_state`` is not used: it writes in place, from every process, and unpickles
+custom states without ``weights_only``.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import smae
 STATE, WEIGHTS = "state.pt", "model.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------- writing, reading
+# --------------------------------------------------------------------------------- writing, reading
 
 
 def write(
@@ -40,15 +40,16 @@ def write(
     passing: Container[int] = (),
     attached: Iterable[Path] = (),
 ):
-    """Write ``checkpoint-STEP`` into the folder ``out``; keep the ``keep`` - 1 checkpoints before it.
+    """Write ``checkpoint-STEP`` into the folder ``out``; keep the newest ``keep`` checkpoints.
 
-    Of the checkpoints whose steps are ``passing``, only the newest two of all stay.
+    Checkpoints at ``passing`` steps are kept only while they are among the newest two.
 
-    The folder is written beside its name, flushed to the disk, then renamed: whatever has the name
-    of a checkpoint is whole. ``state`` holds tensors and plain values, and under "config" the
-    content of config.json. Files ``attached`` are linked into it. Raises OSError if the disk fails;
-    the earlier checkpoints then stay.
+    The folder is written under another name, flushed to the disk, then renamed: a folder with the
+    name of a checkpoint is complete. ``state`` holds tensors and plain values, and the content of
+    config.json under "config". Files ``attached`` are linked into the folder. Raises OSError if the
+    disk fails; the earlier checkpoints then stay.
     """
+    # write everything under another name, then rename
     final = out / f"checkpoint-{step:08d}"
     part = final.with_suffix(f".{os.getpid()}.part")
     for left_over in (*out.glob("checkpoint-*.part"), *out.glob("checkpoint-*.old")):
@@ -62,21 +63,23 @@ def write(
             torch.save(state | dict(crc=checksum(part / WEIGHTS)), file)
         if final.exists():
             _remove(final)
-        os.rename(part, final)  # a folder: smae.whole_file() replaces files alone
+        os.rename(part, final)  # smae.whole_file() replaces files only, not folders
         smae.flush(out)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {final}: {' '.join(str(error).split())[:200]}") from None
-    later = [folder for folder in folders(out) if number(folder) > step]  # of a run that has gone back since
+
+    # remove old checkpoints, and later ones left by a run that resumed from an earlier step
+    later = [folder for folder in folders(out) if number(folder) > step]
     for place, folder in enumerate(folders(out), -len(later)):
         if folder in later or place >= keep or (place > 1 and number(folder) in passing):
             _remove(folder)
 
 
 def link(file: Path, name: Path):
-    """Give ``file``, which nobody changes in place, a second ``name``, replacing what has that name.
+    """Give ``file`` a second ``name``, replacing any file of that name.
 
-    Copies the file if the file system has no links.
+    ``file`` must not be changed in place. It is copied if the file system has no links.
     """
     with smae.whole_file(name) as part:
         try:
@@ -86,8 +89,8 @@ def link(file: Path, name: Path):
 
 
 def _remove(folder: Path):
-    """Remove a checkpoint as far as possible. Whatever stays has another name."""
-    with contextlib.suppress(OSError):  # for example, a network disk with a file in use
+    """Rename a checkpoint and remove it, as far as possible."""
+    with contextlib.suppress(OSError):  # for example, a file in use on a network disk
         shutil.rmtree(folder.rename(folder.with_suffix(f".{os.getpid()}.old")))
 
 
@@ -103,13 +106,13 @@ def folders(out: Path) -> list[Path]:
 
 
 def number(folder: Path) -> int:
-    """The step in the name of a checkpoint; -1 if the folder is none."""
+    """The step in the name of a checkpoint; -1 if the folder is not a checkpoint."""
     digits = folder.name.removeprefix("checkpoint-")
     return int(digits) if digits.isdecimal() else -1
 
 
 def read(folder: Path) -> dict:
-    """The state of a checkpoint, with its weights under "model". Raises ValueError if it is not whole."""
+    """The state of a checkpoint, with its weights under "model". Raises ValueError if damaged."""
     try:
         with zipfile.ZipFile(folder / STATE) as file:
             if broken := file.testzip():
@@ -118,15 +121,15 @@ def read(folder: Path) -> dict:
         if state["crc"] != checksum(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} is damaged")
         return state | dict(model=safetensors.torch.load_file(folder / WEIGHTS))
-    except Exception as error:  # a damaged file can lead to any
-        raise ValueError(f"{folder} is not a whole checkpoint: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # a damaged file can raise any error
+        raise ValueError(f"{folder} is not a complete checkpoint: {' '.join(str(error).split())[:200]}") from None
 
 
 def find(place: Path, say: Callable = print, aside: bool = False) -> Path | None:
-    """The checkpoint ``place``, or the newest whole one of the run in that folder; None if it has none.
+    """The checkpoint ``place``, or the newest intact one of that run folder; None if it has none.
 
-    Says which broken ones it skips. With ``aside`` it also renames them, once it has found a whole
-    one. Raises ValueError if ``place`` itself is broken, or every checkpoint is.
+    Reports the broken ones it skips. ``aside`` also renames them after an intact one is found.
+    Raises ValueError if ``place`` itself is broken, or every checkpoint is.
     """
     place = place.resolve()
     if (place / STATE).exists() and not folders(place):
@@ -144,12 +147,12 @@ def find(place: Path, say: Callable = print, aside: bool = False) -> Path | None
             broken.rename(broken.with_suffix(f".{os.getpid()}.broken"))
         return folder
     if problems:
-        raise ValueError(f"no checkpoint of {place} is whole: {next(iter(problems.values()))}")
+        raise ValueError(f"all checkpoints of {place} are broken, the newest: {next(iter(problems.values()))}")
     return None
 
 
 class Locked(ValueError):
-    """Another run writes to the same folder."""
+    """Another run is writing to the same folder."""
 
 
 class Lock:
@@ -166,7 +169,8 @@ class Lock:
 
         Does nothing if the folder does not exist.
         """
-        deadline = time.monotonic() + self.patience  # the data workers of a killed run outlive it a little
+        # the data workers of a killed run hold its lock a little longer
+        deadline = time.monotonic() + self.patience
         while self.handle is None and self.out.is_dir():
             handle = os.open(self.out, os.O_RDONLY)
             try:
@@ -174,10 +178,10 @@ class Lock:
             except BlockingIOError:
                 os.close(handle)
                 if time.monotonic() > deadline:
-                    raise Locked(f"another run is writing to {self.out}: choose another --out or stop it") from None
+                    raise Locked(f"another run is writing to {self.out}: stop it or choose another --out") from None
                 time.sleep(0.2)
                 continue
-            except OSError:  # some file systems know no locks
+            except OSError:  # some file systems have no locks
                 pass
             self.handle = handle
 
@@ -203,7 +207,7 @@ def all_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool
     return bool(torch.stack(finite).all())
 
 
-# ------------------------------------------------------------------------------------------------- random states
+# --------------------------------------------------------------------------------- random states
 
 
 def random_states() -> dict:
@@ -223,15 +227,16 @@ def set_random_states(states: dict):
         torch.cuda.set_rng_state(states["cuda"])
 
 
-# ------------------------------------------------------------------------------------------------- signals, processes
+# ------------------------------------------------------------------------------- signals, processes
 
 
 class Signals:
-    """Catch requests to stop: ``with Signals() as signals: ... signals.caught()``, a signal's number or 0.
+    """Catch requests to stop: ``with Signals() as signals: ... signals.caught()``.
 
-    A second request ends the process at once, unless it comes within a second: launchers repeat
-    what the terminal has already sent to every process. ``accelerate launch`` dies of a signal
-    without passing it on: a launcher that is gone counts as SIGTERM.
+    ``caught()`` returns the number of the signal, or 0. A second request ends the process at once,
+    unless it comes within a second: launchers repeat a signal that the terminal has already sent to
+    every process. ``accelerate launch`` dies of a signal without passing it on, so a launcher that
+    is gone counts as SIGTERM.
     """
 
     ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -264,13 +269,13 @@ class Signals:
 
 
 class Peers:
-    """Messages between the processes of a run at every step, without waiting for their devices."""
+    """Exchange numbers between the processes of a run, without waiting for their devices."""
 
     def __init__(self, world: int):
         self.group = torch.distributed.new_group(backend="gloo") if world > 1 else None
 
     def largest(self, *values: int) -> list[int]:
-        """The largest value over all processes, for each of the values. Raises RuntimeError if one is gone."""
+        """The largest of each value over all processes. Raises RuntimeError if one is gone."""
         if self.group is None:
             return list(values)
         numbers = torch.tensor(values)

@@ -1,6 +1,7 @@
 """What the commands share: options, each defined once; one-line errors; the accelerator.
 
-``args``, the parsed command line, belongs to the command that parsed it. Everything below takes plain, named values.
+``args``, the parsed command line, ends in the command that parsed it. Everything below takes plain,
+named values.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 import data
 import smae
@@ -23,7 +24,7 @@ from batches import Share
 
 
 def epochs_or_auto(text: str) -> int | str:
-    """An option's value: a number of epochs, or auto."""
+    """Parse the value of an option: a number of epochs, or auto."""
     if text == "auto":
         return text
     if text.lstrip("-").isdigit():
@@ -32,7 +33,7 @@ def epochs_or_auto(text: str) -> int | str:
 
 
 def block(text: str) -> int | str:
-    """An option's value: the number of an encoder block, or decoder-1, decoder-2, ..."""
+    """Parse the value of an option: the number of an encoder block, or decoder-1, decoder-2, ..."""
     if not re.fullmatch(r"(decoder-)?\d+", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number (of an encoder block) nor decoder-1, decoder-2, ..."
@@ -46,7 +47,7 @@ def cores() -> int:
 
 
 FLAG = dict(action="store_true")
-OPTIONS = {  # those of more than one command
+OPTIONS = {  # that several commands have
     # data
     "dataset": dict(
         default="shapes",
@@ -56,16 +57,16 @@ OPTIONS = {  # those of more than one command
     "split": dict(default="train", help="split of the data"),
     "image-column": dict(help="column of the images (default: found by its type)"),
     "label-column": dict(help="column of the labels (default: found by its type)"),
-    "streaming": FLAG | dict(help="read while training, without a download before"),
-    "max-images": dict(type=int, help="use only the first images; of a stream: the images that make an epoch"),
+    "streaming": FLAG | dict(help="read the data while training, without downloading it first"),
+    "max-images": dict(type=int, help="use only the first images; for a stream: images per epoch"),
     "preload": dict(
         nargs="?",
         const="device",
         choices=["host", "device"],
         help="decode once into the memory of the device (or host) and crop whole batches there",
     ),
-    "workers": dict(type=int, default=min(8, cores()), help="decoders of each process"),
-    "max-bad-images": dict(type=float, default=0.01, help="share of broken images that stops the run"),
+    "workers": dict(type=int, default=min(8, cores()), help="data workers of each process"),
+    "max-bad-images": dict(type=float, default=0.01, help="largest accepted fraction of broken images"),
     "crop-scale": dict(type=float, nargs=2, help="smallest and largest crop, as fractions of the image area"),
     # model
     "checkpoint": dict(help="run folder, facebookresearch/mae .pth, transformers folder, or timm .safetensors"),
@@ -77,7 +78,7 @@ OPTIONS = {  # those of more than one command
         for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads")
     },
     # masks
-    "mask-ratio": dict(type=float, default=0.75, help="share of the patches that is masked"),
+    "mask-ratio": dict(type=float, default=0.75, help="fraction of the patches that is masked"),
     "guide-debias": FLAG | dict(help="subtract from the features their mean at each patch position"),
     "foreground": dict(
         choices=["border", "small", "peak"], default="border", help="which side of the cut is the object"
@@ -85,19 +86,21 @@ OPTIONS = {  # those of more than one command
     "relevance": dict(
         choices=["foreground", "contrast"],
         default="contrast",
-        help="mean similarity to the object's side, as in the paper, or that minus the similarity to the other side",
+        help="foreground: mean similarity to the object's side (the paper's); contrast: minus that to the other side",
     ),
     # optimisation
     "epochs": dict(type=int, help="passes over the training data"),
     "warmup-epochs": dict(type=int, help="epochs of linear warm-up, part of --epochs"),
     "batch-size": dict(type=int, help="images per step, over all processes together"),
-    "accumulate": dict(type=int, default=1, help="micro-batches that a process makes of its share of a step"),
-    "blr": dict(type=float, help="base learning rate, per 256 images of a batch"),
+    "accumulate": dict(type=int, default=1, help="micro-batches per step in each process (gradient accumulation)"),
+    "blr": dict(type=float, help="base learning rate, for a batch of 256 images"),
     "lr": dict(type=float, help="learning rate (default: blr * batch size / 256)"),
-    "weight-decay": dict(type=float, help="on weight matrices only"),
-    "precision": dict(choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 where it is fast"),
+    "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
+    "precision": dict(
+        choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 where the hardware has it"
+    ),
     "compile": FLAG | dict(help="compile the model (slow start, faster steps)"),
-    "seed": dict(type=int, default=0, help="of everything random"),
+    "seed": dict(type=int, default=0, help="seed of everything random"),
     # run
     "resume": dict(
         nargs="?",
@@ -109,8 +112,8 @@ OPTIONS = {  # those of more than one command
         type=int, help="steps between more checkpoints (one is written every 15 minutes in any case)"
     ),
     "keep": dict(type=int, default=2, help="number of checkpoints to keep, the newest"),
-    "out": dict(type=Path, help="folder of the result"),
-    "overwrite": FLAG | dict(help="replace the result that is there"),
+    "out": dict(type=Path, help="folder for the results"),
+    "overwrite": FLAG | dict(help="replace earlier results there"),
 }
 DATA = "dataset split image-column label-column streaming max-images preload workers max-bad-images".split()
 MODEL = "model image-size patch-size width depth heads decoder-width decoder-depth decoder-heads".split()
@@ -126,12 +129,12 @@ def add(parser, *names: str, **defaults):
 
 
 def add_data_options(parser: argparse.ArgumentParser):
-    """The options that name the data, and how it is read."""
+    """Add the options of the data."""
     add(parser.add_argument_group("data"), *DATA)
 
 
 def add_model_options(parser: argparse.ArgumentParser):
-    """The options that name an architecture; returns their group."""
+    """Add the options of an architecture and return their group."""
     group = parser.add_argument_group("model")
     add(group, *MODEL)
     return group
@@ -144,7 +147,7 @@ def model_sizes(options: dict) -> dict:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not that a flag is off or that an option is not given."""
+    """Shows the default of an option, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False:
@@ -158,7 +161,7 @@ def plain(options: dict) -> dict:
 
 
 def batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """What the data and training options say to ``batches.TrainBatches``."""
+    """The arguments of ``batches.TrainBatches`` that follow from data and training options."""
     return dict(
         size=args.image_size,
         batch_size=args.batch_size,
@@ -175,7 +178,7 @@ def batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
 
 
 def eval_batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """What the data options say to ``batches.EvalBatches``."""
+    """The arguments of ``batches.EvalBatches`` that follow from the data options."""
     world = accelerator.num_processes
     return dict(
         size=args.image_size,
@@ -192,7 +195,7 @@ def eval_batch_options(args: argparse.Namespace, accelerator: Accelerator) -> di
 
 
 def check_training(epochs: int, warmup_epochs: int, batch_size: int, accumulate: int, crop_scale: Sequence[float]):
-    """Raise ValueError where options that every training has make no sense."""
+    """Raise ValueError if an option that every training has makes no sense."""
     for name, value in dict(epochs=epochs, batch_size=batch_size, accumulate=accumulate).items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -203,7 +206,7 @@ def check_training(epochs: int, warmup_epochs: int, batch_size: int, accumulate:
 
 
 def check_folder(out: Path, overwrite: bool, files: tuple[str, ...]):
-    """Raise ValueError if ``out`` holds one of these ``files`` that is not to be overwritten, or is no folder."""
+    """Raise ValueError if ``out`` is not a folder, or holds one of ``files`` without ``overwrite``."""
     found = [name for name in files if (out / name).exists()]
     if found and not overwrite:
         raise ValueError(f"{out} holds another run ({', '.join(found)}); choose another --out or add --overwrite")
@@ -211,15 +214,50 @@ def check_folder(out: Path, overwrite: bool, files: tuple[str, ...]):
         raise ValueError(f"{out} is not a folder")
 
 
+_from_python = False  # whether the command is a function call, whose errors are exceptions
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError for wrong options if the command is called from Python."""
+
+    def error(self, message: str):
+        if _from_python:
+            raise ValueError(message)
+        super().error(message)
+
+
+@contextlib.contextmanager
+def called(arguments: list | None) -> Iterator[list[str] | None]:
+    """Run a command with ``arguments`` from Python, or with those of the command line if None.
+
+    From Python, its errors are exceptions; from the command line, they are a line and an exit code.
+    """
+    global _from_python
+    before, _from_python = _from_python, arguments is not None
+    try:
+        yield None if arguments is None else [str(argument) for argument in arguments]
+    finally:
+        _from_python = before
+
+
+def leave(code: int, reason: BaseException):
+    """End the command: raise ``reason`` if it was called from Python, else exit with ``code``."""
+    if _from_python:
+        raise reason
+    sys.exit(code)
+
+
 @contextlib.contextmanager
 def one_line_errors(*kinds: type[Exception], ranks: str = "first") -> Iterator[None]:
-    """End the program with one line on standard error for errors of these ``kinds``, which the user can mend.
+    """End the program with one line on standard error for errors of these ``kinds``, which the user can fix.
 
-    ``ranks``: "first", only the first process prints it; "any", the process that met it does.
+    ``ranks``: who prints it, only the "first" process, or "any" that raised it.
     """
     try:
         yield
     except kinds as error:
+        if _from_python:
+            raise
         if ranks == "any" or os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -227,11 +265,11 @@ def one_line_errors(*kinds: type[Exception], ranks: str = "first") -> Iterator[N
 
 @contextlib.contextmanager
 def reported_once(*kinds: type[Exception]) -> Iterator[None]:
-    """Let only the first process raise errors of these ``kinds``, which all processes meet at once; end the others."""
+    """Let only the first process raise errors of these ``kinds``, which all raise at once; end the others."""
     try:
         yield
     except kinds:
-        if os.environ.get("RANK", "0") == "0":
+        if _from_python or os.environ.get("RANK", "0") == "0":
             raise
         sys.exit(1)
 
@@ -244,21 +282,65 @@ def seconds_between_updates() -> float:
 # ------------------------------------------------------------------------------------------------- the machine
 
 
+UNSUPPORTED = {  # what accelerate's environment can ask for, and how it is called
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
 def best_precision() -> str:
-    """bf16 where the hardware computes in it, float32 elsewhere."""
+    """bf16 where the hardware computes in it; else fp16 on a GPU, float32 on a CPU."""
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpuinfo = Path("/proc/cpuinfo")
     return "bf16" if cpuinfo.exists() and "bf16" in cpuinfo.read_text() else "no"
 
 
-def make_accelerator(**options) -> Accelerator:
-    """An Accelerator set up for CPUs, too."""
+def choose_precision(option: str) -> str:
+    """The precision that --precision names; auto takes accelerate's fp16 or bf16, else the best one."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if option != "auto":
+        return option
+    return launcher if launcher in ("fp16", "bf16") else best_precision()
+
+
+def check_launcher():
+    """Raise ValueError if accelerate's configuration asks for something that is not supported."""
+    for variable, name in UNSUPPORTED.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise ValueError(f"{name} is not supported: run accelerate config for plain data parallelism ({variable})")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp8":
+        raise ValueError("precision fp8 is not supported: take bf16, fp16 or no (ACCELERATE_MIXED_PRECISION)")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise ValueError(
+            f"accelerate's dynamo backend {backend} is not supported: set it to no and use --compile instead"
+        )
+
+
+def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelerator:
+    """Create an Accelerator that also works on CPUs.
+
+    ``precision`` and ``accumulate`` overrule accelerate's environment; the log says where they
+    differ. Raises ValueError if accelerate's configuration asks for something unsupported.
+    """
+    check_launcher()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),  # ignores the environment
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
         **options,
     )
     if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
         torch.set_num_threads(max(torch.get_num_threads(), cores() // accelerator.num_processes))
+    for option, value, variable in (
+        ("precision", precision, "ACCELERATE_MIXED_PRECISION"),
+        ("accumulate", str(accumulate), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+    ):
+        told = os.environ.get(variable, value).lower()
+        if told != value:
+            accelerator.print(f"--{option} is {value}; accelerate's setting {told} ({variable}) is ignored")
     return accelerator

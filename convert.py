@@ -1,9 +1,9 @@
-"""Checkpoints of other projects: from their tensors and configuration to ``smae.SMAE``, and back.
+"""Convert checkpoints of other projects to ``smae.SMAE`` and back.
 
-Reads facebookresearch/mae, transformers' ViTMAE, and ViTs with timm's names (plain ViT, DeiT, MoCo v3,
-DINO). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts, ``config`` is
-the JSON beside them, ``arguments`` are those of ``smae.SMAE``. Imports nothing of this project;
-``smae.load`` and ``smae.save`` import it for every format but their own.
+Reads facebookresearch/mae, transformers' ViTMAE, and ViTs with timm's names (plain ViT, DeiT, MoCo
+v3, DINO). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts,
+``config`` is the JSON beside them, ``arguments`` are those of ``smae.SMAE``. Imports nothing of
+this project; ``smae.load`` and ``smae.save`` import it for every format but their own.
 
 Letters in shapes: ``d`` width, ``p`` patch side, ``c`` channels.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 Folder = tuple[Weights, dict[str, dict]]  # tensors, and the content of JSON files by name
 
-MAE_NAMES = {  # our names: those of facebookresearch/mae and of timm
+MAE_NAMES = {  # from our names to those of facebookresearch/mae and timm
     "embed": "patch_embed.proj",
     "positions": "pos_embed",
     "attention.qkv": "attn.qkv",
@@ -33,13 +33,13 @@ MAE_NAMES = {  # our names: those of facebookresearch/mae and of timm
     "decoder_positions": "decoder_pos_embed",
     "head": "decoder_pred",
 }
-TRANSFORMERS_NAMES = {  # our names: those of transformers' ViTMAE
+TRANSFORMERS_NAMES = {  # from our names to those of transformers' ViTMAE
     "embed": "vit.embeddings.patch_embeddings.projection",
     "cls_token": "vit.embeddings.cls_token",
     "positions": "vit.embeddings.position_embeddings",
     "blocks": "vit.encoder.layer",
     "norm1": "layernorm_before",
-    "attention.query": "attention.attention.query",  # these three are our attention.qkv
+    "attention.query": "attention.attention.query",  # these three form our attention.qkv
     "attention.key": "attention.attention.key",
     "attention.value": "attention.attention.value",
     "attention.out": "attention.output.dense",
@@ -57,7 +57,7 @@ TRANSFORMERS_NAMES = {  # our names: those of transformers' ViTMAE
 CLASSIFIER_HEADS = ("head.", "head_dist.", "pre_logits.", "classifier.", "vit.pooler.", "pooler.")
 TOKENS, TABLES = ("cls_token", "mask_token"), ("positions", "decoder_positions")
 
-# Options that a .pth file may hold under "args": norm_pix_loss by facebookresearch/mae, all by us
+# options under "args" in a .pth file; facebookresearch/mae writes norm_pix_loss, to_mae() all
 PTH_OPTIONS = (
     "norm_pix_loss",
     "image_size",
@@ -72,7 +72,7 @@ PTH_OPTIONS = (
 
 
 def read_pth(file: Path) -> tuple[dict, Weights]:
-    """Read the options and the tensors in a file that ``torch.save`` wrote. Runs no code from it.
+    """Read options and tensors from a file of ``torch.save``, without running code from it.
 
     Raises ValueError if it holds anything but tensors and plain values, or no tensors.
     """
@@ -86,7 +86,7 @@ def read_pth(file: Path) -> tuple[dict, Weights]:
         raise ValueError(f"{file} holds no model: expected tensors, or a 'model' or 'state_dict'")
     if any(t.layout != torch.strided or t.is_meta or t.is_quantized for t in weights.values()):
         raise ValueError(f"{file} holds sparse, quantized or meta tensors, expected dense ones")
-    # a stride of 0 shows one stored number as many
+    # with a stride of 0, one stored number stands for many
     if sum(t.numel() * t.element_size() for t in weights.values()) > file.stat().st_size:
         raise ValueError(f"{file} claims more numbers than it holds")
     return config, weights
@@ -100,12 +100,12 @@ def unpickle(file: Path):
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("it is compressed, which torch.save never does")
     with torch.serialization.safe_globals([argparse.Namespace]):  # the options of MAE's checkpoints
-        # a mapped file takes no memory for sizes that it only claims
+        # a mapped file takes memory for its real size only, not for sizes it claims
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def unwrap(content) -> tuple[dict, Weights]:
-    """Find options and tensors, also inside "model", "state_dict" or "teacher"."""
+    """Find options and tensors, also within "model", "state_dict" or "teacher"."""
     config = {}
     content = content if isinstance(content, dict) else {}
     for _ in range(4):  # a limit, because a dictionary can hold itself
@@ -129,16 +129,16 @@ def from_foreign(
     heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> tuple[dict, Weights]:
-    """Arguments and state dict of ``smae.SMAE`` for the checkpoint of another project.
+    """The arguments and the state dict of ``smae.SMAE`` for the checkpoint of another project.
 
-    ``heads`` and ``image_size``, a side or (H, W), overrule ``config``. Without either, an encoder has
-    heads of 64 channels (width 1280: 80; the small one of MoCo v3: 32), a decoder has heads of 32, and
-    the patch grid is square. Without mean and deviation, images are normalised as ImageNet's.
+    ``heads`` and ``image_size``, a side or (H, W), override ``config``. Without either, an encoder
+    has heads of 64 channels (width 1280: 80; the small one of MoCo v3: 32), a decoder has heads of
+    32, and the patch grid is square. The default mean and deviation are those of ImageNet.
 
-    Leaves out the heads of classifiers, and position tables that equal ``fixed_positions(grid, width,
+    Leaves out the heads of classifiers, and position tables equal to ``fixed_positions(grid, width,
     prefix)``, which the model computes. Raises ValueError if the checkpoint is not such a ViT.
     """
-    # the tensors of encoder and decoder with our names
+    # give the tensors of encoder and decoder our names
     weights = unify_names(weights)
     names, prefix = recognise(weights)
     weights = select(weights, prefix)
@@ -146,7 +146,7 @@ def from_foreign(
     weights = join_qkv(weights)
     check_supported(weights)
 
-    # sizes by names and shapes; what these do not show by the configuration, else as usual
+    # find the sizes: by names and shapes, else by the configuration, else the usual ones
     arguments = infer_sizes(weights) | read_options(config)
     arguments["heads"] = heads or infer_heads(config, arguments["width"], prefix)
     if width := arguments.get("decoder_width"):
@@ -156,7 +156,7 @@ def from_foreign(
     image_size = image_size or infer_image_size(weights, config, arguments["patch_size"])
     grid = patch_grid(image_size, arguments["patch_size"])
 
-    # positions: fixed ones if all tables are, else learned ones
+    # positions are fixed if all tables are, else learned
     weights = add_class_position(weights, grid)
     tables = [weights[name] for name in TABLES if name in weights]
     fixed = all(is_fixed(table, grid, arguments["class_token"], fixed_positions) for table in tables)
@@ -166,17 +166,17 @@ def from_foreign(
 
 
 def unify_names(weights: Weights) -> Weights:
-    """Give ViTMAE the names that its pre-training model has in transformers 4."""
-    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)")  # of a ViTMAEModel
+    """Rename tensors of ViTMAE as in its pre-training model of transformers 4."""
+    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)")  # names of a ViTMAEModel
     names = {name: bare.sub("vit.", name) for name in weights}
     names = {name: new.replace("decoder_encoder.layer.", "decoder_layers.") for name, new in names.items()}
     return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def recognise(weights: Weights) -> tuple[dict[str, str], str]:
-    """The table of names, and what stands before each name ("module.base_encoder.", often nothing).
+    """The table of names, and the prefix of all names ("module.base_encoder.", often empty).
 
-    Raises ValueError unless there are patch embeddings of a known name.
+    Raises ValueError if no patch embedding has a known name.
     """
     names, entry = MAE_NAMES, MAE_NAMES["embed"] + ".weight"
     if TRANSFORMERS_NAMES["embed"] + ".weight" in weights:
@@ -189,7 +189,7 @@ def recognise(weights: Weights) -> tuple[dict[str, str], str]:
 
 
 def select(weights: Weights, prefix: str) -> Weights:
-    """The tensors of encoder and decoder, float32; an ``fc_norm`` becomes the last norm if that is missing."""
+    """The float32 tensors of encoder and decoder; ``fc_norm`` replaces a missing last norm."""
     weights = {name: tensor.float() for name, tensor in strip_prefix(weights, prefix).items()}
     weights = leave_out(weights, CLASSIFIER_HEADS)
     if "norm.weight" not in weights:
@@ -198,13 +198,13 @@ def select(weights: Weights, prefix: str) -> Weights:
 
 
 def strip_prefix(weights: Weights, prefix: str) -> Weights:
-    """The tensors whose names start with ``prefix``, without it."""
+    """The tensors whose names start with ``prefix``, which is removed."""
     names = [name for name in weights if name.startswith(prefix)]
     return {name.removeprefix(prefix): weights[name] for name in names}
 
 
 def leave_out(weights: Weights, starts: tuple[str, ...]) -> Weights:
-    """The tensors whose names start with none of ``starts``."""
+    """Remove the tensors whose names start with any of ``starts``."""
     return {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
 
 
@@ -217,7 +217,7 @@ def rename(weights: Weights, names: dict[str, str]) -> Weights:
 
 
 def join_qkv(weights: Weights) -> Weights:
-    """Join query, key and value to one tensor, wherever all three are present."""
+    """Join query, key and value into one tensor where all three are present."""
     weights = dict(weights)
     for name in [name for name in weights if ".attention.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
@@ -227,7 +227,7 @@ def join_qkv(weights: Weights) -> Weights:
 
 
 def check_supported(weights: Weights):
-    """Raise ValueError for ViTs with other positions, patch embeddings or tokens than ours."""
+    """Raise ValueError for ViTs with unsupported positions, patch embeddings or tokens."""
     embed, positions = weights["embed.weight"], weights.get("positions", torch.empty(0))
     if embed.ndim != 4 or positions.ndim < 2:
         raise ValueError("not a supported ViT: it lacks absolute positions or a convolution of patches")
@@ -246,7 +246,7 @@ def flatten(weights: Weights) -> Weights:
 
 
 def infer_sizes(weights: Weights) -> dict:
-    """The sizes that names and shapes show, before :func:`flatten`."""
+    """The sizes given by names and shapes, before :func:`flatten`."""
     width, channels, p, _ = weights["embed.weight"].shape
     mlp_width = 4 * width
     if "blocks.0.mlp.0.weight" in weights:
@@ -270,7 +270,7 @@ def count_blocks(weights: Weights, prefix: str) -> int:
 
 
 def read_options(config: dict) -> dict:
-    """The arguments in a configuration that tensors do not show."""
+    """The arguments that only the configuration gives."""
     options = dict(
         norm_eps=config.get("layer_norm_eps", 1e-6),
         normalize_pixels=config.get("norm_pix_loss", True),
@@ -282,7 +282,7 @@ def read_options(config: dict) -> dict:
 
 
 def infer_heads(config: dict, width: int, prefix: str) -> int:
-    """The heads in the configuration, else heads of 64 channels, with two exceptions."""
+    """The number of heads: by the configuration, else of 64 channels each, with two exceptions."""
     heads = config.get("num_attention_heads") or section(config, "model_args").get("num_heads")
     if width == 384 and prefix.endswith("base_encoder."):  # the small ViT of MoCo v3
         return heads or 12
@@ -292,19 +292,19 @@ def infer_heads(config: dict, width: int, prefix: str) -> int:
 
 
 def infer_image_size(weights: Weights, config: dict, p: int):
-    """The image size in the configuration, else that of a square grid with as many positions."""
+    """The image size: by the configuration, else that of a square grid of the positions."""
     image_size = config.get("image_size") or section(config, "model_args").get("img_size")
     if image_size is not None:
         return image_size
     rows, cls = len(weights["positions"]), "cls_token" in weights
     side = math.isqrt(rows)
     if rows not in (side * side, side * side + cls):
-        raise ValueError(f"{rows} positions do not form a square grid: give image_size=(H, W)")
+        raise ValueError(f"{rows} positions do not form a square grid: pass image_size=(H, W)")
     return side * p
 
 
 def patch_grid(image_size, p: int) -> tuple[int, int]:
-    """The patch grid (h, w) of an image size. Raises ValueError unless that is a side or (H, W)."""
+    """The patch grid (h, w) of an image size. Raises ValueError unless it is a side or (H, W)."""
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     pair = isinstance(sides, (list, tuple)) and len(sides) == 2
     if not pair or not all(isinstance(side, int) for side in sides):
@@ -314,7 +314,7 @@ def patch_grid(image_size, p: int) -> tuple[int, int]:
 
 
 def add_class_position(weights: Weights, grid: tuple[int, int]) -> Weights:
-    """Give a CLS token without a position of its own the position zero."""
+    """Add a zero position for a CLS token that has none."""
     positions = weights["positions"]
     if "cls_token" in weights and len(positions) == grid[0] * grid[1]:
         positions = F.pad(positions, (0, 0, 1, 0))
@@ -322,16 +322,16 @@ def add_class_position(weights: Weights, grid: tuple[int, int]) -> Weights:
 
 
 def section(config: dict, name: str) -> dict:
-    """The dictionary ``name`` in a configuration, {} if it is empty or missing."""
+    """The dictionary ``name`` of a configuration, {} if empty or missing."""
     part = config.get(name) or {}
     if not isinstance(part, dict):
         received = f"a {type(part).__name__}"
-        raise ValueError(f"the configuration must hold a dictionary as {name}, got {received}")
+        raise ValueError(f"{name} in the configuration must be a dictionary, got {received}")
     return part
 
 
 def is_fixed(table: Tensor, grid: tuple[int, int], prefix: int, fixed_positions: Callable) -> bool:
-    """Whether a table has the shape and values of the one that the model computes."""
+    """Whether a table equals the one that the model computes, in shape and values."""
     if table.ndim != 2 or len(table) != prefix + grid[0] * grid[1] or table.shape[1] % 4:
         return False
     return torch.equal(table, fixed_positions(grid, table.shape[1], prefix))
@@ -348,7 +348,7 @@ def to_mae(weights: Weights, arguments: dict, classifier: dict | None = None) ->
 
 
 def to_timm(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
-    """Tensors and JSON files of a timm folder: the encoder, with the head of a classifier."""
+    """Tensors and JSON files of a timm folder: the encoder, and the head of a classifier."""
     weights = leave_out(mae_weights(weights, arguments, classifier), ("decoder_", "mask_token"))
     return weights, {"config.json": timm_config(arguments, classifier)}
 
@@ -356,12 +356,12 @@ def to_timm(weights: Weights, arguments: dict, classifier: dict | None = None) -
 def to_transformers(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
     """Tensors and JSON files of a folder of transformers' ViTMAE.
 
-    Raises ValueError for classifiers, and models without a CLS token or with another grid than a square.
+    Raises ValueError for classifiers, models without a CLS token, and images that are not square.
     """
     height, width = arguments["image_size"]
     if classifier or not arguments["class_token"] or height != width:
         needs = "a CLS token, a square image and no classifier"
-        raise ValueError(f"a ViTMAE of transformers needs {needs}: write the format timm instead")
+        raise ValueError(f"the format transformers needs {needs}: use the format timm")
     weights = split_qkv(unflatten(weights, arguments["patch_size"]))
     config = transformers_config(arguments)
     processor = dict(
@@ -378,7 +378,7 @@ WRITERS = {"timm": to_timm, "transformers": to_transformers, "mae": to_mae}
 
 
 def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> Weights:
-    """Our tensors and position tables with the names and shapes of facebookresearch/mae and timm."""
+    """Tensors and position tables with the names and shapes of facebookresearch/mae and timm."""
     head = {}
     if classifier:
         head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
@@ -390,7 +390,7 @@ def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> W
 
 
 def unflatten(weights: Weights, p: int) -> Weights:
-    """Reshape tokens to (1, 1, d), position tables to (1, rows, d), the linear layer to a convolution."""
+    """Reshape tokens to (1, 1, d), position tables to (1, rows, d), embedding to a convolution."""
     tokens = {name: weights[name][None, None] for name in TOKENS if name in weights}
     tables = {name: weights[name][None] for name in TABLES if name in weights}
     embed = rearrange(weights["embed.weight"], "d (p1 p2 c) -> d c p1 p2", p1=p, p2=p).contiguous()
@@ -440,11 +440,11 @@ def timm_config(arguments: dict, classifier: dict | None) -> dict:
     model_args = timm_arguments(arguments, classifier)
     classes = dict(num_classes=model_args["num_classes"])
     config = dict(
-        architecture="vit_base_patch16_224",  # any ViT: model_args hold every difference
+        architecture="vit_base_patch16_224",  # any ViT would do: model_args hold all differences
         **classes,
         num_features=arguments["width"],
         global_pool=model_args["global_pool"],
-        layer_norm_eps=arguments["norm_eps"],  # for from_foreign(); timm has 1e-6
+        layer_norm_eps=arguments["norm_eps"],  # for from_foreign(); timm always uses 1e-6
         model_args=model_args,
         pretrained_cfg=dict(
             input_size=[arguments["channels"], *arguments["image_size"]],

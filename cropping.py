@@ -1,4 +1,4 @@
-"""Random numbers by key and index, the random crops they give, and crops of whole batches.
+"""Random numbers by key and index, random crops from them, and crops of whole batches.
 
 Every random choice is a function of (seed, epoch, index of the picture). It does not depend on the
 number of worker processes, GPUs or accumulation steps.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class RandomStream(IntEnum):
-    """What random numbers are for, as part of the key of :func:`uniform`."""
+    """The purpose of random numbers, a part of the key of :func:`uniform`."""
 
     CROP = 0
     MASK = 1
@@ -28,8 +28,8 @@ class RandomStream(IntEnum):
 def uniform(key: tuple[int, ...], indices: np.ndarray, count: int) -> np.ndarray:
     """Random numbers (b, count) float32 in [0, 1), a function of key, index (b,) and column only.
 
-    SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) used as a hash: NumPy has no generator with a key
-    per row.
+    Uses SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) as a hash, because NumPy lacks a generator
+    with a key per row.
     """
 
     def mix(x: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def uniform(key: tuple[int, ...], indices: np.ndarray, count: int) -> np.ndarray
 
 
 class Crops(NamedTuple):
-    """Where crops lie in their pictures, and which are flipped.
+    """The boxes of crops in their pictures, and which crops are flipped.
 
     ``boxes`` (b, 4): top, left, height, width, in pixels (int64) or as fractions of the picture
     (float32). ``flips`` (b,) bool.
@@ -57,16 +57,16 @@ class Crops(NamedTuple):
     flips: np.ndarray
 
     def as_fractions(self, sizes: np.ndarray) -> "Crops":
-        """Turn boxes in pixels into fractions; ``sizes`` (b, 2) are those of the pictures."""
+        """Turn boxes in pixels into fractions of the pictures' ``sizes`` (b, 2)."""
         return Crops((self.boxes / np.tile(sizes, 2)).astype(np.float32), self.flips)
 
 
 def random_crops(sizes: np.ndarray, noise: np.ndarray, scale: tuple[float, float] = (0.2, 1.0)) -> Crops:
     """RandomResizedCrop with flips, for pictures of ``sizes`` (b, 2), height and width.
 
-    ``noise`` (b, 23) in [0, 1) decides. The area of a crop is uniform in ``scale`` (fractions of the
-    picture), its aspect ratio log-uniform in (3/4, 4/3). The first of ten draws that fits is taken;
-    if none does, the largest central crop of an allowed aspect ratio.
+    The crops are a function of ``noise`` (b, 23) in [0, 1). The area of a crop is uniform in
+    ``scale`` (fractions of the picture), its aspect ratio log-uniform in (3/4, 4/3). The first of
+    ten draws that fits is taken; if none fits, the largest central crop of an allowed aspect ratio.
     """
     narrow, wide = 3 / 4, 4 / 3
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
@@ -76,14 +76,14 @@ def random_crops(sizes: np.ndarray, noise: np.ndarray, scale: tuple[float, float
     ratio = np.exp(math.log(narrow) + noise[:, 10:20] * math.log(wide / narrow))
     h, w = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))
 
-    # the first of them that fits, (b, 1)
+    # the first draw that fits, (b, 1)
     fits = (h >= 1) & (w >= 1) & (h <= height) & (w <= width)
     first = fits.argmax(axis=1)[:, None]
     h, w = np.take_along_axis(h, first, 1), np.take_along_axis(w, first, 1)
     top = np.floor(noise[:, 20:21] * (height - h + 1))
     left = np.floor(noise[:, 21:22] * (width - w + 1))
 
-    # where none fits
+    # the central crop, where no draw fits
     central_h = np.round(np.minimum(height, width / narrow)).clip(1)
     central_w = np.round(np.minimum(width, height * wide)).clip(1)
     central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
@@ -102,10 +102,10 @@ def crop_batch(
 ) -> Tensor:
     """Cut boxes out of images (b, c, H, W) on their device and resize them: (b, c, *size).
 
-    The type stays the same. ``size`` is a side or two; ``boxes`` (b, 4) in pixels may be fractional.
-    Uses the antialiased bicubic filter of PIL, as two matrix products. ``how``: "inside" sees only
-    pixels inside the box, as :func:`data.crop` does; "beyond" also sees those around it; "area"
-    takes means over areas.
+    The type stays the same. ``size`` is one side or two; ``boxes`` (b, 4) in pixels may be
+    fractional. Applies PIL's antialiased bicubic filter as two matrix products. ``how``: "inside"
+    uses only pixels inside the box, as :func:`data.crop` does; "beyond" also uses those around it;
+    "area" takes means over areas.
     """
     top, left, height, width = boxes.float().unbind(1)
     size = (size, size) if isinstance(size, int) else size
@@ -140,8 +140,8 @@ class CropOptions(NamedTuple):
     """How to crop for training.
 
     ``size``: side of the crops in pixels. ``scale``: smallest and largest crop, as fractions of the
-    image area. ``bad_limit``: the number of broken pictures after which a reader gives up on a
-    batch. ``augment`` takes a crop (3, size, size) uint8 and returns another; it draws from torch's
+    image area. ``bad_limit``: the number of broken pictures that makes a reader give up a batch.
+    ``augment`` takes a crop (3, size, size) uint8 and returns another; it draws from torch's
     default generator.
     """
 
@@ -152,14 +152,14 @@ class CropOptions(NamedTuple):
     augment: Callable[[Tensor], Tensor] | None = None
 
     def crops(self, sizes: np.ndarray, epoch: int | None, indices: np.ndarray) -> Crops:
-        """Random crops of pictures of ``sizes`` (b, 2); without an epoch, the whole pictures."""
+        """Random crops of pictures of ``sizes`` (b, 2); whole pictures if ``epoch`` is None."""
         if epoch is None:
             return Crops(np.hstack([np.zeros_like(sizes), sizes]), np.zeros(len(sizes), bool))
         noise = uniform((self.seed, epoch, RandomStream.CROP), indices, 23)
         return random_crops(sizes, noise, self.scale)
 
     def augmented(self, images: Tensor, epoch: int | None, indices: np.ndarray) -> Tensor:
-        """The crops, each augmented with its own random numbers; without an epoch, unchanged."""
+        """Augment each crop with its own random numbers; unchanged if ``epoch`` is None."""
         if self.augment is None or epoch is None:
             return images
         augmented = []

@@ -1,9 +1,10 @@
-"""Data sets to pictures: load them by name or path, decode records, cut out squares, normalise.
+"""Load data sets by name or path; decode, crop and normalise their pictures.
 
-Pictures are upright RGB, as PIL images or uint8 tensors. :func:`normalize` turns them into floats on
-the device.
+Pictures are upright RGB, as PIL images or uint8 tensors. :func:`normalize` turns them into floats
+on the device.
 
-Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/``w`` cells of a grid.
+Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/``w`` cells of a
+grid.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
 TEST_SPLITS = {"val", "valid", "validation", "dev", "test", "testing"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # preferred, where several columns hold images
-ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # of pictures or their paths
+ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # for pictures or their paths
 
 Dataset = datasets.Dataset | datasets.IterableDataset
 
@@ -41,8 +42,8 @@ Dataset = datasets.Dataset | datasets.IterableDataset
 class Source(NamedTuple):
     """A data set known by name.
 
-    ``hub``: its id on the hub, None if it is not there. ``image``, ``label``: columns. ``test``: the
-    split to test on. ``hint``: what to do if it cannot be loaded.
+    ``hub``: its id on the Hugging Face hub, or None. ``image``, ``label``: columns. ``test``: the
+    test split. ``hint``: advice if it cannot be loaded.
     """
 
     hub: str | None
@@ -52,7 +53,7 @@ class Source(NamedTuple):
     hint: str = "is this machine online?"
 
 
-DATASETS = {  # those of the paper; add your own row
+DATASETS = {  # those of the paper; add your own rows
     "imagenet-1k": Source(
         "ILSVRC/imagenet-1k",
         "image",
@@ -65,9 +66,9 @@ DATASETS = {  # those of the paper; add your own row
         "image",
         "label",
         "val",
-        "it is not on the hub: get train_val2019.tar.gz, train2019.json and val2019.json as "
-        "github.com/visipedia/inat_comp/tree/master/2019 says, sort the pictures into train/CLASS and val/CLASS "
-        "folders by these lists, and give that folder to --dataset",
+        "it is not on the hub: download train_val2019.tar.gz, train2019.json and val2019.json (see "
+        "github.com/visipedia/inat_comp/tree/master/2019), sort the pictures into train/CLASS and "
+        "val/CLASS folders by these lists, and pass that folder to --dataset",
     ),
     "cifar10": Source("uoft-cs/cifar10", "img", "label", "test"),
     "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", "test"),
@@ -85,9 +86,9 @@ def load_images(
     streaming: bool = False,
     max_images: int | None = None,
 ) -> Dataset:
-    """Load a data set of images, with columns ``image`` (undecoded) and ``label``, if it has one.
+    """Load a data set of images, with columns ``image`` (undecoded) and, if known, ``label``.
 
-    Other columns stay as they are; a stream leaves all of them undecoded.
+    Other columns stay as they are; in a stream, all of them stay undecoded.
 
     ``name_or_path``: ``shapes`` or ``shapes:easy`` (the demo data), a folder of images (with or
     without class folders; ``split`` may be a folder in it), a parquet file or a folder of them, a
@@ -95,9 +96,10 @@ def load_images(
     name, ``name`` or ``name:configuration``. The columns are found by their type unless named;
     ``label_column=""`` asks for no label.
 
-    Raises FileNotFoundError if there is no such data, ValueError if it has no such split, no image
-    column, or no image.
+    Raises FileNotFoundError if the data cannot be found, ValueError if the split or an image column
+    is missing, or the split is empty.
     """
+    # open, then find and rename the columns
     known = _known_source(name_or_path)
     if known:
         image_column = image_column or known.image
@@ -108,6 +110,7 @@ def load_images(
     label_column = _find_label_column(name_or_path, features, label_column)
     dataset = _rename_columns(dataset, features, image_column, label_column)
 
+    # refuse empty splits, then shorten
     first = next(iter(dataset), None) if streaming else len(dataset) or None
     if first is None:
         raise ValueError(f"split {split!r} of {name_or_path} is empty")
@@ -121,9 +124,9 @@ def load_images(
 
 
 def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:
-    """Load the images to test on: ``split``, or the first split of validation, val and test.
+    """Load the images to test on: ``split``, or the first of validation, val and test that exists.
 
-    ``options`` are those of :func:`load_images`. Raises ValueError if there is no such split.
+    ``options`` are those of :func:`load_images`. Raises ValueError if no such split exists.
     """
     known = _known_source(name_or_path)
     if split or known:
@@ -138,9 +141,9 @@ def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:
 
 
 def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
-    """Hashes of ``count`` encoded pictures from all over the data (of a stream: the first ones).
+    """Hashes of ``count`` encoded pictures, evenly spaced (in a stream: the first ones).
 
-    They tell a data set from others. The hash of a picture that cannot be read is "".
+    They identify the data set. The hash of a picture that cannot be read is "".
     """
     if isinstance(dataset, datasets.IterableDataset):
         records = dataset.take(count)
@@ -151,13 +154,13 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
         try:
             encoded = record["image"]["bytes"] or Path(record["image"]["path"]).read_bytes()
             hashes.append(hashlib.sha256(encoded).hexdigest()[:16])
-        except Exception:  # a broken picture, or one that has vanished
+        except Exception:  # a broken or missing picture
             hashes.append("")
     return hashes
 
 
 def length_of(dataset: Dataset, limit: int | None = None) -> int | None:
-    """The number of pictures; of a stream: ``limit``, or the number in its description, or None."""
+    """The number of pictures; of a stream: ``limit``, or the number it declares, or None."""
     if isinstance(dataset, datasets.Dataset):
         return len(dataset)
     if limit:
@@ -172,7 +175,7 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 
 
 def _known_source(name: str) -> Source | None:
-    """The entry of DATASETS; a path of that name goes first."""
+    """The entry of DATASETS, or None; an existing path of that name takes precedence."""
     return None if Path(name).exists() else DATASETS.get(name)
 
 
@@ -203,14 +206,14 @@ def _find_label_column(name: str, features: dict, column: str | None) -> str | N
 
 
 def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_column: str | None) -> Dataset:
-    """Call the two columns ``image`` and ``label``; drop others of these names; decode nothing."""
+    """Rename the columns to ``image`` and ``label``; drop others of these names; decode nothing."""
     names = {image_column: "image"}
     if label_column:
         names |= {label_column: "label"}
     names = {old: new for old, new in names.items() if old != new}
     replaced = [new for new in names.values() if new in features]
     if isinstance(dataset, datasets.IterableDataset):
-        dataset = dataset.decode(False)  # first: renaming a stream decodes it on the way
+        dataset = dataset.decode(False)  # before renaming, which decodes a stream
     if replaced:
         dataset = dataset.remove_columns(replaced)
     return dataset.rename_columns(names).cast_column("image", datasets.Image(decode=False))
@@ -220,7 +223,7 @@ def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_c
 
 
 def _open(name: str, split: str, streaming: bool, known: Source | None) -> Dataset:
-    """The data set as ``datasets`` opens it. Raises FileNotFoundError or ValueError, on one line."""
+    """Open the data set with ``datasets``. Raises FileNotFoundError or ValueError, in one line."""
     if name in ("shapes", "shapes:easy"):
         dataset = shapes.load_shapes(split, easy=name == "shapes:easy")
         return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
@@ -247,7 +250,7 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
 
 
 def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
-    """A table or an archive in a single file."""
+    """Open a table or an archive in a single file."""
     if split != "train":
         raise ValueError(f"Unknown split {split!r}: a single file has only 'train'")
     kind = "webdataset" if path.suffix == ".tar" else path.suffix.lstrip(".")
@@ -255,11 +258,11 @@ def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
 
 
 def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
-    """A folder written by ``save_to_disk``."""
+    """Open a folder written by ``save_to_disk``."""
     dataset = datasets.load_from_disk(str(path))
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
-            raise ValueError(f"Unknown split {split!r}; there are {list(dataset)}")
+            raise ValueError(f"Unknown split {split!r}: expected one of {list(dataset)}")
         dataset = dataset[split]
     elif split != "train":
         raise ValueError(f"Unknown split {split!r}: a single data set has only 'train'")
@@ -267,9 +270,9 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
 
 
 def _open_folder(name: str, path: Path, split: str, streaming: bool) -> Dataset:
-    """A folder of images or of tables. Files are listed here and nowhere else.
+    """Open a folder of images or of tables; the only place that lists files.
 
-    A folder ``train`` is a split if it is alone or beside a folder of TEST_SPLITS, else a class.
+    A folder ``train`` is a split if it is alone or beside a folder in TEST_SPLITS, else a class.
     """
     suffixes = {file.suffix.lower() for file in path.rglob("*")}
     if suffixes & TABLE_SUFFIXES:
@@ -281,13 +284,13 @@ def _open_folder(name: str, path: Path, split: str, streaming: bool) -> Dataset:
         path = path / split
     elif split != "train":
         raise ValueError(f"Unknown split {split!r}: {name} has no folder of that name")
-    files = {split: f"{glob.escape(str(path))}/**"}  # all of this split, whatever their names
+    files = {split: f"{glob.escape(str(path))}/**"}  # all files of this split
     return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
 
 
 def _open_hub(name: str, split: str, streaming: bool, known: Source | None) -> Dataset:
     if name[0] in ".~/" or name.count("/") > 1:
-        raise FileNotFoundError("it looks like a path, but there is no such file or folder")
+        raise FileNotFoundError("it looks like a path, but no such file or folder exists")
     if known and not known.hub:
         raise FileNotFoundError(known.hint)
     hub, _, configuration = (known.hub if known else name).partition(":")
@@ -295,7 +298,7 @@ def _open_hub(name: str, split: str, streaming: bool, known: Source | None) -> D
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error on a single line of at most 500 characters."""
+    """The message of an error in one line of at most 500 characters."""
     return " ".join(str(error).split())[:500]
 
 
@@ -305,7 +308,7 @@ def one_line(error: Exception) -> str:
 def decode(record: dict) -> Image.Image:
     """Decode a record of a ``datasets`` image column to an upright RGB picture.
 
-    Records become pictures here and nowhere else. Raises whatever PIL raises.
+    This is the only place where records become pictures. Raises any error that PIL raises.
     """
     return to_rgb(datasets.Image().decode_example(record))
 
@@ -324,8 +327,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scale more than 8 bits of grey to 8.
 
-    White is 65,535 in 16-bit pictures and where a value exceeds 255, 1 in float pictures without a
-    larger value, else 255.
+    White is 65,535 in 16-bit pictures and in those with a value above 255, 1 in float pictures
+    without a larger value, else 255.
     """
     values = np.asarray(image)
     sixteen = image.mode.startswith("I;16") or values.max() > 255
@@ -349,12 +352,12 @@ def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> Tensor:
 
 
 def stretch(image: Image.Image, size: int) -> Tensor:
-    """Resize a whole picture, whatever its aspect ratio: (3, size, size) uint8."""
+    """Resize a whole picture, ignoring its aspect ratio: (3, size, size) uint8."""
     return TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def center_crop(image: Image.Image, size: int, short_side: int | None = None) -> Tensor:
-    """Resize the short side (default: to ``size``), cut out the centre: (3, size, size) uint8."""
+    """Resize the short side (default: ``size``) and cut out the centre: (3, size, size) uint8."""
     limit = 8 * min(image.size)  # a strip of 1 x 10,000 pixels would become enormous
     if max(image.size) > limit:
         image = TF.center_crop(image, [min(image.height, limit), min(image.width, limit)])
@@ -365,7 +368,7 @@ def center_crop(image: Image.Image, size: int, short_side: int | None = None) ->
 def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """Turn uint8 images (b, 3, H, W) into floats of about zero mean and unit deviation.
 
-    A model's config has the mean and deviation it was trained with.
+    A model's config holds the mean and deviation it was trained with.
     """
     mean, std = mean_and_std(images.device, tuple(mean), tuple(std))
     return (images.float() / 255 - mean) / std
@@ -381,14 +384,14 @@ def denormalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[floa
 def mean_and_std(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Mean and deviation as tensors (3, 1, 1) on the device.
 
-    They are copied once: a copy at every step would wait for the device.
+    They are copied once, because a copy at every step would wait for the device.
     """
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array or tensor of the host to ``device``, without waiting for the device."""
+    """Copy an array or tensor from the host to ``device``, without waiting for the device."""
     tensor = torch.as_tensor(values)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -399,7 +402,7 @@ def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 
 class BadImage(NamedTuple):
-    """A picture that could not be decoded: its index in the data, and its name with the reason."""
+    """A picture that could not be decoded: its index in the data, its name and the reason."""
 
     index: int
     description: str
@@ -408,7 +411,7 @@ class BadImage(NamedTuple):
 def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
     """Describe the picture of an undecoded ``record`` whose decoding raised ``error``."""
     name = (record or {}).get("path") or f"image {index}"
-    in_memory = r" <_io\.BytesIO object at \w+>"  # what PIL calls the file
+    in_memory = r" <_io\.BytesIO object at \w+>"  # PIL's name for the file
     reason = re.sub(in_memory, "", one_line(error))
     return BadImage(index, f"{name}: {type(error).__name__}: {reason}")
 
@@ -416,8 +419,8 @@ def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
 def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[Image.Image, int, list[BadImage]]:
     """Picture ``index`` or the next one that can be decoded, its label, and the broken ones before.
 
-    The label is 0 if there is none. After ``tries`` broken pictures the result is blank: the caller
-    then has enough reason to stop.
+    The label is 0 if the data has none. After ``tries`` broken pictures the result is blank, and
+    the caller has enough reason to stop.
     """
     bad = []
     for i in range(index, index + tries):
@@ -425,7 +428,7 @@ def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[I
         try:
             record = dataset[i]
             return decode(record["image"]), record.get("label", 0), bad
-        except Exception as error:  # a decoder raises anything on a broken file
+        except Exception as error:  # a broken file can raise any error
             bad.append(describe_bad(i, record.get("image"), error))
     return Image.new("RGB", (1, 1)), 0, bad
 
@@ -435,15 +438,15 @@ class TooManyBadImages(ValueError):
 
 
 class NothingToRead(ValueError):
-    """A process has no share of a stream."""
+    """A process gets no pictures from a stream."""
 
 
 class BadImages:
     """The broken pictures met so far: ``descriptions`` by index.
 
     The first ``reported`` of them have been reported. ``max_share`` of ``length`` pictures may be
-    broken. ``same_file_returns``: count files, not indices, because a stream brings a file again
-    under another index.
+    broken. ``same_file_returns``: count files, not indices, because a stream repeats a file under
+    another index.
     """
 
     def __init__(self, length: int, max_share: float, same_file_returns: bool = False):
@@ -468,7 +471,7 @@ class BadImages:
         return len(self.descriptions) - self.reported
 
     def take_unreported(self) -> list[str]:
-        """Descriptions of the pictures not reported before; they count as reported from now on."""
+        """Return the descriptions not reported before, and count them as reported."""
         descriptions = list(self.descriptions.values())
         known, new = descriptions[: self.reported], descriptions[self.reported :]
         self.reported = len(descriptions)
@@ -486,7 +489,7 @@ class BadImages:
         return dict(self.descriptions)
 
     def load_state_dict(self, state: dict[int, str]):
-        """Add the pictures met in an earlier run, which has reported them."""
+        """Add the broken pictures of an earlier run, which has reported them."""
         self.descriptions.update(state)
         self.reported = len(self.descriptions)
 
@@ -495,9 +498,9 @@ class BadImages:
 
 
 def object_mask(mask: Image.Image | dict) -> Image.Image:
-    """A mask picture as 255 on the object, 0 elsewhere.
+    """Turn a mask picture into 255 on the object, 0 elsewhere.
 
-    The object is where the mask exceeds 127, or, if it does so nowhere, where it is not 0.
+    The object is where the mask exceeds 127, or, if it never does, where it is not 0.
     """
     if isinstance(mask, dict):
         mask = datasets.Image().decode_example(mask)
@@ -511,8 +514,8 @@ def object_mask(mask: Image.Image | dict) -> Image.Image:
 class ObjectMasks:
     """The column of object masks of a data set.
 
-    ``missing`` lists the pictures whose mask could not be read. Raises ValueError if there is no
-    such column.
+    ``missing`` lists the pictures whose mask could not be read. Raises ValueError if the data has
+    no such column, or is a stream.
     """
 
     def __init__(self, dataset: Dataset, column: str):
@@ -530,13 +533,13 @@ class ObjectMasks:
     def coverage(self, indices: np.ndarray, grid: tuple[int, int]) -> Tensor:
         """The fraction of each cell of a grid (h, w) that the object covers: (b, h, w).
 
-        For whole pictures ``indices`` (b,); 0 where a mask cannot be read.
+        The grid divides the whole pictures ``indices`` (b,). 0 where a mask cannot be read.
         """
         found = torch.zeros(len(indices), *grid)
         for row, index in enumerate(indices.tolist()):
             try:
                 mask = object_mask(self.masks[index][self.column])
-            except Exception:  # whatever a decoder raises on a broken file
+            except Exception:  # a broken file can raise any error
                 self.missing.append(index)
                 continue
             cells = mask.resize(grid[::-1], Image.Resampling.BOX)
@@ -545,7 +548,7 @@ class ObjectMasks:
 
 
 def sample_pictures(dataset: Dataset, count: int, size: int, mask_column: str = "mask") -> tuple[Tensor, Tensor | None]:
-    """Up to ``count`` centre crops from all over the data (the first of a stream) and their objects.
+    """Up to ``count`` centre crops and their objects, evenly spaced (in a stream: the first ones).
 
     The crops are (k, 3, size, size) uint8, the objects (k, size, size) bool, None without a mask
     column. Raises ValueError if none of the pictures tried can be decoded.
@@ -568,7 +571,7 @@ def sample_pictures(dataset: Dataset, count: int, size: int, mask_column: str = 
 
 
 def _sample_records(dataset: Dataset, count: int, columns: list[str]) -> Iterator[dict]:
-    """Up to ``count`` undecoded records from all over the data (the first of a stream)."""
+    """Up to ``count`` undecoded records, evenly spaced (in a stream: the first ones)."""
     if isinstance(dataset, datasets.IterableDataset):
         yield from dataset.take(count)
         return

@@ -87,8 +87,8 @@ class Pixels(nn.Module):
 def load(name: str, *, heads: int | None = None, untrained: dict | None = None) -> Encoder:
     """The encoder that ``name`` stands for: a run folder or checkpoint, "random" or "pixels".
 
-    ``untrained`` holds the constructor's arguments of a random encoder; "image_size" is also that of pixels. Raises
-    FileNotFoundError or ValueError where there is no such encoder.
+    ``untrained`` holds the constructor's arguments of a random encoder; "image_size" is also that
+    of pixels. Raises FileNotFoundError or ValueError where there is no such encoder.
     """
     untrained = dict(image_size=64, patch_size=8) | smae.PRESETS["tiny"] | (untrained or {})
     if name == "pixels":

@@ -7,8 +7,8 @@
     accelerate launch eval.py predict --checkpoint runs/finetune --dataset FOLDER  # file, class, probability
     accelerate launch eval.py embed --checkpoint runs/pretrain --dataset FOLDER    # features to a parquet file
 
---checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm, ``random`` (an untrained
-encoder, the floor of every comparison) or ``pixels`` (no encoder at all).
+--checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm,
+``random`` (an untrained encoder, the floor of every comparison) or ``pixels`` (no encoder at all).
 """
 
 import argparse
@@ -59,7 +59,7 @@ IGNORED = {"out", "overwrite", "resume", "save_every_steps", "keep", "max_bad_im
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Judge and use an encoder.")
+    parser = cli.Parser(description="Judge and use an encoder.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, tests: bool = True) -> argparse.ArgumentParser:
@@ -132,8 +132,7 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError("--k must be at least 1, --temperature positive")
     if args.command == "finetune" and not 0 <= args.randaugment <= 10:
         raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
-    if args.precision == "auto":
-        args.precision = cli.best_precision()
+    args.precision = cli.choose_precision(args.precision)
 
 
 def fill_recipe(args: argparse.Namespace, images: int | None, world: int):
@@ -142,9 +141,15 @@ def fill_recipe(args: argparse.Namespace, images: int | None, world: int):
     args.epochs = recipe["epochs"] if args.epochs is None else args.epochs
     if args.warmup_epochs is None:
         args.warmup_epochs = recipe.get("warmup_epochs", 0) * args.epochs // recipe["epochs"]
+    share = world * max(1, args.accumulate)
+    least = 2 * share if getattr(args, "recipe", None) == "mae" else share  # BatchNorm takes two images or more
     if args.batch_size is None:  # of a small data set, so that an epoch has 16 steps
-        share = world * max(1, args.accumulate)
-        args.batch_size = max(share, min(recipe["batch_size"], (images or 2**62) // 16 // share * share))
+        args.batch_size = max(least, min(recipe["batch_size"], (images or 2**62) // 16 // share * share))
+    if args.batch_size < least:
+        raise ValueError(
+            f"--recipe mae needs two images in each micro-batch for BatchNorm: a --batch-size of at least {least}, "
+            f"got {args.batch_size}"
+        )
     for name in ("blr", "weight_decay"):
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
@@ -253,9 +258,9 @@ class Probe(nn.Module):
 class Augment:
     """RandAugment, then random erasing, of a uint8 crop (3, H, W).
 
-    As in MAE, which has timm's: two operations, each with probability 1/2, ``magnitude`` on a scale of 0 to 10. But
-    the operations are torchvision's, and the magnitude does not vary. What is erased becomes noise of ImageNet's mean
-    and deviation.
+    As in MAE, which has timm's: two operations, each with probability 1/2, ``magnitude`` on a scale
+    of 0 to 10. But the operations are torchvision's, and the magnitude does not vary. What is
+    erased becomes noise of ImageNet's mean and deviation.
     """
 
     def __init__(self, magnitude: int, erasing: float):
@@ -417,22 +422,25 @@ def probability_and_class(classifier: nn.Module, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ command line
 
 
-def main(arguments: list[str] | None = None):
-    args = build_parser().parse_args(arguments)
-    with checkpoint.Lock(args.out) as lock, cli.one_line_errors(ValueError, OSError):
-        evaluate(args, lock)
+def main(arguments: list | None = None) -> dict:
+    """Evaluate as the command line says, or as ``arguments`` say; return the content of result.json.
+
+    Called from Python with a list, errors are exceptions: ValueError, OSError and those of run.py.
+    """
+    with cli.called(arguments) as arguments:
+        args = build_parser().parse_args(arguments)
+        with checkpoint.Lock(args.out) as lock, cli.one_line_errors(ValueError, OSError):
+            return evaluate(args, lock)
 
 
-def evaluate(args: argparse.Namespace, lock: checkpoint.Lock):
-    """Every command: encoder, data, result.json."""
+def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
+    """Every command: encoder, data, result.json. Returns the content of that."""
     start, files = time.perf_counter(), RESULT_FILES[args.command]
     trains = args.command == "finetune" or (args.command == "linear" and args.recipe == "mae")
     fill_defaults(args)
     if not trains:
         cli.check_folder(args.out, args.overwrite, files)
-    accelerator = cli.make_accelerator(
-        mixed_precision=args.precision, gradient_accumulation_steps=getattr(args, "accumulate", 1)
-    )
+    accelerator = cli.make_accelerator(args.precision, getattr(args, "accumulate", 1))
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
     set_seed(args.seed)
@@ -476,12 +484,13 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock):
         file = args.out / "features.parquet"
         result = write_table(file, batches[0], accelerator, encoder.statistics, compute, write_features)
 
+    if len(parts) == 2:
+        result = dict(test_split=str(parts[1].split)) | result
+    result |= dict(processes=accelerator.num_processes, seconds=time.perf_counter() - start)
     if accelerator.is_main_process:
-        if len(parts) == 2:
-            result = dict(test_split=str(parts[1].split)) | result
-        result |= dict(processes=accelerator.num_processes, seconds=time.perf_counter() - start)
-        report(args.command, args.out, cli.plain(vars(args)), result)
+        result = report(args.command, args.out, cli.plain(vars(args)), result)
     accelerator.end_training()  # otherwise the process group may abort at exit
+    return result
 
 
 def write_table(
@@ -500,8 +509,8 @@ def write_table(
         return dict(images=write(part, rows), file=file.name)
 
 
-def report(command: str, out: Path, options: dict, result: dict):
-    """Write result.json and print the result in a line."""
+def report(command: str, out: Path, options: dict, result: dict) -> dict:
+    """Write result.json, print the result in a line, return the content."""
     metric = dict(metric="top1") if "top1" in result else {}
     content = dict(command=command, checkpoint=options["checkpoint"], dataset=options["dataset"])
     content |= metric | result | dict(config=options)
@@ -516,6 +525,7 @@ def report(command: str, out: Path, options: dict, result: dict):
         f"{command} {options['checkpoint']} ({options['pool']}, {options['image_size']} px) on {options['dataset']}: "
         f"{', '.join(figures)}, {result['seconds']:.0f} s; wrote {out / result.get('file', 'result.json')}"
     )
+    return content
 
 
 if __name__ == "__main__":

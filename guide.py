@@ -1,7 +1,7 @@
 """What guides the masks in training: the relevance of the patches of each crop, or of whole pictures.
 
-``masks.py`` turns features into masks. This file decides which features: whose, of which layer, computed when, and
-kept for how long. It also decides when a model is ready to guide itself.
+``masks.py`` turns features into masks. This file decides which features: whose, of which layer,
+computed when, and kept for how long. It also decides when a model is ready to guide itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,24 +36,26 @@ Source = smae.SMAE | data.ObjectMasks | Literal["pixels", "centre"]
 class Guide:
     """Relevance of the patches of images, and the masks that follow from it.
 
-    ``kind`` "selfguided": relevance is how much a patch belongs to the main object, by the features of ``layer`` (one
-    of the model's ``layers``, default: the last encoder block but one). ``debias`` subtracts from the features their
-    mean at each patch position. ``kind`` "amt": relevance is how much the CLS token attends to a patch.
+    ``kind`` "selfguided": relevance is how much a patch belongs to the main object, by the features
+    of ``layer`` (one of the model's ``layers``, default: the last encoder block but one).
+    ``debias`` subtracts from the features their mean at each patch position. ``kind`` "amt":
+    relevance is how much the CLS token attends to a patch.
 
-    ``source`` replaces the model itself, so that the masks are no longer self-guided. A frozen model sees the images
-    as squares of ``source_size`` pixels (default: its own size). A mask column of the data is an upper bound. "pixels"
-    (features are the raw patches) and "centre" (the more central, the more relevant) are floors. ``source_name`` is
-    the name that the user gave. ``shuffle`` gives each picture the cached relevance of another: masks of the same
-    shapes without their content.
+    ``source`` replaces the model itself, so that the masks are no longer self-guided. A frozen
+    model sees the images as squares of ``source_size`` pixels (default: its own size). A mask
+    column of the data is an upper bound. "pixels" (features are the raw patches) and "centre" (the
+    more central, the more relevant) are floors. ``source_name`` is the name that the user gave.
+    ``shuffle`` gives each picture the cached relevance of another: masks of the same shapes without
+    their content.
 
-    ``hint_ratio`` and ``hint_portion`` fall linearly over the guided epochs, of ``epochs`` in all, to ``hint_end``
-    times their value. The other arguments are those of ``masks.find_object``, ``masks.informed_mask`` and
-    ``masks.amt_mask``.
+    ``hint_ratio`` and ``hint_portion`` fall linearly over the guided epochs, of ``epochs`` in all,
+    to ``hint_end`` times their value. The other arguments are those of ``masks.find_object``,
+    ``masks.informed_mask`` and ``masks.amt_mask``.
 
-    ``maps`` (images, h, w) float16 holds the relevance of whole pictures after :meth:`cache_relevance`, in a file that
-    all processes of a machine map into memory. ``mean`` (n, d) is the mean of the features. ``start`` is the number of
-    epochs before the guide (None: not known yet). ``history`` holds the exploitation rates (:func:`exploitation`) of
-    every epoch.
+    ``maps`` (images, h, w) float16 holds the relevance of whole pictures after
+    :meth:`cache_relevance`, in a file that all processes of a machine map into memory. ``mean`` (n,
+    d) is the mean of the features. ``start`` is the number of epochs before the guide (None: not
+    known yet). ``history`` holds the exploitation rates (:func:`exploitation`) of every epoch.
 
     Raises ValueError if the model has no such layer or the counts of patches do not fit.
     """
@@ -146,8 +148,8 @@ class Guide:
     ) -> tuple[Tensor, Tensor | None]:
         """Relevance (b, n) of the patches of normalised images (b, 3, H, W), and which are on the object's side.
 
-        ``update_mean``: the next :meth:`finish_step` adds the features to their running mean. If a mask column guides,
-        the ``objects`` (b, H, W) bool stand for it. AMT has no sides: None.
+        ``update_mean``: the next :meth:`finish_step` adds the features to their running mean. If a
+        mask column guides, the ``objects`` (b, H, W) bool stand for it. AMT has no sides: None.
         """
         own = self.model.grid(images)
         if isinstance(self.source, data.ObjectMasks):
@@ -271,9 +273,9 @@ class Guide:
     ):
         """Compute the relevance of every whole picture of the data and keep it in ``file``: one pass, shared out.
 
-        ``debias`` takes another pass before, over the first MEAN_OVER pictures, for the mean of the features.
-        ``after_each`` is called after every batch, equally often in each process. Raises OSError, in all processes, if
-        the main one cannot write the file; earlier maps then stay.
+        ``debias`` takes another pass before, over the first MEAN_OVER pictures, for the mean of the
+        features. ``after_each`` is called after every batch, equally often in each process. Raises
+        OSError, in all processes, if the main one cannot write the file; earlier maps then stay.
         """
 
         def whole(compute: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
@@ -373,8 +375,8 @@ class Guide:
     def mask_tokens_lead(self, trained: bool = False) -> bool:
         """Whether the decoder has exploited mask tokens more than visible ones for two epochs in a row.
 
-        An untrained decoder attends to all tokens alike, and most are mask tokens: unless it was ``trained`` before,
-        their lead at the start does not count.
+        An untrained decoder attends to all tokens alike, and most are mask tokens: unless it was
+        ``trained`` before, their lead at the start does not count.
         """
         ahead = [sum(rates["exploitation_masked"]) > sum(rates["exploitation_visible"]) for rates in self.history]
         return len(ahead) > 1 and all(ahead[-2:]) and (trained or not all(ahead))

@@ -1,15 +1,17 @@
-"""What to mask: random masks, masks guided by the model's own clusters of patches, and by its attention.
+"""Masks: random, guided by the model's own clusters of patches, or guided by its attention.
 
-Works alone: needs torch. Pure functions, batched, on any device: tensors in, tensors out, no state. The chain of
-the self-guided mask (Shin et al., Self-Guided Masked Autoencoder, NeurIPS 2024, arXiv 2507.19773, section 4):
+Works alone, with torch. Pure functions, batched, on any device: tensors in, tensors out, no state.
+
+The steps of the self-guided mask (Shin et al., Self-Guided Masked Autoencoder, NeurIPS 2024,
+arXiv 2507.19773, section 4):
 
     features -> similarity -> normalized_cut -> foreground_side -> relevance -> informed_mask
 
-(all but the last are in :func:`find_object`, everything in :func:`self_guided_mask`).
-The chain of its rival AMT (Liu et al., arXiv 2211.15362): attention -> attention_weights -> amt_mask.
+:func:`find_object` takes all but the last step, :func:`self_guided_mask` takes all of them. The
+steps of AMT (Liu et al., arXiv 2211.15362): attention -> attention_weights -> amt_mask.
 
-Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m`` masked, ``d`` width.
-Randomness comes in as ``noise`` (b, n), uniform in [0, 1), so that the caller decides what it depends on; by default
+Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m``
+masked, ``d`` width. The caller passes randomness as ``noise`` (b, n), uniform in [0, 1); by default
 it is drawn from torch's global generator.
 """
 
@@ -20,16 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DENSE = 2**28  # b * n * n; more similarities than that (1 GiB) are never kept, but made again and again, in rows
+DENSE = 2**28  # b * n * n similarities, 1 GiB; above it, blocks of rows are recomputed in each use
 
-ROUNDING = 3e-6  # of eigenvalues between -1 and 1 in float32
+ROUNDING = 3e-6  # error of eigenvalues between -1 and 1 in float32
 
 
 class Mask(NamedTuple):
-    """Ascending patch indices, int64, the same number in every row, the two disjoint.
+    """Indices of the visible and the masked patches: int64, ascending, disjoint.
 
-    ``visible`` (b, v): what the encoder sees. ``masked`` (b, m): what the loss is taken on. Patches in neither are
-    thrown away: not encoded, decoded or scored.
+    ``visible`` (b, v): the input of the encoder. ``masked`` (b, m): the patches of the loss. Every
+    row has the same number of each. Patches in neither are thrown away: not encoded, decoded or
+    scored.
     """
 
     visible: Tensor
@@ -37,7 +40,10 @@ class Mask(NamedTuple):
 
 
 def masked_count(n: int, ratio: float) -> int:
-    """How many of ``n`` patches are masked: round(ratio * n). Raises ValueError unless 0 < that < n."""
+    """The number of masked patches among ``n``: round(ratio * n).
+
+    Raises ValueError unless it lies above 0 and below ``n``.
+    """
     if not 0 < ratio < 1:
         raise ValueError(f"the mask ratio must lie between 0 and 1 (exclusive), got {ratio}")
     m = round(ratio * n)
@@ -47,12 +53,13 @@ def masked_count(n: int, ratio: float) -> int:
 
 
 def hint_count(n: int, ratio: float, hint: str, hint_ratio: float, hint_portion: float = 0.5) -> int:
-    """How many of ``n`` patches are hints: max(2, int(hint_ratio * n)), and 0 with ``hint="none"``.
+    """The number of hints among ``n`` patches: max(2, int(hint_ratio * n)), 0 for ``hint="none"``.
 
-    Both shares are shares of all patches, as the counts of the paper's Figure 1 have them (9 of 196 for 0.05).
+    ``hint_ratio`` and ``hint_portion`` are shares of all patches, which matches the counts in the
+    paper's Figure 1 (9 of 196 for 0.05).
 
-    Raises ValueError for an unknown strategy, for a share outside [0, 1], for more hints than visible patches, and for
-    more hints than there are patches to draw them from.
+    Raises ValueError for an unknown strategy, a share outside [0, 1], more hints than visible
+    patches, and more hints than candidates.
     """
     if hint not in ("none", "random", "similar"):
         raise ValueError(f"hint must be none, random or similar, got {hint!r}")
@@ -72,12 +79,12 @@ def hint_count(n: int, ratio: float, hint: str, hint_ratio: float, hint_portion:
 
 
 def _part(n: int, share: float) -> int:
-    """``share`` of ``n`` patches, rounded down: 29 for 0.29 * 100, which is 28.999999999999996 as a float."""
+    """``share`` of ``n`` patches, rounded down; 29 for 0.29 * 100, the float 28.999999999999996."""
     return int(share * n + 1e-6)
 
 
 def random_mask(b: int, n: int, ratio: float = 0.75, *, noise: Tensor | None = None, device=None) -> Mask:
-    """Uniformly random masks for ``b`` images of ``n`` patches (MAE); ``noise`` (b, n) decides if given."""
+    """Uniformly random masks (MAE) for ``b`` images of ``n`` patches; optional ``noise`` (b, n)."""
     m = masked_count(n, ratio)
     order = _uniform(noise, b, n, device).argsort(dim=1)
     return _mask(masked=order[:, :m], visible=order[:, m:])
@@ -95,11 +102,12 @@ def self_guided_mask(
     hint_portion: float = 0.5,
     noise: Tensor | None = None,
 ) -> Mask:
-    """Mask the main object of each image, as the patch features (b, n, d) of an (h, w) grid show it.
+    """Mask the main object of each image, found in patch features (b, n, d) of an (h, w) grid.
 
-    No CLS token among the features. Arguments as in :func:`informed_mask` and :func:`find_object`. Every image gets
-    exactly ``masked_count(n, ratio)`` masked patches; where the features say nothing (a constant image, not a
-    number), the mask is random. Raises ValueError if features and grid disagree.
+    The features hold no CLS token. For the other arguments see :func:`informed_mask` and
+    :func:`find_object`. Every image gets exactly ``masked_count(n, ratio)`` masked patches. The
+    mask is random where features are constant or not finite. Raises ValueError if features and grid
+    disagree.
     """
     scores, _ = find_object(features, grid, foreground, scoring)
     return informed_mask(scores, ratio, hint, hint_ratio, hint_portion, noise=noise)
@@ -109,11 +117,11 @@ def self_guided_mask(
 def find_object(
     features: Tensor, grid: tuple[int, int], foreground: str = "border", scoring: str = "contrast"
 ) -> tuple[Tensor, Tensor]:
-    """Relevance (b, n) of the patches to the main object, and whether they are on its side of the cut (b, n).
+    """Relevance (b, n) of the patches to the main object, and its side of the cut (b, n) bool.
 
-    From patch features (b, n, d) of an (h, w) grid, without a CLS token. ``foreground``: :func:`foreground_side`;
-    ``scoring``: :func:`relevance`. Never holds more than DENSE similarities. Raises ValueError if features and grid
-    disagree.
+    Takes patch features (b, n, d) of an (h, w) grid, without a CLS token. ``foreground`` is a rule
+    of :func:`foreground_side`; for ``scoring`` see :func:`relevance`. Holds at most DENSE
+    similarities at a time. Raises ValueError if features and grid disagree.
     """
     if features.ndim != 3 or features.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"expected features (b, {grid[0]} * {grid[1]}, d), got {tuple(features.shape)}")
@@ -122,6 +130,8 @@ def find_object(
         affinity = similarity(features)
         side = foreground_side(normalized_cut(affinity), grid, foreground)
         return relevance(affinity, side, scoring), side
+
+    # too many similarities to keep: work on blocks of rows
     unit, count = _unit(features), max(1, DENSE // (4 * b * n))
     blocks = [slice(start, start + count) for start in range(0, n, count)]
     side = foreground_side(_blockwise_cut(unit, blocks), grid, foreground)
@@ -130,20 +140,21 @@ def find_object(
 
 @torch.no_grad()
 def similarity(features: Tensor) -> Tensor:
-    """Cosine similarity of all pairs of patches: (b, n, d) in any floating type to (b, n, n) in float32.
+    """Cosine similarities (b, n, n), float32, of all pairs of features (b, n, d), any float type.
 
-    Lengths are normalised in float32. The product takes its operands in the features' own type if that is bfloat16
-    or float16 (under autocast: in its type) and sums in float32, so its error stays far below the 1/256 steps of a
-    bfloat16 result: cosines of an early model all lie close to 1. Values that are not finite count as zero; a zero
-    vector is similar to nothing.
+    Lengths are normalised in float32. The operands of the product keep the features' type if that
+    is bfloat16 or float16 (under autocast, they take its type); sums are in float32. The error
+    stays far below the 1/256 steps of a bfloat16 result, which matters because cosines of an early
+    model all lie close to 1. Values that are not finite count as zero; a zero vector has similarity
+    0 to all.
     """
     return _cosines(*_unit(features))
 
 
 def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (b, n, d) divided by their lengths, in the type that products take, and what that made of the lengths.
+    """Features (b, n, d) of unit length, in the type of the product, and their new lengths (b, n).
 
-    Rounding to 16 bits leaves lengths (b, n) near 1, in float32; those of zero vectors count as 1.
+    Rounding to 16 bits leaves lengths near 1, in float32; those of zero vectors count as 1.
     """
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
@@ -155,7 +166,7 @@ def _unit(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosines(x: Tensor, length: Tensor, rows: slice = slice(None)) -> Tensor:
-    """Some ``rows`` of the cosines (b, n, n), in float32, of vectors (b, n, d) of about unit ``length`` (b, n)."""
+    """``rows`` of the cosines (b, n, n), float32, of ``x`` (b, n, d) with lengths (b, n) near 1."""
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
             product = torch.bmm(x[:, rows], x.mT, out_dtype=torch.float32)
@@ -166,18 +177,18 @@ def _cosines(x: Tensor, length: Tensor, rows: slice = slice(None)) -> Tensor:
 
 @torch.no_grad()
 def normalized_cut(affinity: Tensor, eps: float = 1e-5, steps: int = 24) -> Tensor:
-    """The relaxed normalized cut (b, n), float32, of patches with similarities (b, n, n); its sign is arbitrary.
+    """The relaxed normalized cut (b, n), float32, of similarities (b, n, n); its sign is arbitrary.
 
-    The second smallest solution y of (D - W) y = lambda D y with W = max(similarity, eps) and D its row sums
-    (Shi & Malik 2000, equation 6), from the second largest eigenvector of D^-1/2 W D^-1/2 by ``steps`` of Lanczos.
-    Never waits for the device.
+    This is the second smallest solution y of (D - W) y = lambda D y with W = max(similarity, eps)
+    and D its row sums (Shi & Malik 2000, equation 6), computed from the second largest eigenvector
+    of D^-1/2 W D^-1/2 by ``steps`` of Lanczos. Never waits for the device.
     """
     w = affinity.float().clamp(min=eps)
     return _cut(lambda v: torch.bmm(v, w), w.sum(dim=-1), steps)
 
 
 def _blockwise_cut(unit: tuple[Tensor, Tensor], blocks: list[slice], eps: float = 1e-5, steps: int = 24) -> Tensor:
-    """The same from what _unit() gives, holding but one of the ``blocks`` of rows of the similarities at a time."""
+    """Compute :func:`normalized_cut` from the result of _unit(), one block of rows at a time."""
 
     def multiply(v: Tensor) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
@@ -188,12 +199,14 @@ def _blockwise_cut(unit: tuple[Tensor, Tensor], blocks: list[slice], eps: float 
 
 @torch.no_grad()
 def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Tensor:
-    """The relaxed normalized cut (b, n) of graphs, given by v (b, 1, n) -> v W and the degrees (b, n) of their nodes.
+    """The relaxed normalized cut (b, n) of graphs with node degrees (b, n).
 
-    Lanczos iteration with full reorthogonalisation (Golub & Van Loan, Matrix Computations, section 10.3) on
-    D^-1/2 W D^-1/2. Its first eigenvector is known, D^1/2 1, and every iterate is kept orthogonal to it. Nodes of
-    degree zero stay at zero, and all do where nothing but rounding tells them apart.
+    ``multiply`` takes v (b, 1, n) to v W. Lanczos iteration with full reorthogonalisation (Golub &
+    Van Loan, Matrix Computations, section 10.3) on D^-1/2 W D^-1/2. Its first eigenvector is known,
+    D^1/2 1, and every iterate is kept orthogonal to it. Nodes of degree zero get zero; all nodes do
+    if they differ by rounding only.
     """
+    # start from the known eigenvector and a vector without a pattern
     (b, n), device = degree.shape, degree.device
     steps = max(1, min(steps, n - 1))
     scale = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)[:, None]
@@ -201,7 +214,9 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
     basis[:, 0] = F.normalize(degree.sqrt(), dim=1)
     tridiagonal = torch.zeros(b, steps, steps, device=device)
     k = torch.arange(1, n + 1, device=device)
-    x = ((k * k * 40503 % 65536) / 65536 - 0.5) * (scale > 0)  # (b, 1, n): some vector without a pattern
+    x = ((k * k * 40503 % 65536) / 65536 - 0.5) * (scale > 0)  # (b, 1, n)
+
+    # extend the basis, then combine it by the top eigenvector
     with torch.autocast(device.type, enabled=False):
         for j in range(steps):
             known = basis[:, : j + 1]
@@ -209,7 +224,7 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
             length = x.norm(dim=2, keepdim=True)
             if j:
                 tridiagonal[:, j, j - 1] = tridiagonal[:, j - 1, j] = length[:, 0, 0]
-            x = torch.where(length > ROUNDING, x / length.clamp(min=1e-30), 0)  # 0: there is nothing left to find
+            x = torch.where(length > ROUNDING, x / length.clamp(min=1e-30), 0)  # 0: basis complete
             basis[:, j + 1] = x[:, 0]
             previous, x = x, scale * multiply(scale * x)
             tridiagonal[:, j, j] = (previous * x).sum(dim=(1, 2))
@@ -218,35 +233,37 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
 
 
 def _top_eigenvector(matrices: Tensor, squarings: int = 14) -> Tensor:
-    """An eigenvector (b, s) of the largest eigenvalue of small symmetric matrices (b, s, s), by repeated squaring.
+    """An eigenvector (b, s) of the largest eigenvalue of small symmetric matrices (b, s, s).
 
-    ``torch.linalg.eigh`` would wait for the device.
+    Squares repeatedly, because ``torch.linalg.eigh`` would wait for the device.
     """
-    bound = matrices.abs().sum(-1).amax(-1)  # of all eigenvalues; added, the largest is the largest in absolute value
+    # adding a bound on all eigenvalues makes the largest also the largest in absolute value
+    bound = matrices.abs().sum(-1).amax(-1)
     power = matrices + torch.diag_embed(bound[:, None].expand(-1, matrices.shape[-1]))
     for _ in range(squarings):
         power = power / power.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-30)[:, None, None]
         power = torch.bmm(power, power)
-    column = power.diagonal(dim1=1, dim2=2).argmax(dim=1)  # each column is a multiple of it; the longest
+    column = power.diagonal(dim1=1, dim2=2).argmax(dim=1)  # all columns are multiples; take the longest
     return power.gather(1, column[:, None, None].expand(-1, 1, matrices.shape[-1]))[:, 0]
 
 
 def bipartition(y: Tensor) -> Tensor:
-    """Split the patches at the mean of the cut ``y`` (b, n): True (b, n) on the upper side."""
+    """Split the patches at the mean of the cut ``y`` (b, n): True (b, n) above it."""
     return y > y.mean(dim=1, keepdim=True)
 
 
 def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> Tensor:
-    """True (b, n) for the side of the cut ``y`` (b, n) that is the object; the sign of ``y`` does not matter.
+    """The object's side of the cut ``y`` (b, n): True (b, n); the sign of ``y`` does not matter.
 
-    ``border``: the side with the smaller share of its patches on the border of the (h, w) grid; of two equal shares,
-    the side without the top left patch. ``small``: the side with fewer patches, which in the three pictures of the
-    paper's Figure 1 is the object; of two equal ones, the side without the top left patch. ``peak``: the side of the
-    largest absolute value (TokenCut, Wang et al., CVPR 2022). Raises ValueError for another rule.
+    ``border``: the side with the smaller share of its patches on the border of the (h, w) grid.
+    ``small``: the side with fewer patches, which is the object in the three pictures of the paper's
+    Figure 1. Both rules break ties by taking the side without the top left patch. ``peak``: the
+    side of the largest absolute value (TokenCut, Wang et al., CVPR 2022). Raises ValueError for
+    another rule.
     """
     side = bipartition(y)
     if rule == "small":
-        side = side != side[:, :1]  # without the top left patch, whatever the sign of y
+        side = side != side[:, :1]  # the side without the top left patch, for either sign of y
         return torch.where(side.sum(1, keepdim=True) <= (~side).sum(1, keepdim=True), side, ~side)
     if rule == "border":
         border = torch.ones(grid, dtype=torch.bool, device=y.device)
@@ -255,7 +272,7 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
         def border_share(side: Tensor) -> Tensor:  # (b, n) -> (b, 1)
             return (side & border.flatten()).sum(1, keepdim=True) / side.sum(1, keepdim=True).clamp(min=1)
 
-        side = side != side[:, :1]  # without the top left patch, whatever the sign of y
+        side = side != side[:, :1]  # the side without the top left patch, for either sign of y
         return torch.where(border_share(side) <= border_share(~side), side, ~side)
     if rule == "peak":
         return side == side.gather(1, y.abs().argmax(dim=1, keepdim=True))
@@ -263,16 +280,18 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
 
 
 def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -> Tensor:
-    """How much each patch belongs to the object (b, n): similarities (b, n, n), sides (b, n) bool.
+    """The relevance (b, n) of patches to the object.
 
-    ``scoring``: "foreground", the mean similarity to the foreground patches, as in the paper; "contrast", that minus
-    the mean similarity to the others, which finds known objects better. Raises ValueError for another one.
+    Takes similarities (b, n, n) and ``foreground`` (b, n) bool. ``scoring``: "foreground" is the
+    mean similarity to the foreground patches, as in the paper; "contrast" subtracts the mean
+    similarity to the others and finds known objects better. Raises ValueError for another scoring.
     """
     if scoring not in ("foreground", "contrast"):
         raise ValueError(f"scoring must be foreground or contrast, got {scoring!r}")
 
     def mean_similarity(side: Tensor) -> Tensor:
-        total = (affinity * side[:, None, :]).sum(dim=-1)  # no matrix product: autocast would round it to 16 bits
+        # autocast would round a matrix product to 16 bits
+        total = (affinity * side[:, None, :]).sum(dim=-1)
         return total / side.sum(dim=-1, keepdim=True).clamp(min=1)
 
     return mean_similarity(foreground) - (mean_similarity(~foreground) if scoring == "contrast" else 0)
@@ -280,30 +299,35 @@ def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -
 
 @torch.no_grad()
 def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
-    """Up to ``k`` clusters of patches by recursive normalized cut: features (b, n, d) to labels (b, n) int64 below k.
+    """Up to ``k`` clusters of patches by recursive normalized cut.
 
-    Again and again, the cluster that can be split at the least cost is split, at the place along its relaxed cut where
-    that cost, Ncut, is least (Shi & Malik 2000, section 3). An image whose patches are all alike stays in one piece.
-    Raises ValueError unless 1 <= k <= n.
+    Takes features (b, n, d), returns labels (b, n) int64 below ``k``. Each round splits the cluster
+    with the cheapest split, where the cost Ncut is least along its relaxed cut (Shi & Malik 2000,
+    section 3). An image of equal patches stays one cluster. Raises ValueError unless 1 <= k <= n.
     """
     b, n = features.shape[:2]
     if not 1 <= k <= n:
-        raise ValueError(f"{n} patches can make 1 to {n} clusters, not {k}")
+        raise ValueError(f"the number of clusters of {n} patches must lie between 1 and {n}, got {k}")
     w = similarity(features).clamp(min=eps)
     labels = torch.zeros(b, n, dtype=torch.int64, device=features.device)
-    halves = torch.zeros(b, k, n, dtype=torch.bool, device=features.device)  # how each cluster would be split
-    costs = torch.full((b, k), torch.inf, device=features.device)  # and at what cost, if it can be
+    halves = torch.zeros(b, k, n, dtype=torch.bool, device=features.device)  # the best split of each cluster
+    costs = torch.full((b, k), torch.inf, device=features.device)  # its cost; infinite if there is none
 
     def consider(clusters: Tensor):  # (b, 1)
+        # order the members along their cut
         members = labels == clusters
         part = w * (members[:, :, None] & members[:, None, :])
         y = _cut(lambda v: torch.bmm(v, part), part.sum(dim=-1), steps=24)
-        order = torch.where(members, y, torch.inf).argsort(dim=1)  # members first, along the cut
+        order = torch.where(members, y, torch.inf).argsort(dim=1)  # members come first
         part = part.gather(1, order[:, :, None].expand_as(part)).gather(2, order[:, None, :].expand_as(part))
-        volume = part.sum(dim=-1).cumsum(dim=1)  # (b, n): of the first 1, 2, ... n patches
+
+        # the cost of splitting after the first 1, 2, ... n patches, (b, n)
+        volume = part.sum(dim=-1).cumsum(dim=1)
         cut = volume - part.cumsum(dim=1).cumsum(dim=2).diagonal(dim1=1, dim2=2)
         cost = cut / volume + cut / (volume[:, -1:] - volume)
-        inside = torch.arange(1, n + 1, device=y.device) < members.sum(dim=1, keepdim=True)  # something is left over
+
+        # keep the cheapest split that leaves two parts
+        inside = torch.arange(1, n + 1, device=y.device) < members.sum(dim=1, keepdim=True)
         alike = (y * members).aminmax(dim=1)
         inside = inside & ((alike.max - alike.min) > 0)[:, None]
         best = torch.where(inside, cost, torch.inf).min(dim=1, keepdim=True)
@@ -311,6 +335,7 @@ def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
         costs.scatter_(1, clusters, best.values)
         halves.scatter_(1, clusters[..., None].expand(b, 1, n), half[:, None])
 
+    # split the cheapest cluster, k - 1 times
     consider(labels[:, :1])
     for new in range(1, k):
         best = costs.argmin(dim=1, keepdim=True)
@@ -331,11 +356,11 @@ def informed_mask(
     *,
     noise: Tensor | None = None,
 ) -> Mask:
-    """Mask the most relevant patches, but for a few hints: relevance (b, n) to a Mask.
+    """Mask the most relevant patches except for a few hints: relevance (b, n) to a Mask.
 
-    The hints (:func:`choose_hints`) stay visible; of the other patches the ``masked_count(n, ratio)`` most relevant are
-    masked. Patches of equal relevance are ranked by chance, so that rows that say nothing (constant but for rounding,
-    not finite) get a uniformly random mask.
+    The hints (:func:`choose_hints`) stay visible; of the other patches the ``masked_count(n,
+    ratio)`` most relevant are masked. Patches of equal relevance are ranked at random. Rows that
+    are constant up to rounding, or not finite, get a uniformly random mask.
     """
     b, n = relevance.shape
     m, k = masked_count(n, ratio), hint_count(n, ratio, hint, hint_ratio, hint_portion)
@@ -357,11 +382,11 @@ def choose_hints(
     *,
     noise: Tensor,
 ) -> Tensor:
-    """The patches that :func:`informed_mask` leaves visible as hints: relevance (b, n) to indices (b, k).
+    """The hints of :func:`informed_mask`, which stay visible: relevance (b, n) to indices (b, k).
 
-    ``hint_count(...)`` of them are drawn, without replacement, among the most relevant ``hint_portion`` of all patches.
-    ``hint``: "random", uniformly; "similar", with a probability that rises with relevance; "none", k = 0. Raises
-    ValueError where the counts do not fit.
+    Draws ``hint_count(...)`` patches without replacement from the most relevant ``hint_portion`` of
+    all patches. ``hint``: "random" draws uniformly; "similar" with a probability that rises with
+    relevance; "none" draws 0. Raises ValueError where the counts do not fit.
     """
     n = relevance.shape[1]
     k = hint_count(n, ratio, hint, hint_ratio, hint_portion)
@@ -371,8 +396,9 @@ def choose_hints(
 
 
 def _draw_hints(relevance: Tensor, candidates: Tensor, k: int, hint: str, noise: Tensor) -> Tensor:
-    """``k`` of the ``candidates`` (b, c), patch indices, drawn without replacement: (b, k)."""
-    arrival = (noise * 2**12 % 1).gather(1, candidates)  # its low bits: the high ones have ranked patches that tie
+    """Draw ``k`` of the ``candidates`` (b, c), patch indices, without replacement: (b, k)."""
+    # the low bits of the noise: the high ones already ranked patches of equal relevance
+    arrival = (noise * 2**12 % 1).gather(1, candidates)
     if hint == "similar":  # the k earliest of exponential arrivals at these rates
         scores = relevance.gather(1, candidates)
         low, high = scores.aminmax(dim=1, keepdim=True)
@@ -382,20 +408,20 @@ def _draw_hints(relevance: Tensor, candidates: Tensor, k: int, hint: str, noise:
 
 
 def _meaningful(relevance: Tensor) -> Tensor:
-    """The relevance (b, n), but 0 in rows that say nothing: constant but for rounding, or not finite."""
+    """The relevance (b, n), set to 0 in rows that are constant up to rounding, or not finite."""
     low, high = relevance.aminmax(dim=1, keepdim=True)
-    differs = (high - low) > 1e-4 * high.abs()  # False for not-a-number, too
+    differs = (high - low) > 1e-4 * high.abs()  # also False for NaN
     return torch.where(differs & relevance.isfinite().all(dim=1, keepdim=True), relevance, 0)
 
 
 def _ranking(relevance: Tensor, noise: Tensor) -> Tensor:
-    """Patches (b, n) from the most to the least relevant; ties by ``noise`` (b, n)."""
+    """Patches (b, n) from the most to the least relevant; ``noise`` (b, n) breaks ties."""
     shuffled = noise.argsort(dim=1)
     return shuffled.gather(1, relevance.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
 
 
 def centrality(grid: tuple[int, int]) -> Tensor:
-    """How central each patch (n,) of an (h, w) grid is: rings around the centre, of the shape of the picture."""
+    """The centrality (n,) of the patches of an (h, w) grid, in rings of the shape of the image."""
     h, w = grid
     y, x = torch.meshgrid(torch.arange(h) - (h - 1) / 2, torch.arange(w) - (w - 1) / 2, indexing="ij")
     rings = torch.maximum(y.abs() / h, x.abs() / w)
@@ -403,9 +429,9 @@ def centrality(grid: tuple[int, int]) -> Tensor:
 
 
 def attention_weights(attention: Tensor) -> Tensor:
-    """AMT's weights (b, n) of the patches from the attention (b, heads, n) of the CLS token to them.
+    """AMT's patch weights (b, n) from the attention (b, heads, n) of the CLS token to the patches.
 
-    Each head is scaled to 0 ... 1, then the heads are averaged (arXiv 2211.15362).
+    Scales each head to 0 ... 1, then averages the heads (arXiv 2211.15362).
     """
     low, high = attention.float().aminmax(dim=-1, keepdim=True)
     return ((attention.float() - low) / (high - low).clamp(min=1e-12)).mean(dim=1)
@@ -413,11 +439,12 @@ def attention_weights(attention: Tensor) -> Tensor:
 
 @torch.no_grad()
 def amt_mask(weights: Tensor, ratio: float = 0.45, throw_ratio: float = 0.4, *, noise: Tensor | None = None) -> Mask:
-    """Attention-driven masking and throwing: weights (b, n), not negative, to a Mask (arXiv 2211.15362).
+    """Attention-driven masking and throwing (arXiv 2211.15362).
 
-    Patches are drawn without replacement, each with a probability in proportion to its weight: the first
-    ``masked_count(n, ratio)`` are masked, the next round(throw_ratio * n) thrown away, the rest visible. Patches of
-    weight zero come last; rows that are not finite are drawn uniformly. Raises ValueError if no patch stays visible.
+    Takes weights (b, n), not negative. Draws patches without replacement, with probabilities
+    proportional to their weights: the first ``masked_count(n, ratio)`` are masked, the next
+    round(throw_ratio * n) thrown away, the rest visible. Patches of weight zero come last; rows
+    that are not finite are drawn uniformly. Raises ValueError if no patch stays visible.
     """
     b, n = weights.shape
     m, thrown = masked_count(n, ratio), round(throw_ratio * n)
@@ -425,7 +452,8 @@ def amt_mask(weights: Tensor, ratio: float = 0.45, throw_ratio: float = 0.4, *, 
         raise ValueError(f"masking {ratio} and throwing {throw_ratio} of {n} patches leaves no visible patch")
     noise = _uniform(noise, b, n, weights.device)
     weights = torch.where(weights.isfinite().all(1, keepdim=True), weights.float(), 1)
-    arrival = -torch.log1p(-noise) / weights.clamp(min=1e-12)  # exponential, at these rates: the order of the draws
+    # exponential arrival times at these rates give the order of the draws
+    arrival = -torch.log1p(-noise) / weights.clamp(min=1e-12)
     order = arrival.argsort(dim=1)
     return _mask(masked=order[:, :m], visible=order[:, m + thrown :])
 

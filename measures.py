@@ -1,7 +1,7 @@
-"""What a model has learned, in numbers: pure functions from tensors to tensors.
+"""Measures of what a model has learned: pure functions from tensors to tensors.
 
-Works alone: needs torch. Letters in shapes: ``b`` images, ``n`` patches, ``v`` visible, ``m`` masked, ``d`` width,
-``t`` tokens.
+Works alone, with torch. Letters in shapes: ``b`` images, ``n`` patches, ``v`` visible, ``m``
+masked, ``d`` width, ``t`` tokens.
 """
 
 import math
@@ -10,23 +10,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------- known objects
+# --------------------------------------------------------------------------------- known objects
 
 
 def iou(side: Tensor, share: Tensor) -> Tensor:
     """Intersection over union (b,), in pixels, of patches ``side`` (b, n) bool and an object.
 
-    ``share`` (b, n) is the share of each patch that the object covers.
+    The object covers ``share`` (b, n) of each patch.
     """
     both = (side * share).sum(1)
     return both / (side.sum(1) + share.sum(1) - both)
 
 
 def rank_auc(relevance: Tensor, share: Tensor) -> Tensor:
-    """The probability (b,) that a pixel of the object is more relevant than one of the background; ties count half.
+    """The probability (b,) that an object pixel is more relevant than a background pixel.
 
-    A pixel has the relevance (b, n) of its patch, of which the object covers a ``share`` (b, n). This is the area
-    under the ROC curve.
+    Ties count half; this is the area under the ROC curve. A pixel has the relevance (b, n) of its
+    patch. The object covers ``share`` (b, n) of each patch.
     """
     areas = []
     for some_relevance, some_share in zip(relevance.split(64), share.split(64)):  # (b, n, n) is large
@@ -37,9 +37,9 @@ def rank_auc(relevance: Tensor, share: Tensor) -> Tensor:
 
 
 def masked_shares(masked: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the object and of the background a mask hides: two shares (b,).
+    """The masked shares (b,) of the object and of the background.
 
-    ``masked`` (b, m) are patch indices, ``share`` (b, n) is the share of each patch that the object covers.
+    ``masked`` (b, m) are patch indices. The object covers ``share`` (b, n) of each patch.
     """
     hidden = torch.zeros_like(share).scatter(1, masked, 1)
     of_object = (hidden * share).sum(1) / share.sum(1)
@@ -48,7 +48,7 @@ def masked_shares(masked: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def off_centre(objects: Tensor) -> Tensor:
-    """Whether the centroid of an object is nearer to the border of the picture than to its centre: (b,) bool.
+    """Whether an object's centroid is nearer to the border than to the centre: (b,) bool.
 
     ``objects`` (b, H, W) is the share of object in each pixel.
     """
@@ -60,19 +60,19 @@ def off_centre(objects: Tensor) -> Tensor:
 
 
 def _from_centre(pixels: int) -> Tensor:
-    """Places of pixels along a side, from -1/2 to 1/2."""
+    """Positions of pixels along a side, from -1/2 to 1/2."""
     return (torch.arange(pixels) + 0.5) / pixels - 0.5
 
 
-# ------------------------------------------------------------------------------------------------- features
+# --------------------------------------------------------------------------------- features
 
 
 def variance_shares(features: Tensor, pixels: Tensor) -> dict[str, float]:
-    """Where the variance of features (b, n, d) comes from, as shares that add up to 1.
+    """The sources of the variance of features (b, n, d), as shares that add up to 1.
 
-    "position": the mean of each patch position. "own pixels": what a linear map from the patch's own pixels (b, n, k)
-    explains of the remainder. "context": the rest, which comes from other patches (or from the own pixels in some
-    nonlinear way).
+    "position": explained by the mean of each patch position. "own pixels": explained, of the
+    remainder, by a linear map from the patch's own pixels (b, n, k). "context": the rest, which
+    comes from other patches or, nonlinearly, from the own pixels.
     """
     y = (features - features.mean(dim=0)).flatten(0, 1)
     x = (pixels - pixels.mean(dim=(0, 1))).flatten(0, 1)
@@ -85,17 +85,18 @@ def variance_shares(features: Tensor, pixels: Tensor) -> dict[str, float]:
     return {"position": 1 - beside_position, "own pixels": beside_position - context, "context": context}
 
 
-# ------------------------------------------------------------------------------------------------- decoder
+# --------------------------------------------------------------------------------- decoder
 
 
 def exploitation(attentions: Iterable[Tensor], v: int, m: int, residual: bool = False) -> Tensor:
-    """How much mask tokens draw on mask tokens and on visible patches, in each decoder block: shares (2, layers, b).
+    """Exploitation rates (2, layers, b): shares of mask and visible tokens in each decoder block.
 
-    ``attentions`` are those of the blocks in order, (b, heads, t, t), whose last ``m`` tokens are mask tokens and the
-    ``v`` before them visible patches. The paper's exploitation rate (arXiv 2507.19773, figure 4) by attention rollout
-    (Abnar & Zuidema, ACL 2020): with A_l the attention of block l, averaged over heads, and R_l = A_l R_(l-1), R_0 = 1,
-    the shares are the sums of R_l over mask tokens and over visible patches, averaged over the rows of mask tokens.
-    The CLS token has the rest. ``residual`` replaces A_l by (A_l + 1) / 2.
+    They tell how much mask tokens draw on either (paper, arXiv 2507.19773, figure 4), by attention
+    rollout (Abnar & Zuidema, ACL 2020). ``attentions`` are those of the decoder blocks in order,
+    (b, heads, t, t); the last ``m`` tokens are mask tokens, the ``v`` before them visible patches.
+    Let A_l be the attention of block l, averaged over heads, and R_l = A_l R_(l-1), R_0 = 1. The
+    shares are the sums of R_l over mask tokens and over visible patches, averaged over the rows of
+    mask tokens; the CLS token has the rest. ``residual`` replaces A_l by (A_l + 1) / 2.
     """
     rollout, shares = None, []
     for attention in attentions:
@@ -109,13 +110,13 @@ def exploitation(attentions: Iterable[Tensor], v: int, m: int, residual: bool = 
     return torch.stack(shares, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------- statistics
 
 
 def mean_and_error(values: Tensor, units: Tensor) -> tuple[float, float]:
-    """Mean and standard error of values (b,), of which those of the same unit (b,) may err together.
+    """Mean and cluster-robust standard error of values (b,); those of one unit may correlate.
 
-    Units are, for instance, the videos that frames come from (cluster-robust standard error).
+    ``units`` (b,) are, for instance, the videos that frames come from.
     """
     units = units.unique(return_inverse=True)[1]
     count, mean = int(units.max()) + 1, values.mean()

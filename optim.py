@@ -1,6 +1,6 @@
 """Parameter groups, learning rates and LARS: pure functions and one optimizer.
 
-Works alone: needs torch.
+Works alone, with torch.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def adamw(model: nn.Module, lr: float, weight_decay: float, device: str = "cpu") -> torch.optim.Optimizer:
     """AdamW for pre-training as in MAE, fused where ``device`` allows it.
 
-    Biases, norms, positions and, unlike in MAE, CLS and mask token are not decayed.
+    Biases, norms, positions and tokens (CLS, mask) are not decayed; MAE decays the tokens.
     """
     decayed = [p for name, p in model.named_parameters() if decays(name, p)]
     others = [p for name, p in model.named_parameters() if not decays(name, p)]
@@ -21,16 +21,17 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, device: str = "cpu")
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter: to weight matrices only."""
+    """Whether weight decay applies to a parameter: only to weight matrices."""
     return parameter.ndim > 1 and not name.endswith("positions")
 
 
 def layer_groups(classifier: nn.Module, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Parameter groups of an ``smae.Classifier`` whose learning rates fall by ``layer_decay`` from block to block.
+    """Parameter groups of an ``smae.Classifier`` with a learning rate for each layer.
 
-    The factor of a group is its ``scale``, 1 for the head. As in BEiT and MAE the embedding is layer 0, block i is
-    layer i (from 1), final norm and head are the last layer. Biases, norms, positions and the CLS token are not
-    decayed.
+    From the head down, each layer's learning rate is ``layer_decay`` times that of the layer above;
+    the factor of a group is its ``scale``, 1 for the head. As in BEiT and MAE, the embedding is
+    layer 0, block i is layer i (from 1), final norm and head are the last layer. Biases, norms,
+    positions and the CLS token are not decayed.
     """
     depth, groups = len(classifier.encoder.blocks), {}
     for name, parameter in classifier.named_parameters():
@@ -50,16 +51,21 @@ def _layer(name: str, depth: int) -> int:
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, least: float = 0.0) -> float:
-    """Linear warm-up over ``warmup`` steps, then half a cosine to ``least`` at ``steps``; steps count from 0."""
+    """The learning rate at ``step``, counted from 0.
+
+    Rises linearly to ``peak`` over ``warmup`` steps, then falls by half a cosine to ``least`` at
+    ``steps``.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps are scaled, matrix by matrix, to the norm of the weights (You et al., 2017).
+    """SGD with momentum; the step of each matrix is scaled to the norm of its weights.
 
-    As in the linear probes of MoCo v3 and MAE: vectors (biases) are neither scaled nor decayed. arXiv 1708.03888.
+    LARS (You et al., 2017, arXiv 1708.03888). As in the linear probes of MoCo v3 and MAE, vectors
+    (biases) are neither scaled nor decayed.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 0.001):

@@ -1,4 +1,4 @@
-"""Pictures of what a model masks and reconstructs, and of its loss."""
+"""Figures: masks and reconstructions, loss and accuracy curves."""
 
 import json
 import os
@@ -22,12 +22,14 @@ ORANGE, GREEN = "#ff7f0e", "#39ff14"
 
 @torch.no_grad()
 def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch: int | None = None) -> Figure:
-    """What would be masked in uint8 images (b, 3, H, W), a row each, and what the model makes of the rest.
+    """Draw masks and reconstructions of uint8 images (b, 3, H, W), one row each.
 
-    Columns: input, random mask, bi-partition, relevance, informed mask, informed mask with the hints of ``epoch``,
-    reconstruction; with AMT: input, random mask, attention, mask, reconstruction. Hints have orange frames. ``truth``
-    (b, H, W) bool outlines the object in the input.
+    Columns: input, random mask, bi-partition, relevance, informed mask, informed mask with the
+    hints of ``epoch``, reconstruction; with AMT: input, random mask, attention, mask,
+    reconstruction. Hints have orange frames. ``truth`` (b, H, W) bool outlines the object in the
+    input.
     """
+    # mask the images as in training
     model = guide.model
     device = model.positions.device
     statistics = model.config["mean"], model.config["std"]
@@ -46,6 +48,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     def covered(mask: masks.Mask) -> np.ndarray:
         return hide(pixels, patches(mask.visible), patches(mask.masked))
 
+    # draw each step in a column
     columns = {"input": pixels, "random mask": covered(masks.random_mask(len(x), h * w, guide.ratio, noise=noise))}
     rebuilt = rearrange(data.denormalize(model.reconstruct(x, mask), *statistics), "b c h w -> b h w c").cpu().numpy()
     heat = glow(pixels, relevance.view(-1, h, w))
@@ -65,13 +68,15 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
             "reconstruction\nfrom hints + rest": rebuilt / 255,
         }
         framed[hinted] = patches(hints)
+
+    # name the guide and the masked share
     title = "" if epoch is None else f"epoch {epoch}: "
     if guide.source_name or guide.shuffle:
         origin = f"guided by {guide.source_name}" if guide.source_name else "shuffled"
         title += f"not self-guided but {origin}{', shuffled' * bool(guide.source_name and guide.shuffle)}\n"
     title += f"masked patches hatched, {mask.masked.shape[1] / (h * w):.0%} of {h} x {w}"
     if model.normalize_pixels:
-        title += "; brightness and contrast of a rebuilt patch are the input's"
+        title += "; rebuilt patches have the input's brightness and contrast"
     return contact_sheet(columns, title, framed, {"input": truth})
 
 
@@ -82,10 +87,11 @@ def contact_sheet(
     outlined: dict[str, Tensor | None] | None = None,
     labels: list[str] | None = None,
 ) -> Figure:
-    """Named columns of pictures (b, H, W, 3) in [0, 1], side by side.
+    """Draw named columns of pictures (b, H, W, 3) in [0, 1], side by side.
 
-    ``framed`` names columns whose True patches (b, h, w) get orange frames, ``outlined`` those in which the shape of
-    the True pixels (b, H, W) is drawn in green; ``labels`` stand to the left of the rows.
+    ``framed`` maps columns to patches (b, h, w) that get orange frames where True, ``outlined``
+    maps columns to pixels (b, H, W) whose True shape is outlined in green. ``labels`` stand to the
+    left of the rows.
     """
     rows, height, width, _ = next(iter(columns.values())).shape
     figure = Figure(figsize=(1.75 * len(columns), 1.75 * rows * height / width + 0.9), layout="constrained")
@@ -108,14 +114,17 @@ def contact_sheet(
 
 
 def enlarge(cells: Tensor | np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Values (b, h, w, ...) of the patch grid to the size of ``pixels`` (b, H, W, 3): (b, H, W, ...)."""
+    """Enlarge patch values (b, h, w, ...) to (b, H, W, ...), the size of ``pixels``."""
     p = pixels.shape[1] // cells.shape[1]
     cells = cells.cpu().numpy() if isinstance(cells, Tensor) else cells
     return repeat(cells, "b h w ... -> b (h p1) (w p2) ...", p1=p, p2=p)
 
 
 def hide(pixels: np.ndarray, visible: Tensor, masked: Tensor) -> np.ndarray:
-    """Pictures (b, H, W, 3) in [0, 1], hatched where ``masked`` (b, h, w), black where neither that nor ``visible``."""
+    """Hatch the ``masked`` (b, h, w) patches of pictures (b, H, W, 3) in [0, 1].
+
+    Patches that are neither masked nor ``visible`` (b, h, w) become black.
+    """
     y, x = np.indices(pixels.shape[1:3])
     hatching = np.where((x + y) // 2 % 2, 0.62, 0.8)[..., None]  # plain grey would look like a cloudy sky
     cover = np.where(enlarge(masked, pixels)[..., None], hatching, 0.08)
@@ -123,13 +132,16 @@ def hide(pixels: np.ndarray, visible: Tensor, masked: Tensor) -> np.ndarray:
 
 
 def tint(pixels: np.ndarray, side: Tensor) -> np.ndarray:
-    """Pictures (b, H, W, 3) in [0, 1], dimmed and blue where not on the ``side`` (b, h, w)."""
+    """Dim pictures (b, H, W, 3) in [0, 1] and tint them blue outside the ``side`` (b, h, w)."""
     dimmed = 0.25 * pixels.mean(-1, keepdims=True) + np.array([0.05, 0.1, 0.45])
     return np.where(enlarge(side, pixels)[..., None], pixels, dimmed)
 
 
 def glow(pixels: np.ndarray, relevance: Tensor) -> np.ndarray:
-    """Pictures (b, H, W, 3) in [0, 1] in grey, the relevance (b, h, w) laid over in colours from its least to most."""
+    """Lay the relevance (b, h, w) in colours over grey pictures (b, H, W, 3) in [0, 1].
+
+    The colours span the relevance of each picture, from least to most.
+    """
     low, high = relevance.float().flatten(1).aminmax(dim=1)
     scaled = (relevance.float() - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
     colours = matplotlib.colormaps["inferno"](scaled.cpu().numpy())[..., :3]
@@ -137,13 +149,13 @@ def glow(pixels: np.ndarray, relevance: Tensor) -> np.ndarray:
 
 
 def paint(pixels: np.ndarray, labels: Tensor) -> np.ndarray:
-    """Pictures (b, H, W, 3) in [0, 1] in grey, each cluster of ``labels`` (b, h, w) laid over in its own colour."""
+    """Lay a colour per cluster (b, h, w) over grey pictures (b, H, W, 3) in [0, 1]."""
     colours = matplotlib.colormaps["tab10"](labels.cpu().numpy())[..., :3]
     return 0.45 * pixels.mean(-1, keepdims=True) + 0.55 * enlarge(colours, pixels)
 
 
 def outline_patches(axis, cells: Tensor, p: int):
-    """Draw an orange frame around the True ``cells`` (h, w) of a picture with patches of ``p`` pixels."""
+    """Draw orange frames around the True ``cells`` (h, w) of a picture with patch side ``p``."""
     for row, column in cells.nonzero().tolist():
         frame = matplotlib.patches.Rectangle((column * p - 0.5, row * p - 0.5), p, p, fill=False)
         frame.set(edgecolor=ORANGE, linewidth=1.6)
@@ -151,7 +163,7 @@ def outline_patches(axis, cells: Tensor, p: int):
 
 
 def loss_curve(metrics: str | os.PathLike) -> Figure:
-    """The loss of each epoch of a ``metrics.jsonl``, coloured by the kind of masks; below, the exploitation rates."""
+    """Draw loss (coloured by kind of mask) and exploitation by epoch from a ``metrics.jsonl``."""
     with open(metrics) as file:
         records = [json.loads(line) for line in file]
     figure = Figure(figsize=(6, 5), layout="constrained")
@@ -171,7 +183,10 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
 
 
 def accuracy_curves(records: list[dict], x: str, label: str) -> Figure:
-    """Accuracy of each arm against ``x`` (epoch or minutes): means over seeds, with bars of one deviation."""
+    """Draw the accuracy of each arm against ``x`` (epoch or minutes).
+
+    Points are means over seeds, bars are one deviation.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, (metric, title) in zip(axes, (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True):

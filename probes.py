@@ -1,6 +1,7 @@
-"""kNN and linear heads on features that were extracted once: pure functions.
+"""kNN and linear heads on extracted features: pure functions.
 
-Letters in shapes: ``n`` training pictures, ``m`` test pictures, ``d`` width. All accuracies are in per cent.
+Letters in shapes: ``n`` training pictures, ``m`` test pictures, ``d`` width. Accuracies are in per
+cent.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import optim
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the linear heads to choose from
+# the grid of linear heads to choose from
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
 
 
@@ -23,7 +25,7 @@ class Features(NamedTuple):
     labels: Tensor
 
 
-# ------------------------------------------------------------------------------------------------- kNN
+# --------------------------------------------------------------------------------- kNN
 
 
 @torch.no_grad()
@@ -39,11 +41,13 @@ def knn_classify(
     chunk: int = 65536,
     queries: int = 1024,
 ) -> dict[int, Tensor]:
-    """The class (m,) that the k nearest of training features (n, d) give to test features (m, d), for every k.
+    """Predict the class (m,) of test features (m, d) from training features (n, d), for every k.
 
-    Neighbours by cosine, each voting with exp(cosine / temperature) (Wu et al., CVPR 2018; DINO). Training features
-    go to ``device`` once, ``chunk`` at a time, so that only they need memory in proportion to the training data.
+    The k nearest neighbours by cosine vote with weight exp(cosine / temperature) (Wu et al., CVPR
+    2018; DINO). Training features go to ``device`` once, ``chunk`` at a time, so that only they
+    take memory in proportion to the training data.
     """
+    # the neighbours so far, joined with those in each chunk
     k = min(max(ks), len(train_features))
     test = F.normalize(test_features.float(), dim=1).to(device)
     nearest, votes = test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.int64, device=device)
@@ -54,7 +58,9 @@ def knn_classify(
         votes = torch.cat([votes, torch.cat([labels[indices] for _, indices in found])], dim=1)
         nearest, order = nearest.topk(min(k, nearest.shape[1]))
         votes = votes.gather(1, order)
-    weights = ((nearest - nearest[:, :1]) / temperature).exp()  # the largest is 1: never too large a number
+
+    # sum the votes by class; the largest weight is 1, which prevents overflow
+    weights = ((nearest - nearest[:, :1]) / temperature).exp()
     empty = weights.new_zeros(len(test), classes)
     return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]).argmax(dim=1).cpu() for k in ks}
 
@@ -62,13 +68,13 @@ def knn_classify(
 def evaluate_knn(
     training: Features, tests: Features, *, ks: list[int], classes: int, temperature: float, device
 ) -> dict:
-    """Accuracy of kNN: ``top1`` for the first of ``ks``, ``top1_by_k`` for all."""
+    """The accuracy of kNN: ``top1`` for the first of ``ks``, ``top1_by_k`` for all."""
     predictions = knn_classify(*training, tests.values, ks=ks, classes=classes, temperature=temperature, device=device)
     top1 = {k: 100 * (predicted == tests.labels).double().mean().item() for k, predicted in predictions.items()}
     return dict(top1=top1[ks[0]], top1_by_k=top1, images=len(tests.labels), train_images=len(training.labels))
 
 
-# ------------------------------------------------------------------------------------------------- linear heads
+# --------------------------------------------------------------------------------- linear heads
 
 
 def evaluate_linear(
@@ -83,10 +89,12 @@ def evaluate_linear(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict:
-    """Accuracy of the best of 40 linear heads: one for each learning rate and weight decay that is not given.
+    """The accuracy of the best of 40 linear heads, one for each learning rate and weight decay.
 
-    The best is chosen on a tenth of the training data, then fitted again on all of them.
+    A given ``lr`` or ``weight_decay`` replaces its grid. The best head is chosen on a tenth of the
+    training data, then fitted again on all of it.
     """
+    # settings, and the tenth of the data to choose on
     lrs = [lr] if lr else LEARNING_RATES
     decays = WEIGHT_DECAYS if weight_decay is None else [weight_decay]
     settings = [(lr, decay) for lr in lrs for decay in decays]
@@ -95,10 +103,12 @@ def evaluate_linear(
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order.split([-(-len(x) // 10), len(x) - -(-len(x) // 10)])
 
+    # choose the best head
     heads = fit_heads(x, labels, kept, settings=settings, **how)
     scores = [100 * (logits.argmax(1) == labels[held_out]).double().mean().item() for logits in heads(x[held_out])]
     best = max(range(len(settings)), key=scores.__getitem__)
 
+    # fit it on all training data and test it
     logits = fit_heads(x, labels, order, settings=[settings[best]], **how)(tests.values)[0]
     hits = logits.topk(top(classes)).indices == tests.labels[:, None]
     return dict(
@@ -112,7 +122,7 @@ def evaluate_linear(
 
 
 def top(classes: int) -> int:
-    """How many of the most likely classes count as a hit in "top-5"."""
+    """The number of most likely classes that count as a hit in "top-5"."""
     return min(5, classes)
 
 
@@ -128,12 +138,16 @@ def fit_heads(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> Callable[[Tensor], Tensor]:
-    """Train a linear head on ``rows`` of the features (n, d) for every (learning rate, weight decay), all at once.
+    """Train linear heads on ``rows`` of the features (n, d) at once, one for each of ``settings``.
 
-    Features are standardised. Each head has SGD with Nesterov momentum of its own; all see the same batches, cosine
-    schedule and cross-entropy. Returns the function from features (m, d) to logits (heads, m, classes).
+    ``settings`` are pairs of learning rate and weight decay. Features are standardised. Each head
+    has its own SGD with Nesterov momentum; all have the same batches, cosine schedule and
+    cross-entropy. Returns the function from features (m, d) to logits (heads, m, classes).
     """
-    mean, std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)  # of all that is known, without labels
+    # standardise with all features, including those outside rows: no labels are used
+    mean, std = x.mean(0).to(device), x.std(0).clamp(min=1e-6).to(device)
+
+    # a head and a parameter group for each setting
     heads = [nn.Linear(x.shape[1], classes, device=device) for _ in settings]
     for head in heads:
         nn.init.zeros_(head.weight)
@@ -149,6 +163,7 @@ def fit_heads(
         x = F.linear((x.to(device) - mean) / std, weight, bias)
         return x.unflatten(1, (len(heads), classes)).transpose(0, 1)
 
+    # train all heads on the same batches
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = -(-len(rows) // batch_size)
     for epoch in range(epochs):

@@ -1,7 +1,7 @@
 """Three ways to read training pictures: by index, from memory, and from a stream.
 
-:class:`MapReader` decodes pictures anew in every epoch, :class:`PreloadedReader` keeps them
-decoded, :class:`StreamReader` reads shards as they come. All have the methods of :class:`Reader`.
+:class:`MapReader` decodes pictures in every epoch, :class:`PreloadedReader` decodes them once,
+:class:`StreamReader` reads the shards of a stream. All have the methods of :class:`Reader`.
 
 Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels.
 """
@@ -28,7 +28,7 @@ from data import BadImage, BadImages
 
 
 class Share(NamedTuple):
-    """The part of the work that this process does: ``rank`` of ``world`` processes."""
+    """This process's part of the work: ``rank`` of ``world`` processes."""
 
     rank: int = 0
     world: int = 1
@@ -52,11 +52,11 @@ class Plan(NamedTuple):
         return self.batch_size // self.share.world // self.accumulate
 
     def steps_left(self, seen: int = 0) -> int:
-        """Steps left of an epoch of which some pictures are ``seen``."""
+        """The number of steps left in an epoch after ``seen`` pictures."""
         return (self.length - seen) // self.batch_size
 
     def micro_batches(self, epoch: int, seen: int = 0) -> np.ndarray:
-        """Indices (micro-batches, b) that this process reads in what is left of an epoch."""
+        """This process's indices (micro-batches, b) in an epoch after ``seen`` pictures."""
         order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
         steps = self.steps_left(seen)
         by_rank = rearrange(
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         """Indices of this process's share of all pictures (or the first ``count``), by batch.
 
         Process r of w gets pictures r, r + w, r + 2w, ... All processes get the same number of
-        batches, the last of which may be empty.
+        batches; the last may be empty.
         """
         count = min(count or self.length, self.length)
         mine = np.arange(self.share.rank, count, self.share.world)
@@ -86,7 +86,7 @@ class Batch(NamedTuple):
 
     ``images`` (b, 3, H, W) uint8. ``indices`` (b,) int64, the key of their random numbers. ``bad``:
     the broken pictures met. ``labels`` (b,) int64; a broken picture has the label of its
-    replacement. ``crops``: where in the pictures they lie, as fractions.
+    replacement. ``crops``: their boxes in the pictures, as fractions.
     """
 
     images: Tensor
@@ -100,7 +100,7 @@ class Reader(Protocol):
     """Reads the batches of this process."""
 
     def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
-        """Micro-batches of what is left of an epoch of which some pictures are ``seen``."""
+        """The micro-batches of an epoch after ``seen`` pictures."""
 
     def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
         """Whole pictures in the order of ``Plan.uncropped``, stretched to squares of ``size``."""
@@ -119,7 +119,7 @@ def make_reader(
     workers: int,
     device: torch.device,
 ) -> Reader:
-    """The reader for a data set; see :class:`batches.TrainBatches` for the arguments."""
+    """Choose the reader for a data set; :class:`batches.TrainBatches` explains the arguments."""
     if isinstance(dataset, datasets.IterableDataset):
         return StreamReader(dataset, options, plan, bad, _loader_options(workers, device))
     if preload:
@@ -133,16 +133,16 @@ def _loader_options(workers: int, device: torch.device) -> dict:
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the global one would be in another state after resuming
+        generator=torch.Generator(),  # resuming changes the state of the global one
         worker_init_fn=_ignore_signals,
     )
 
 
 def _ignore_signals(worker: int):
-    """Let a worker outlive the signals that ask a whole process group to stop.
+    """Make a worker ignore the signals that ask a whole process group to stop.
 
-    A run stops in order and needs its workers for that. They end at the second SIGTERM: the main
-    process sends as many as it takes.
+    A run needs its workers to stop in an orderly way. They end at the second SIGTERM; the main
+    process sends as many as necessary.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -155,7 +155,7 @@ def _ignore_signals(worker: int):
 class Request(NamedTuple):
     """Pictures ``indices`` (b,) to read, as squares of ``size`` pixels.
 
-    They are cropped as in ``epoch``; without one, they are whole.
+    Their crops are those of ``epoch``; if it is None, they stay whole.
     """
 
     epoch: int | None
@@ -164,7 +164,7 @@ class Request(NamedTuple):
 
 
 class IndexReader:
-    """Base of the readers that find pictures by index: turns epochs into requests to read."""
+    """Base of the readers by index: turns epochs into requests."""
 
     def __init__(self, options: CropOptions, plan: Plan):
         self.options, self.plan = options, plan
@@ -186,11 +186,11 @@ class IndexReader:
 
 
 class MapReader(IndexReader):
-    """Decodes and crops in worker processes, anew in every epoch."""
+    """Decodes and crops in worker processes, in every epoch."""
 
     def __init__(self, dataset: datasets.Dataset, options: CropOptions, plan: Plan, loader_options: dict):
         super().__init__(options, plan)
-        self.requests: list[Request] = []  # what the loader goes through
+        self.requests: list[Request] = []  # the items of the loader
         self.loader = DataLoader(
             MapCrops(dataset, options),
             sampler=self.requests,
@@ -207,7 +207,7 @@ class MapReader(IndexReader):
 
 
 class MapCrops(torch.utils.data.Dataset):
-    """The part of :class:`MapReader` in worker processes: answers requests."""
+    """Answers the requests of :class:`MapReader` in worker processes."""
 
     def __init__(self, dataset: datasets.Dataset, options: CropOptions):
         self.dataset, self.options = dataset, options
@@ -233,7 +233,7 @@ class PreloadedReader(IndexReader):
 
     The tensor lies on ``store``, crops are made on ``device``. Every picture is stored stretched to
     a square. Crops are drawn in the original picture and undo the stretching. ``side`` is the
-    longest short side of the first 100 pictures, but at most twice the side of a crop. Raises
+    largest short side of the first 100 pictures, at most twice the side of a crop. Raises
     TooManyBadImages.
     """
 
@@ -295,7 +295,7 @@ class PreloadedReader(IndexReader):
 
 
 class StreamReader:
-    """Reads shards of a stream in worker processes, which start anew in each epoch."""
+    """Reads shards of a stream in worker processes, which restart in each epoch."""
 
     def __init__(
         self,
@@ -311,13 +311,13 @@ class StreamReader:
 
     def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
         if not seen:
-            self.bad.clear()  # this epoch meets the same pictures under other indices
+            self.bad.clear()  # pictures have other indices in this epoch
         done = seen * self.plan.accumulate // self.plan.batch_size
         wanted = self.plan.steps_left(seen) * self.plan.accumulate
         if not wanted:
             return
         self.crops.start(epoch, done, set(self.bad.descriptions))
-        for self.crops.alone in (False, True):  # without shards, a process reads those of others
+        for self.crops.alone in (False, True):  # a process without shards reads those of others
             for batch in self._until_idle():
                 if done:
                     done -= 1
@@ -330,7 +330,7 @@ class StreamReader:
         raise data.NothingToRead(f"process {rank} of {world} has nothing to read in the stream")
 
     def _until_idle(self) -> Iterator[Batch]:
-        """Batches of the loader, until none of its workers has any."""
+        """Batches of the loader, until all of its workers are idle."""
         idle = 0
         for batch in self.loader:
             idle = idle + 1 if batch is None else 0
@@ -347,15 +347,15 @@ class StreamReader:
 
 
 class StreamCrops(IterableDataset):
-    """The part of :class:`StreamReader` in worker processes: endless batches of a worker's share.
+    """Endless batches of one worker process of :class:`StreamReader`.
 
-    Pass follows pass, each in another order. A stream has no index, so its order depends on the
-    number of processes and workers; given these, it is a function of seed and epoch.
+    Each pass over the worker's share has another order. A stream has no index, so its order depends
+    on the number of processes and workers; given these, it is a function of seed and epoch.
 
-    To continue in the middle of an epoch, the stream is read again from its start. The first
-    ``done`` batches of this process come out empty: their pictures are counted without decoding
-    them, except for those known to be ``bad``. A worker without a share gives None for ever. If
-    ``alone`` is set, the other processes are ignored.
+    Resuming within an epoch reads the stream again from its start. The first ``done`` batches of
+    this process are empty: their pictures are counted but not decoded, and those known to be
+    ``bad`` are not counted. A worker without a share yields None forever. ``alone`` ignores the
+    other processes.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch_size: int, share: Share):
@@ -364,7 +364,7 @@ class StreamCrops(IterableDataset):
         self.start(epoch=0, done=0, bad=set())
 
     def start(self, epoch: int, done: int, bad: set[int]):
-        """Say what to read next."""
+        """Set what to read next."""
         self.epoch, self.done, self.bad = epoch, done, bad
 
     def __iter__(self) -> Iterator[Batch | None]:
@@ -374,15 +374,19 @@ class StreamCrops(IterableDataset):
         parts, bad = [], []
         for number, record in enumerate(self._records()):
             index = number * stride + place
+
+            # count the pictures of finished batches
             if to_skip:
                 if index not in self.bad:
                     to_skip -= 1
                     if to_skip % self.batch_size == 0:
                         yield self._join([], [])
                 continue
+
+            # decode and crop the others, until a batch is full
             try:
                 picture = self._decode(record)
-            except Exception as error:  # a decoder raises anything on a broken file
+            except Exception as error:  # a broken file can raise any error
                 image = None if isinstance(record, Exception) else record["image"]
                 bad.append(data.describe_bad(index, image, error))
                 if self._is_hopeless(bad):
@@ -408,13 +412,13 @@ class StreamCrops(IterableDataset):
         return image, index, label, crops.as_fractions(size)
 
     def _is_hopeless(self, bad: list[BadImage]) -> bool:
-        """Whether a batch has met so many broken pictures that training has to stop."""
+        """Whether a batch has met so many broken pictures that training must stop."""
         limit = self.options.bad_limit
         files = {picture.description for picture in bad[-limit:]}
         return len(files) == limit or len(bad) == 100 * limit
 
     def _join(self, parts: list[tuple], bad: list[BadImage]) -> Batch:
-        """The batch of crops made one by one; an empty one if there are none."""
+        """Join single crops into a batch, which may be empty."""
         if not parts:
             images = torch.empty(0, 3, self.options.size, self.options.size)
             crops = Crops(np.empty((0, 4)), np.empty(0, bool))
@@ -428,8 +432,8 @@ class StreamCrops(IterableDataset):
     def _records(self) -> Iterator[dict | Exception]:
         """This worker's records, pass after pass; an exception where the stream breaks.
 
-        After it, the stream starts anew. Shards are dealt out anew in each pass: 20 passes without
-        any for this worker end it.
+        A broken stream starts again. Each pass deals out the shards again; after 20 passes without
+        records the worker ends.
         """
         empty_passes, (place, _) = 0, worker_place(self.share)
         for number in itertools.count():
@@ -446,7 +450,7 @@ class StreamCrops(IterableDataset):
 
 
 def _shuffled(records: Iterable, random: np.random.Generator, size: int = 1000) -> Iterator:
-    """Records, shuffled in a buffer; last, the exception that ended them early, if one did.
+    """Shuffle records in a buffer; an exception that ends them early comes last.
 
     The buffer of ``datasets`` would lose its content if a stream broke before it was full.
     """
@@ -470,7 +474,7 @@ def _shuffled(records: Iterable, random: np.random.Generator, size: int = 1000) 
 
 
 def worker_place(share: Share) -> tuple[int, int]:
-    """The number of this worker among those of all processes, and how many there are."""
+    """The index of this worker among the workers of all processes, and their number."""
     worker = get_worker_info()
     number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
     return share.rank + share.world * number, share.world * workers

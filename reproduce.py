@@ -1,13 +1,14 @@
-"""The claim, tested: does self-guided masking learn better than random masking and AMT in as many epochs?
+"""Test the claim: does self-guided masking learn better than random masking and AMT in the same number of epochs?
 
     python reproduce.py                                     # drawn shapes: 15 minutes on two cores
     python reproduce.py --scale small --dataset PATH        # photographs, one GPU
     python reproduce.py --scale paper                       # ImageNet-1k, 8 GPUs: prints the commands and the hours
 
-Pre-trains one model under each kind of masks, with several seeds, judges every run along the way by kNN and linear
-probe, fine-tunes it at the end. What is done is not done again: interrupt it (Ctrl-C, timeout 10m python ...) and start
-the same command as often as need be. Leaves in --out: table.md, results.json, epochs.png, minutes.png, masks-ARM.png,
-and a run folder for each arm and seed.
+Pre-trains one model under each kind of masks, with several seeds; evaluates every run along the way
+by kNN and linear probe; fine-tunes it at the end. Finished work is not repeated: interrupt it
+(Ctrl-C, timeout 10m python ...) and start the same command as often as needed. Leaves in --out:
+table.md, results.json, epochs.png, minutes.png, masks-ARM.png, and a run folder for each arm and
+seed.
 """
 
 import argparse
@@ -77,7 +78,7 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
         finetune=f"--epochs 30 --warmup-epochs 3 --batch-size 256 {LIGHT}",
     ),
 }
-PROBES = 3  # splits of the training data to choose a linear head on: what is chosen varies more than what is fitted
+PROBES = 3  # linear probes per run: which head is chosen depends on the split of the training data
 OURS = ("dataset", "epochs", "seed", "mask", "save_every", "keep", "out", "resume", "overwrite")  # not for --pretrain
 GUIDING = set(  # options that make no difference before the guide starts
     "mask hint hint_ratio hint_portion hint_end amt_ratio throw_ratio guide guide_start guide_every guide_layer "
@@ -107,39 +108,40 @@ class Experiment:
 
 def parse_arguments(arguments: list[str] | None = None) -> Experiment:
     parser = argparse.ArgumentParser(
-        description="Compare kinds of masks: pre-train, judge, draw up.", formatter_class=cli.HelpFormatter
+        description="Compare kinds of masks: pre-train, evaluate, tabulate.", formatter_class=cli.HelpFormatter
     )
     parser.add_argument("--scale", choices=[*SCALES, "paper"], default="demo", help="size of the experiment")
     parser.add_argument(
-        "--dataset", help="data with labels and a test split, as of eval.py (default of demo: drawn shapes)"
+        "--dataset", help="data with labels and a test split, as in eval.py (default for demo: drawn shapes)"
     )
-    parser.add_argument("--epochs", type=int, help="of pre-training (default: the scale's)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="a run of each arm for each (default: the scale's)")
+    parser.add_argument("--epochs", type=int, help="epochs of pre-training (default: the scale's)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="one run of each arm for each seed (default: the scale's)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="kinds of masks")
     parser.add_argument(
-        "--arm", action="append", default=[], metavar="NAME=OPTIONS", help="another arm, by options of train.py"
+        "--arm", action="append", default=[], metavar="NAME=OPTIONS", help="a further arm, given by options of train.py"
     )
     parser.add_argument("--pretrain", default="", metavar="OPTIONS", help="more options of train.py, for all arms")
-    parser.add_argument("--finetune", metavar="OPTIONS", help="more options of eval.py finetune; none: not at all")
-    parser.add_argument("--probe", default="", metavar="OPTIONS", help="more options, common to eval.py knn and linear")
+    parser.add_argument("--finetune", metavar="OPTIONS", help="more options of eval.py finetune; none: no fine-tuning")
+    parser.add_argument("--probe", default="", metavar="OPTIONS", help="more options of both eval.py knn and linear")
     parser.add_argument(
         "--select",
         action="store_true",
-        help="judge on a fifth of the training data, to choose settings by, at the end only, and not on the test data",
+        help="to choose settings: evaluate on a fifth of the training data instead of the test data, at the end only",
     )
-    parser.add_argument("--jobs", type=int, help="runs at a time, shared out among the GPUs (default: the scale's)")
+    parser.add_argument("--jobs", type=int, help="simultaneous runs, divided among the GPUs (default: the scale's)")
     parser.add_argument(
         "--judge-at",
         type=int,
         nargs="+",
-        help="epochs to judge runs after, multiples of an eighth (default: an eighth, a quarter, half; always: all)",
+        help="epochs after which to evaluate, multiples of an eighth of --epochs (default: an eighth, a quarter, "
+        "half; the last one in any case)",
     )
     parser.add_argument(
         "--evidence",
         type=Path,
-        help="also keep results here, a few kB a run, and go on from those that are there: weights may be lost",
+        help="also copy results to this folder, a few kB per run; results found there need no weights",
     )
-    parser.add_argument("--gpus", type=int, default=8, help="of --scale paper")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs, for --scale paper")
     parser.add_argument("--out", type=Path, help="folder of the experiment (default: runs/reproduce-SCALE)")
     return plan_experiment(parser.parse_args(arguments))
 
@@ -157,7 +159,7 @@ def plan_experiment(args: argparse.Namespace) -> Experiment:
     experiment = Experiment(
         scale=args.scale,
         dataset=args.dataset or scale.get("dataset"),
-        epochs=args.epochs or scale["epochs"],
+        epochs=scale["epochs"] if args.epochs is None else args.epochs,
         seeds=args.seeds or scale["seeds"],
         arms=arms,
         pretrain=f"{scale['pretrain']} {args.pretrain}",
@@ -176,9 +178,9 @@ def plan_experiment(args: argparse.Namespace) -> Experiment:
 
 
 def check_experiment(experiment: Experiment, pretrain: str):
-    """Fill in when to judge; raise ValueError where options, ``pretrain`` of the user included, make no sense.
+    """Fill in ``judge_at``; raise ValueError where options, the user's ``pretrain`` included, make no sense.
 
-    What is wrong with options should show now, and not after hours.
+    A wrong option should show now, not after hours.
     """
     if experiment.dataset is None:
         raise ValueError(
@@ -242,33 +244,33 @@ class Run:
         return self.settings.epochs in self.checkpoints() and len(self.records()) == self.settings.epochs
 
     def records(self) -> list[dict]:
-        """The epochs that are done, from metrics.jsonl."""
+        """The finished epochs, from metrics.jsonl."""
         file = self.out / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def checkpoints(self) -> dict[int, Path]:
-        """The checkpoints at the end of an epoch, by epoch."""
+        """The checkpoints at the ends of epochs, by epoch."""
         if not (self.out / "config.json").exists():
             return {}
         steps = read(self.out / "config.json")["data"]["images"] // self.settings.batch_size
         found = {checkpoint.number(folder): folder for folder in checkpoint.folders(self.out)}
         return {step // steps: folder for step, folder in sorted(found.items()) if step % steps == 0}
 
-    def looks(self) -> list[int]:
-        """The epochs to judge it after: not those in which it has been the same as with random masks."""
+    def epochs_to_judge(self) -> list[int]:
+        """The epochs to evaluate after: only those that can differ from the run with random masks."""
         start = self.settings.guide_start
         first = 0 if self.settings.mask == "random" or start == "auto" else start
         return [epoch for epoch in self.judge_at if epoch > first]
 
     def is_judged(self, experiment: Experiment) -> bool:
-        """Whether everything that is wanted of it is known, so that its weights are no longer needed."""
-        looks = self.looks()[-1:] if experiment.select else self.looks()
+        """Whether all its results are there, so that its weights are no longer needed."""
+        due = self.epochs_to_judge()[-1:] if experiment.select else self.epochs_to_judge()
         known = read(judgements(experiment, self))
         tuned = experiment.select or not experiment.finetune or (self.out / "finetune" / "result.json").exists()
-        return tuned and len(self.records()) == self.settings.epochs and all(str(epoch) in known for epoch in looks)
+        return tuned and len(self.records()) == self.settings.epochs and all(str(epoch) in known for epoch in due)
 
     def resume(self, random: "Run") -> list[str]:
-        """What it goes on from: itself, or, at first, the run with random masks, with which it begins in common."""
+        """The options to resume with: from itself, or at first from the run with random masks, which begins alike."""
         ours, theirs = vars(self.settings), vars(random.settings)
         same = all(ours[name] == theirs[name] for name in set(ours) - GUIDING - {"out"})
         if not same or ours["guide_start"] == "auto" or not random.done or checkpoint.folders(self.out):
@@ -278,11 +280,11 @@ class Run:
 
 
 class Stopped(KeyboardInterrupt):
-    """Told to stop by a signal."""
+    """A signal asked the program to stop."""
 
 
 class Job(NamedTuple):
-    """A program to run: arguments, made when it is its turn; where its output goes; the job that must end before it."""
+    """A program to run: its arguments, computed when it starts; its log; the job that must end before it."""
 
     name: str
     arguments: Callable[[], list[str]]
@@ -291,7 +293,7 @@ class Job(NamedTuple):
 
 
 def work(jobs: list[Job], count: int) -> list[str]:
-    """Run jobs, ``count`` at a time, on shares of the cores or on one GPU each; names of those that failed."""
+    """Run jobs, ``count`` at a time, each on a part of the cores or on one GPU; return the names of failed ones."""
     waiting, running, failed = list(jobs), {}, []
     try:
         while waiting or running:
@@ -314,7 +316,7 @@ def work(jobs: list[Job], count: int) -> list[str]:
                         print(f"exit code {code}: {job.log.read_text().strip()[-1000:]}", file=sys.stderr)
     except KeyboardInterrupt:
         for _, process, _ in running.values():
-            process.terminate()  # a training then writes a checkpoint
+            process.terminate()  # training then writes a checkpoint
         for _, process, _ in running.values():
             process.wait()
         raise
@@ -339,14 +341,14 @@ def start(job: Job, place: int, count: int) -> subprocess.Popen:
 
 
 def pretrain(experiment: Experiment, runs: list[Run]) -> list[str]:
-    """Train what is not trained; runs with random masks before those that go on from them."""
+    """Train the runs that are not trained yet, those with random masks before those that continue from them."""
     random = {run.seed: run for run in runs if run.arm == "random"}
     jobs = []
     for run in (run for run in runs if not run.done and not run.is_judged(experiment)):
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
-            if not checkpoint.folders(run.out):  # what is known of other weights, imported perhaps, goes
+            if not checkpoint.folders(run.out):  # results of other weights, imported perhaps, are void
                 for name in EVIDENCE:
                     (run.out / name).unlink(missing_ok=True)
             return [sys.executable, str(ROOT / "train.py"), *run.options, *run.resume(first)]
@@ -357,7 +359,7 @@ def pretrain(experiment: Experiment, runs: list[Run]) -> list[str]:
 
 
 def finetune(experiment: Experiment, runs: list[Run]) -> list[str]:
-    """Fine-tune what is trained and not yet fine-tuned."""
+    """Fine-tune the runs that are trained and not fine-tuned yet."""
     jobs = []
     for run in runs:
         out = run.out / "finetune"
@@ -394,30 +396,29 @@ def write(file: Path, content: dict | list):
 
 
 def judge_all(experiment: Experiment, runs: list[Run]):
-    """kNN and linear probe (mean of PROBES) of every checkpoint not yet judged; the pictures are decoded once."""
+    """Evaluate every checkpoint that is due by kNN and linear probe (mean of PROBES). Decodes the pictures once."""
     due = []
     for run in (run for run in runs if run.done):
         known, checkpoints = read(judgements(experiment, run)), run.checkpoints()
-        looks = run.looks()[-1:] if experiment.select else run.looks()
-        looks = [epoch for epoch in looks if str(epoch) not in known]
-        if gone := [epoch for epoch in looks if epoch not in checkpoints]:
-            print(f"{run.name}: not judged after epochs {gone}, whose checkpoints are gone", flush=True)
-        due += [(run, epoch, checkpoints[epoch]) for epoch in looks if epoch in checkpoints]
+        wanted = run.epochs_to_judge()[-1:] if experiment.select else run.epochs_to_judge()
+        wanted = [epoch for epoch in wanted if str(epoch) not in known]
+        if gone := [epoch for epoch in wanted if epoch not in checkpoints]:
+            print(f"{run.name}: not evaluated after epochs {gone}, whose checkpoints are gone", flush=True)
+        due += [(run, epoch, checkpoints[epoch]) for epoch in wanted if epoch in checkpoints]
     if not due:
         return
     knn, linear = (probe_arguments(experiment, command) for command in ("knn", "linear"))
-    precision = cli.best_precision() if linear.precision == "auto" else linear.precision
-    accelerator = cli.make_accelerator(mixed_precision=precision)
+    accelerator = cli.make_accelerator(cli.choose_precision(linear.precision))
     columns = linear.image_column, linear.label_column, linear.streaming, linear.max_images
     training, tests, classes = judge.load_labelled(linear.dataset, linear.split, linear.test_split, *columns)
     if experiment.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
     judge.fill_recipe(linear, len(training), 1)
-    crops, wanted = {}, linear.image_size  # of the pictures, by their size
+    crops, size_wanted = {}, linear.image_size  # of the pictures, by their size
     for run, epoch, folder in due:
         since = time.perf_counter()
         encoder = encoders.load(str(folder)).to(accelerator.device)
-        linear.image_size = size = wanted or encoder.image_size[0]
+        linear.image_size = size = size_wanted or encoder.image_size[0]
         if size not in crops:
             options = cli.eval_batch_options(linear, accelerator)
             crops[size] = [EvalBatches(part, **options, keep=True) for part in (training, tests)]
@@ -434,7 +435,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
 
 
 def probe_arguments(experiment: Experiment, command: str) -> argparse.Namespace:
-    """The arguments of eval.py knn or linear; what pre-training leaves out is left out here, too."""
+    """The arguments of eval.py knn or linear, with the --max-images of pre-training."""
     limit = train.parse_arguments(shlex.split(experiment.pretrain)).max_images
     options = ["--max-images", str(limit)] if limit else []
     options += ["--test-split", "train"] if experiment.select else []
@@ -446,15 +447,15 @@ def probe_arguments(experiment: Experiment, command: str) -> argparse.Namespace:
 
 
 def collect(experiment: Experiment, runs: list[Run]) -> list[dict]:
-    """All that is known: a record for each run and look, with arm, seed, epoch, minutes, loss, knn, linear, finetune.
+    """All results: for each run and epoch a record of arm, seed, epoch, minutes, loss, knn, linear, finetune.
 
-    Runs share the epochs before their guides start: ``minutes`` count them for each, as if it had been alone.
+    Runs share the epochs before their guides start; ``minutes`` counts these for each run.
     """
     found = []
     for run in runs:
         past = {record["epoch"]: record for record in run.records()}
         for epoch, scores in read(judgements(experiment, run)).items():
-            if int(epoch) not in run.looks() or int(epoch) not in past:
+            if int(epoch) not in run.epochs_to_judge() or int(epoch) not in past:
                 continue
             minutes = sum(record["seconds"] for e, record in past.items() if e <= int(epoch)) / 60
             known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=past[int(epoch)]["loss"])
@@ -467,7 +468,7 @@ def collect(experiment: Experiment, runs: list[Run]) -> list[dict]:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Of several seeds; the deviation of a single one is not known (nan)."""
+    """Mean and standard deviation over seeds; of a single one the deviation is nan."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
@@ -479,7 +480,7 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def table(experiment: Experiment, records: list[dict]) -> str:
-    """Markdown: accuracy of each arm after each look, mean ± deviation over seeds; its lead over random masks."""
+    """A Markdown table: accuracy of each arm by epoch, mean ± deviation over seeds, and lead over random masks."""
     epochs = sorted({record["epoch"] for record in records})
     arms = [arm for arm in experiment.arms if any(record["arm"] == arm for record in records)]
 
@@ -509,7 +510,7 @@ def table(experiment: Experiment, records: list[dict]) -> str:
 
 
 def report(experiment: Experiment):
-    """Draw up what is known so far, of all arms and seeds that the folder has ever been asked for."""
+    """Write tables and figures of all results so far, for all arms and seeds that the folder has been used for."""
     settings, kind = read(experiment.out / "settings.json"), "selection-" if experiment.select else ""
     experiment = replace(experiment, arms=settings["arms"])
     runs = [Run(experiment, arm, seed) for seed in settings["seeds"] for arm in settings["arms"]]
@@ -520,7 +521,7 @@ def report(experiment: Experiment):
             pictures.accuracy_curves(records, x, f"{name} of pre-training").savefig(
                 experiment.out / f"{kind}{name}.png"
             )
-    for run in reversed(runs):  # of the first seed there is
+    for run in reversed(runs):  # so that the first seed comes last, and stays
         if (run.out / "masks.png").exists():
             shutil.copy(run.out / "masks.png", experiment.out / f"masks-{run.arm}.png")
 
@@ -529,7 +530,7 @@ EVIDENCE = ("tests.json", "selection.json", "metrics.jsonl", "finetune/result.js
 
 
 def import_evidence(experiment: Experiment):
-    """Bring to --out what --evidence knows and --out does not."""
+    """Copy to --out the results in --evidence that it lacks."""
     if not experiment.evidence:
         return
     for file in experiment.evidence.glob("*/metrics.jsonl"):
@@ -538,7 +539,7 @@ def import_evidence(experiment: Experiment):
 
 
 def export_evidence(experiment: Experiment, runs: list[Run]):
-    """Leave in --evidence what is known of runs that are complete."""
+    """Copy the results of complete runs to --evidence."""
     if experiment.evidence:
         for run in runs:
             if run.is_judged(experiment):
@@ -548,7 +549,7 @@ def export_evidence(experiment: Experiment, runs: list[Run]):
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]):
-    """Copy those files that there are."""
+    """Copy those of the files that exist."""
     for name in names:
         if (source / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -559,7 +560,7 @@ def copy_files(source: Path, target: Path, names: tuple[str, ...]):
 
 
 def paper(experiment: Experiment):
-    """Print the commands of the paper's experiment, and the hours that follow from steps measured here."""
+    """Print the commands of the paper's experiment, and the hours they take by steps measured here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
     batch, pictures, tests = 256 if device.type == "cuda" else 8, 1_281_167, 50_000
@@ -575,15 +576,15 @@ def paper(experiment: Experiment):
         settings = train.parse_arguments(["--preset", "paper", *shlex.split(options)])
         train.fill_defaults(settings)
         before = settings.epochs if settings.mask == "random" else settings.guide_start
-        before = settings.epochs // 2 if before == "auto" else before  # nobody knows
+        before = settings.epochs // 2 if before == "auto" else before  # a guess
         after = settings.epochs - before
-        looks = after
+        passes = after  # over the data, for relevance
         if settings.guide == "cached":
             once = settings.guide_from or settings.guide_every == 0
-            looks = min(after, 1) if once else math.ceil(after / settings.guide_every)
-        looks = 0 if settings.guide_from == "centre" else looks
+            passes = min(after, 1) if once else math.ceil(after / settings.guide_every)
+        passes = 0 if settings.guide_from == "centre" else passes
         cost = before * seconds["random"] + after * seconds["amt" if settings.mask == "amt" else "random"]
-        cost = hours(pictures, cost + looks * seconds["relevance"])
+        cost = hours(pictures, cost + passes * seconds["relevance"])
         for seed in experiment.seeds:
             out = experiment.out / f"{arm}-seed{seed}"
             command = f"{launch} train.py --preset paper --compile {options} --seed {seed} --save-every 50 --keep 9999"
@@ -603,17 +604,18 @@ def paper(experiment: Experiment):
         print(f"  {launch} eval.py {how} {where}  # {cost:.1f} hours")
     total = sum(cost for _, cost in ran) + both + slow + tuned
     print(f"done  # {total:.1f} hours in all")
-    print(
-        "# a forward pass stands for a look, three for a step of fine-tuning; reading data, fitting heads: not counted"
-    )
-    print("# every run leaves 8 checkpoints of 1.3 GB; the state.pt in them may go when it is done")
+    print("# counted: a forward pass for relevance or features, three for a step of fine-tuning; not: reading, fitting")
+    print("# every run leaves 8 checkpoints of 1.3 GB; delete the state.pt in them when it is done")
 
 
 # ------------------------------------------------------------------------------------------------- command line
 
 
 def note_settings(experiment: Experiment):
-    """Raise ValueError if --out or --evidence holds runs of other settings; note ours. Arms and seeds may be added."""
+    """Write settings.json. Raises ValueError if --out or --evidence holds runs of other settings.
+
+    Arms and seeds may be added to those that are there.
+    """
     ours = {name: getattr(experiment, name) for name in ("scale", "dataset", "epochs", "pretrain", "finetune", "probe")}
     ours = {name: value for name, value in ours.items() if value is not None}
     known = dict(arms={}, seeds=[])
@@ -660,12 +662,12 @@ def main():
                 report(experiment)
                 export_evidence(experiment, runs)
         except KeyboardInterrupt as interrupt:
-            print("stopped: the same command goes on", flush=True)
+            print("stopped: continue with the same command", flush=True)
             sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
         finally:
             report(experiment)
-    if (drawn_up := experiment.out / ("selection-" * experiment.select + "table.md")).exists():
-        print(f"wrote {drawn_up}")
+    if (summary := experiment.out / ("selection-" * experiment.select + "table.md")).exists():
+        print(f"wrote {summary}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -17,7 +17,6 @@ import json
 import math
 import re
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -139,11 +138,11 @@ class Folder:
 class Run:
     """A training, and everything that changes while it goes on.
 
-    ``model`` is the bare model; ``trained`` is the one to call in training. ``config`` is the content
-    of config.json. ``parts`` names what else a checkpoint holds: objects with ``state_dict`` and
-    ``load_state_dict``. ``write_results(epoch)`` writes the files of a run other than its metrics.
-    ``attached`` returns further files that belong to a checkpoint. ``phase`` names the present part
-    of the training in the log.
+    ``model`` is the bare model; ``trained`` is the one to call in training. ``config`` is the
+    content of config.json. ``parts`` names what else a checkpoint holds: objects with
+    ``state_dict`` and ``load_state_dict``. ``write_results(epoch)`` writes the files of a run other
+    than its metrics. ``attached`` returns further files that belong to a checkpoint. ``phase``
+    names the present part of the training in the log.
     """
 
     def __init__(
@@ -284,18 +283,18 @@ class Run:
             self.save()
 
     def finish(self):
-        """Exit with a code if a signal stopped the run, or if the disk did not take its end."""
+        """End the command if a signal stopped the run, or if the disk did not take its end."""
         self.accelerator.end_training()
         if self.folder.saved_step != self.progress.step or not self.results_written:
             with cli.one_line_errors(OSError):
                 raise OSError("the last checkpoint, or the results, could not be written, see above")
-            sys.exit(1)
         if self.stopped_by:
-            self.accelerator.print(
+            text = (
                 f"stopped by {signal.Signals(self.stopped_by).name} in epoch {self.progress.epoch}, after step "
                 f"{self.progress.step}, with a checkpoint: continue with the same command and --resume"
             )
-            sys.exit(128 + self.stopped_by)
+            self.accelerator.print(text)
+            cli.leave(128 + self.stopped_by, KeyboardInterrupt(text))
 
     # -------------------------------------------------------------------------- checks
 
@@ -491,7 +490,6 @@ def all_processes_or_none() -> Iterator[None]:
     if problems:
         with cli.one_line_errors(ValueError):
             raise ValueError(problems[0])
-        sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -32,13 +32,12 @@ def load_shapes(split: str = "train", size: int = 64, easy: bool = False) -> dat
     Each shows one of 12 shapes. Columns: ``image``; ``label``, the shape; ``mask``, 255 on the
     object; ``bbox``, its [x, y, width, height] in pixels. Colours, textures, position, angle and
     area (5-50 % of the picture) are random and do not depend on the label. ``easy`` pictures show
-    upright shapes with textures a quarter as strong: a model learns something within minutes.
+    upright shapes with textures a quarter as strong, which a model learns within minutes.
 
-    The pictures are drawn once; then ``datasets`` has them in its cache. Raises ValueError for
-    another split.
+    The pictures are drawn once and cached by ``datasets``. Raises ValueError for another split.
     """
     if split not in COUNTS:
-        raise ValueError(f"Unknown split {split!r}; there are {list(COUNTS)}")
+        raise ValueError(f"Unknown split {split!r}: expected one of {list(COUNTS)}")
     features = datasets.Features(
         image=datasets.Image(),
         label=datasets.ClassLabel(names=SHAPE_NAMES),
@@ -55,7 +54,7 @@ def load_shapes(split: str = "train", size: int = 64, easy: bool = False) -> dat
 def draw_shapes(split: str, count: int, size: int, easy: bool = False, version: str = "") -> Iterator[dict]:
     """Draw the first ``count`` records of a split.
 
-    ``version`` only tells the cache of ``datasets`` whether it has drawings of this code.
+    ``version`` is only for the cache of ``datasets``: new code gets new drawings.
     """
     for index in range(count):
         rng = np.random.default_rng((list(COUNTS).index(split), index))

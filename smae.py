@@ -1,4 +1,4 @@
-"""A ViT masked autoencoder (MAE) written with einops, a classifier on its encoder, and their checkpoints.
+"""A ViT masked autoencoder (MAE), a classifier on its encoder, and their checkpoints.
 
 Works alone, with torch, einops and safetensors; checkpoints of other projects also need
 ``convert.py``. A mask is any object with ascending integer index tensors ``visible`` (b, v) and
@@ -45,11 +45,11 @@ class Config:
     """The arguments of :class:`SMAE` with their defaults and accepted ranges.
 
     ``image_size``, a side or (H, W) in pixels, sets the grid of the stored positions; the model
-    also takes any other size divisible by ``patch_size``. ``normalize_pixels`` removes each patch's
-    own mean and deviation from the target of the loss. ``decoder_depth=0`` leaves out the decoder,
-    ``class_token=False`` the CLS token. ``learned_positions`` makes the position embeddings
-    parameters, interpolated for other grids. ``mean`` and ``std`` are those that the caller
-    normalises images with (RGB in 0 ... 1).
+    also accepts other sizes divisible by ``patch_size``. ``normalize_pixels`` normalises each patch
+    in the target of the loss by its own mean and deviation. ``decoder_depth=0`` leaves out the
+    decoder, ``class_token=False`` the CLS token. ``learned_positions`` makes the position
+    embeddings parameters, interpolated for other grids. The caller normalises images with ``mean``
+    and ``std`` (RGB in 0 ... 1).
 
     Raises ValueError for wrong types, values out of range, and sizes that do not divide.
     """
@@ -74,7 +74,7 @@ class Config:
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
-        lengths = dict(image_size=[2], mean=[3, self.channels], std=[3, self.channels])  # of the lists
+        lengths = dict(image_size=[2], mean=[3, self.channels], std=[3, self.channels])
         for argument in fields(self):
             name, values = argument.name, getattr(self, argument.name)
             if name not in lengths:
@@ -99,7 +99,10 @@ class Config:
 
 
 def check(name: str, value, above: float | None = None, most: float | None = None):
-    """Raise ValueError unless ``value`` is in its range, an integer if ``most`` is; a bool without one."""
+    """Raise ValueError unless ``value`` is in its range, or a bool if there is no range.
+
+    If ``most`` is an integer, ``value`` must be one.
+    """
     if most is None:
         right, expected = isinstance(value, bool), "true or false"
     else:
@@ -117,7 +120,10 @@ def describe(value) -> str:
 
 
 def patch_grid(height: int, width: int, p: int) -> tuple[int, int]:
-    """The patch grid (h, w) of an image. Raises ValueError unless its sides are positive multiples of p."""
+    """The patch grid (h, w) of an image.
+
+    Raises ValueError unless both sides are positive multiples of ``p``.
+    """
     if height % p or width % p or not height or not width:
         raise ValueError(f"image size {height}x{width} is not a positive multiple of the patch size {p}")
     return height // p, width // p
@@ -144,28 +150,28 @@ def sincos_positions(h: int, w: int, width: int) -> Tensor:
 
 
 def position_table(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
-    """MAE's position embeddings (prefix + n, width): zero for the CLS token, sin-cos for the patches."""
+    """MAE's position embeddings (prefix + n, width): zero for a CLS token, sin-cos for patches."""
     return F.pad(sincos_positions(*grid, width), (0, 0, prefix, 0))
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
-    """Images (b, c, H, W) to flattened patches (b, n, p * p * c), row by row."""
+    """Cut images (b, c, H, W) into flattened patches (b, n, p * p * c), row by row."""
     return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
 
 
 def unpatchify(patches: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
-    """Flattened patches (b, n, p * p * c) of an (h, w) grid back to images (b, c, H, W)."""
+    """Join flattened patches (b, n, p * p * c) of an (h, w) grid into images (b, c, H, W)."""
     return rearrange(patches, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=grid[0], w=grid[1], p1=p, p2=p)
 
 
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens (b, k, d) at ``indices`` (b, k) of tokens (b, n, d), or of (1, n, d) for the whole batch."""
+    """Tokens (b, k, d) at ``indices`` (b, k) of tokens (b, n, d), or (1, n, d) for all images."""
     tokens = tokens.expand(indices.shape[0], -1, -1)
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (b, m, 1) of each patch (b, m, p * p * c), the deviation above zero as in MAE."""
+    """Mean and deviation (b, m, 1) of each patch (b, m, p * p * c); the latter > 0 as in MAE."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -187,7 +193,7 @@ class Attention(nn.Module):
         return rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
 
     def weights(self, x: Tensor, queries: slice = slice(None)) -> Tensor:
-        """Attention weights of some of the tokens: (b, heads, queries, n), float32, rows sum to 1."""
+        """Attention weights (b, heads, queries, n) of some tokens, float32; rows sum to 1."""
         q, k, _ = self.split(x)
         return ((q[:, :, queries] * q.shape[-1] ** -0.5) @ k.mT).float().softmax(dim=-1)
 
@@ -195,7 +201,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block over tokens (b, n, d).
 
-    In training it leaves out either branch of an image with probability ``drop_path``, an attribute
+    In training, each branch is dropped for an image with probability ``drop_path``, an attribute
     (stochastic depth, Huang et al., ECCV 2016).
     """
 
@@ -224,7 +230,7 @@ class SMAE(nn.Module):
 
     Takes the arguments of :class:`Config` by keyword; ``config`` holds them as a dictionary.
     ``statistics`` are the mean and the deviation to normalise images with. ``prefix`` is the number
-    of tokens before the patches, 1 with a CLS token, else 0.
+    of tokens before the patches: 1 with a CLS token, else 0.
     """
 
     def __init__(self, **arguments):
@@ -238,6 +244,7 @@ class SMAE(nn.Module):
         def build_blocks(depth: int, width: int, heads: int) -> nn.Sequential:
             return nn.Sequential(*(Block(width, heads, c.mlp_ratio, c.norm_eps) for _ in range(depth)))
 
+        # encoder
         self.embed = nn.Linear(patch_dim, c.width)
         if c.class_token:
             self.cls_token = nn.Parameter(torch.zeros(c.width))
@@ -245,6 +252,7 @@ class SMAE(nn.Module):
         self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
         self._add_positions("positions", grid, c.width)
 
+        # decoder
         if c.decoder_depth:
             self.decoder_embed = nn.Linear(c.width, c.decoder_width)
             self.mask_token = nn.Parameter(torch.zeros(c.decoder_width))
@@ -278,14 +286,14 @@ class SMAE(nn.Module):
         return [*range(1, len(self.blocks) + 1), *decoder]
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """The patch grid (h, w) of images (b, c, H, W). Raises ValueError if they do not fit the model."""
+        """The patch grid (h, w) of images (b, c, H, W). Raises ValueError if they do not fit."""
         expected, received = self.config["channels"], images.shape[1]
         if received != expected:
             raise ValueError(f"the model takes {expected} channels, the images have {received}")
         return patch_grid(*images.shape[2:], self.patch_size)
 
     def resize_positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (prefix + n, d) of any ``grid``, from those of the model's own grid."""
+        """Position embeddings (prefix + n, d) of any ``grid``, from those of the model's grid."""
         own = patch_grid(*self.config["image_size"], self.patch_size)
         if own == grid:
             return table
@@ -296,7 +304,7 @@ class SMAE(nn.Module):
         return torch.cat([table[: self.prefix], rearrange(image, "1 d h w -> (h w) d").to(table)])
 
     def forward(self, images: Tensor, mask) -> Tensor:
-        """The loss, a float32 scalar: mean squared error on the masked patches of images (b, c, H, W)."""
+        """The loss on masked patches of images (b, c, H, W): mean squared error, float32 scalar."""
         latent = self.encode(images, mask.visible)
         prediction = self.decode(latent, mask, self.grid(images))
         target = self.target(images, mask.masked)
@@ -305,8 +313,8 @@ class SMAE(nn.Module):
     def encode(self, images: Tensor, visible: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Encode the ``visible`` patches (b, v), or all: (b, prefix + v, d), the CLS token first.
 
-        ``layer`` (1 ... depth) returns the tokens after that block, without the final norm. Raises
-        ValueError if it is out of range.
+        With ``layer`` (1 ... depth), returns the tokens after that block, without the final norm.
+        Raises ValueError if it is out of range.
         """
         if layer is not None and not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must lie between 1 and {len(self.blocks)}, got {layer}")
@@ -326,7 +334,7 @@ class SMAE(nn.Module):
         return x
 
     def decode(self, latent: Tensor, mask, grid: tuple[int, int]) -> Tensor:
-        """Predict the masked patches (b, m, p * p * c) from the encoder's tokens (b, prefix + v, d).
+        """Predict the masked patches (b, m, p * p * c) from encoder tokens (b, prefix + v, d).
 
         Raises ValueError if the model has no decoder.
         """
@@ -336,7 +344,7 @@ class SMAE(nn.Module):
         return self.head(self.decoder_norm(x[:, -mask.masked.shape[1] :]))
 
     def _decoder_tokens(self, latent: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The input of the first decoder block (b, prefix + v + m, decoder d): CLS, visible, masked."""
+        """The decoder's input tokens (b, prefix + v + m, decoder d): CLS, visible, mask tokens."""
         x = self.decoder_embed(latent)
         table = self.resize_positions(self.decoder_positions, grid)[None]
         cls, positions = table[:, : self.prefix], table[:, self.prefix :]
@@ -345,14 +353,14 @@ class SMAE(nn.Module):
         return torch.cat([x[:, : self.prefix] + cls, visible_tokens, mask_tokens], dim=1)
 
     def features(self, images: Tensor, layer: int | str) -> Tensor:
-        """Patch tokens (b, n, d) of whole images (b, c, H, W) after a block, without the final norm.
+        """Patch tokens (b, n, d) of whole images (b, c, H, W) after a block, without final norm.
 
         ``layer``: 1 ... depth for an encoder block; "decoder-1", "decoder-2", ... for a decoder
-        block, which then sees all encoded patches and no mask token. Raises ValueError for an
+        block, whose input is all encoded patches without mask tokens. Raises ValueError for an
         unknown block.
         """
         if layer not in self.layers:
-            raise ValueError(f"there is no layer {layer!r}, only {', '.join(map(str, self.layers))}")
+            raise ValueError(f"layer must be one of {', '.join(map(str, self.layers))}, got {layer!r}")
         if isinstance(layer, int):
             return self.encode(images, layer=layer)[:, self.prefix :]
         h, w = self.grid(images)
@@ -362,26 +370,26 @@ class SMAE(nn.Module):
 
     @torch.no_grad()
     def class_attention(self, images: Tensor) -> Tensor:
-        """Attention of the CLS token to the patches in the last encoder block: (b, heads, n), float32.
+        """Attention (b, heads, n), float32, of the CLS token to patches in the last encoder block.
 
         Raises ValueError if the model has no CLS token.
         """
         if not self.prefix:
-            raise ValueError("this model has no CLS token whose attention could be computed")
+            raise ValueError("this model has no CLS token: build it with class_token=True")
         last = self.blocks[-1]
         x = self.blocks[:-1](self._encoder_tokens(images))
         return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, 1:]
 
     @torch.no_grad()
     def decoder_attention(self, images: Tensor, mask) -> Iterator[Tensor]:
-        """Attention (b, heads, t, t) in each decoder block, float32; t: CLS, visible, masked tokens."""
+        """Attention (b, heads, t, t), float32, in each decoder block; t = prefix + v + m tokens."""
         x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
         for block in self.decoder_blocks:
             yield block.attention.weights(block.norm1(x))
             x = block(x)
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
-        """The masked patches' pixels (b, m, p * p * c), each patch normalised with ``normalize_pixels``."""
+        """Pixels (b, m, p * p * c) of masked patches, normalised per patch if the model does so."""
         target = gather_tokens(patchify(images, self.patch_size), masked).float()
         if self.normalize_pixels:
             mean, std = patch_statistics(target)
@@ -392,8 +400,8 @@ class SMAE(nn.Module):
     def reconstruct(self, images: Tensor, mask) -> Tensor:
         """Images (b, c, H, W) with the masked patches replaced by the model's prediction.
 
-        A model of normalised pixels predicts neither brightness nor contrast of a patch: both come
-        from the input. Patches in neither set of the mask keep their pixels.
+        A model of normalised pixels predicts neither brightness nor contrast of a patch; both are
+        taken from the input. Patches in neither set of the mask keep their pixels.
         """
         grid, patches = self.grid(images), patchify(images, self.patch_size)
         prediction = self.decode(self.encode(images, mask.visible), mask, grid).to(patches.dtype)
@@ -416,14 +424,15 @@ def pool(tokens: Tensor, how: str, prefix: int = 1) -> Tensor:
 def check_pool(how: str, prefix: int):
     known = ["cls", "mean"] if prefix else ["mean"]
     if how not in known:
-        raise ValueError(f"cannot pool by {describe(how)}, but by {' or '.join(known)}")
+        raise ValueError(f"pool must be {' or '.join(known)}, got {describe(how)}")
 
 
 class Classifier(nn.Module):
-    """A copy of an encoder with a linear head: normalised images (b, c, H, W) to logits (b, classes).
+    """A copy of an encoder with a linear head: normalised images (b, c, H, W) to logits.
 
-    Pools tokens before the last norm, which starts anew for "mean" pooling (MAE, fine-tuning).
-    ``drop_path`` grows linearly over the blocks, from 0 to the given value.
+    The logits are (b, classes). Pools tokens before the last norm, which is reset for "mean"
+    pooling (MAE, fine-tuning). ``drop_path`` grows linearly over the blocks, from 0 to the given
+    value.
 
     Raises ValueError for wrong types, a missing CLS token, and ``drop_path`` outside 0 ... 1.
     """
@@ -436,6 +445,8 @@ class Classifier(nn.Module):
         check_pool(pool, encoder.prefix)
         if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be a number from 0 to below 1, got {describe(drop_path)}")
+
+        # copy the encoder, add a head
         self.encoder = SMAE(**encoder.config | dict(decoder_depth=0))
         weights = encoder.state_dict()
         self.encoder.load_state_dict({name: weights[name] for name in self.encoder.state_dict()})
@@ -460,9 +471,10 @@ class Classifier(nn.Module):
 
 
 def initialise(model: SMAE, source: SMAE, decoder: bool = True):
-    """Copy the encoder of ``source`` into ``model``, and its decoder if wanted; resize learned positions.
+    """Copy the encoder of ``source`` into ``model``, and its decoder if wanted.
 
-    Raises ValueError, with names, where tensors are missing, unexpected or of another shape.
+    Resizes learned positions. Raises ValueError, with names, if tensors are missing, unexpected or
+    of another shape.
     """
     weights, grid = source.state_dict(), patch_grid(*model.config["image_size"], model.patch_size)
     for name in {"positions", "decoder_positions"} & weights.keys():
@@ -484,11 +496,11 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     """Write a checkpoint that :func:`load` reads back to the bit. Files appear whole or not at all.
 
     ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the model's
-    arguments under "model", and whatever ``config`` holds); "timm", a folder of the encoder or
+    arguments under "model", and the content of ``config``); "timm", a folder of the encoder or
     classifier for ``timm.create_model("local-dir:" + folder)``, whose norms always have an epsilon
     of 1e-6; "transformers", a folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a
-    ``.pth`` file as facebookresearch/mae writes it. Raises ValueError if the format has no place
-    for the model.
+    ``.pth`` file like those of facebookresearch/mae. Raises ValueError if the format cannot hold
+    the model.
     """
     path, description = Path(path), describe_model(model)
     if format == "smae":
@@ -497,31 +509,31 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     import convert
 
     if format not in convert.WRITERS:
-        raise ValueError(f"unknown format {format!r}: smae, {', '.join(convert.WRITERS)}")
+        raise ValueError(f"unknown format {format!r}: expected smae, {', '.join(convert.WRITERS)}")
     tensors = tensors_of(model, positions=True)
     content = convert.WRITERS[format](tensors, model.config, description.get("classifier"))
     if format != "mae":
         return write_folder(path, *content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part, open(part, "wb") as file:  # given a path, torch.save hides a full disk
+    with whole_file(path) as part, open(part, "wb") as file:  # with a path, torch.save hides a full disk
         torch.save(content, file)
 
 
 def describe_model(model: SMAE | Classifier) -> dict:
-    """What config.json says of a model: all that :func:`build_model` needs besides the weights."""
+    """The content of config.json: the arguments that :func:`build_model` needs."""
     if isinstance(model, Classifier):
         return dict(model=model.config, classifier=dict(classes=model.classes, pool=model.pool))
     return dict(model=model.config)
 
 
 def tensors_of(model: nn.Module, positions: bool = False) -> dict[str, Tensor]:
-    """The state dict on the CPU; ``positions`` adds the tables that the model computes itself."""
+    """The state dict on the CPU; ``positions`` adds the position tables that the model computes."""
     tensors = model.state_dict() | (dict(model.named_buffers()) if positions else {})
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def write_folder(folder: Path, weights: dict[str, Tensor], texts: dict[str, dict]):
-    """Write tensors and JSON files. None takes its name before all are on the disk."""
+    """Write tensors and JSON files; they get their names after all are on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
     with contextlib.ExitStack() as files:
@@ -543,7 +555,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
-    part.unlink(missing_ok=True)  # a left-over may be a link to a file in use
+    part.unlink(missing_ok=True)  # an old one may be a link to a file in use
     try:
         yield part
         flush(part)
@@ -556,7 +568,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def disk_error(error: Exception, path: Path) -> Exception:
-    """The OSError behind an error of safetensors or torch.save, with ``path``; any other error as it is."""
+    """The OSError behind an error of safetensors or torch.save, with ``path``; else ``error``."""
     code = re.search(r"\(os error (\d+)\)", str(error))
     if code and isinstance(error, safetensors.SafetensorError):
         error = OSError(int(code[1]), os.strerror(int(code[1])))
@@ -569,7 +581,7 @@ def disk_error(error: Exception, path: Path) -> Exception:
 
 
 def flush(path: str | os.PathLike):
-    """Wait until a file, or the names in a folder, are on the disk and outlive a power cut."""
+    """Wait until a file, or the names in a folder, are on the disk and survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -581,18 +593,18 @@ def flush(path: str | os.PathLike):
 
 
 def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, image_size=None) -> SMAE | Classifier:
-    """Read the model of a checkpoint, in evaluation mode on ``device``.
+    """Load the model of a checkpoint, in evaluation mode, on ``device``.
 
-    Reads what :func:`save` and ``train.py`` write, and with ``convert.py`` the encoder, and decoder
-    if any, of facebookresearch/mae ``.pth`` files, transformers' ViTMAE folders, and ViTs with
-    timm's names (plain ViT, DeiT, MoCo v3, DINO) as ``.safetensors``, ``.pth`` or a folder.
-    ``heads`` and ``image_size`` (H, W) describe files without a configuration;
+    Reads checkpoints of :func:`save` and ``train.py``. With ``convert.py``, also reads the encoder,
+    and the decoder if any, of facebookresearch/mae ``.pth`` files, transformers' ViTMAE folders,
+    and ViTs with timm's names (plain ViT, DeiT, MoCo v3, DINO) as ``.safetensors``, ``.pth`` or a
+    folder. ``heads`` and ``image_size`` (H, W) describe files without a configuration;
     ``convert.from_foreign`` documents the defaults.
 
-    Runs no code from a file. Memory and time stay in proportion to the size of JSON and safetensors
-    files, whatever they hold; a hostile ``.pth`` can make torch's unpickler take more. Raises
-    FileNotFoundError if there is nothing to read, ValueError, with the names of tensors that do not
-    fit, for anything else.
+    Runs no code from a file. Memory and time are proportional to the size of JSON and safetensors
+    files, even of hostile ones; a hostile ``.pth`` can make torch's unpickler take more. Raises
+    FileNotFoundError if the checkpoint does not exist, ValueError for all other errors, with the
+    names of tensors that do not fit.
     """
     path = Path(path)
     try:
@@ -605,7 +617,7 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
         model = build_model(weights, config.get("model") or {}, config.get("classifier") or {})
     except FileNotFoundError:
         raise
-    except Exception as error:  # a hostile file can cause any; report it in one printable line
+    except Exception as error:  # a hostile file can raise any error; report it in one printable line
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         text = kind + " ".join(str(error)[:2000].split())
         text = text if str(path) in text else f"{path} cannot be loaded: {text}"
@@ -615,14 +627,17 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
 
 
 def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -> SMAE | Classifier:
-    """Build the model, inside a classifier if that has arguments, and load the weights if they fit."""
+    """Build the model, or a classifier if ``classifier`` has arguments, and load the weights.
+
+    Raises ValueError if the weights do not fit.
+    """
 
     def build() -> SMAE | Classifier:
         if classifier:
             return Classifier(SMAE(**arguments | dict(decoder_depth=0)), **classifier)
         return SMAE(**arguments)
 
-    with torch.device("meta"):  # takes no memory, whatever sizes the configuration claims
+    with torch.device("meta"):  # takes no memory, even for a huge size in the configuration
         expected = build().state_dict()
     compare_weights(expected, weights)
     model = build()
@@ -631,7 +646,7 @@ def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -
 
 
 def compare_weights(own: dict[str, Tensor], weights: dict[str, Tensor]):
-    """Raise ValueError, with names, unless names and shapes of the weights are those of a model's ``own``."""
+    """Raise ValueError, with names, unless the weights have the names and shapes of ``own``."""
     shapes = {name: (tuple(weights[name].shape), tuple(own[name].shape)) for name in own if name in weights}
     problems = {
         "missing": [name for name in own if name not in weights],
@@ -648,7 +663,7 @@ def compare_weights(own: dict[str, Tensor], weights: dict[str, Tensor]):
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration, as far as there is one, and the tensors of a file or folder."""
+    """The configuration (empty if missing) and the tensors of a file or folder."""
     if path.is_file() and path.name == "model.safetensors" and (path.parent / "config.json").is_file():
         path = path.parent
     config, file = {}, path
@@ -677,11 +692,11 @@ def read_json(file: Path) -> dict:
     with open(file, "rb") as opened:
         text = opened.read(LARGEST_CONFIG + 1)
     if len(text) > LARGEST_CONFIG:
-        raise ValueError(f"{file} is larger than any configuration ({LARGEST_CONFIG} bytes)")
+        raise ValueError(f"{file} is too large for a configuration: expected at most {LARGEST_CONFIG} bytes")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} should hold a JSON object, not {describe(content)}")
+        raise ValueError(f"{file} must hold a JSON object, got {describe(content)}")
     return content

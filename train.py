@@ -6,9 +6,9 @@
 
     accelerate launch train.py ... --resume                       # continue where it stopped, or start
 
-Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png, loss.png and the
-newest checkpoints. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end it after the current step, with a checkpoint and exit
-code 128 + signal; a second signal ends it at once.
+Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png,
+loss.png and the newest checkpoints. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end it after the current
+step, with a checkpoint and exit code 128 + signal; a second signal ends it at once.
 """
 
 import argparse
@@ -63,9 +63,7 @@ RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Pre-train a self-guided masked autoencoder.", formatter_class=cli.HelpFormatter
-    )
+    parser = cli.Parser(description="Pre-train a self-guided masked autoencoder.", formatter_class=cli.HelpFormatter)
     parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
     cli.add_data_options(parser)
 
@@ -195,8 +193,7 @@ def fill_defaults(args: argparse.Namespace):
     for name in ("save_every", "save_every_steps", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.precision == "auto":
-        args.precision = cli.best_precision()
+    args.precision = cli.choose_precision(args.precision)
 
 
 def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.SMAE:
@@ -269,10 +266,16 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
 # ------------------------------------------------------------------------------ training
 
 
-def main(arguments: list[str] | None = None):
-    args = parse_arguments(arguments)
-    with checkpoint.Lock(args.out) as lock:
-        pretrain(args, lock)
+def main(arguments: list | None = None) -> Path:
+    """Train as the command line says, or as ``arguments`` say; return the folder of the run.
+
+    Called from Python with a list, errors are exceptions: ValueError, OSError and those of run.py.
+    """
+    with cli.called(arguments) as arguments:
+        args = parse_arguments(arguments)
+        with checkpoint.Lock(args.out) as lock:
+            pretrain(args, lock)
+    return args.out
 
 
 def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
@@ -280,10 +283,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     with cli.one_line_errors(ValueError, OSError):
         fill_defaults(args)
         accelerator = cli.make_accelerator(
-            mixed_precision=args.precision,
-            gradient_accumulation_steps=args.accumulate,
-            log_with=args.log_with,
-            project_dir=args.out,
+            args.precision, args.accumulate, log_with=args.log_with, project_dir=args.out
         )
         if args.log_with and not accelerator.log_with:
             raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")

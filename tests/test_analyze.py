@@ -154,7 +154,7 @@ def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
     [
         ("--mask-column nothing", "has no column 'nothing'; name one with --mask-column"),
         ("--mask-column bbox", "does not hold masks"),
-        ("--layers 9", "--layers 9: there are 1, 2, 3, decoder-1"),
+        ("--layers 9", "--layers 9: expected one of 1, 2, 3, decoder-1"),
         ("--dataset ./nowhere", "cannot find data set './nowhere'"),
         ("--checkpoint ./nothing", "nothing"),
         ("--mask-ratio 2", "between 0 and 1"),

@@ -279,7 +279,7 @@ def test_an_image_is_clustered_alike_whatever_else_is_in_the_batch_and_the_const
     assert torch.equal(masks.cluster(features[:1], 5), together[:1])
     assert masks.cluster(torch.randn(2, 6, 3), 6).max() <= 5
     for k in (0, 65):
-        with pytest.raises(ValueError, match="64 patches can make 1 to 64 clusters"):
+        with pytest.raises(ValueError, match="of 64 patches must lie between 1 and 64"):
             masks.cluster(features, k)
 
 

@@ -81,7 +81,7 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as error:
         reproduced(*QUICK, "--out", out)
-    assert error.value.code == 143 and "the same command goes on" in capsys.readouterr().out
+    assert error.value.code == 143 and "continue with the same command" in capsys.readouterr().out
     assert not (out / "cached-seed0").exists()
 
     text = reproduced(*QUICK, "--out", out)
@@ -213,8 +213,8 @@ def test_runs_can_be_judged_at_other_epochs(monkeypatch, options, message):
         reproduce.parse_arguments()
     monkeypatch.setattr(sys, "argv", "reproduce.py --epochs 16 --judge-at 12 2".split())
     args = reproduce.parse_arguments()
-    assert reproduce.Run(args, "random", 0).looks() == [2, 12, 16]
-    assert reproduce.Run(args, "online", 0).looks() == [12, 16]
+    assert reproduce.Run(args, "random", 0).epochs_to_judge() == [2, 12, 16]
+    assert reproduce.Run(args, "online", 0).epochs_to_judge() == [12, 16]
 
 
 def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path):
@@ -265,7 +265,7 @@ def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(
     (random.out / "metrics.jsonl").write_text("{}\n" * 8)
     assert sorted(random.checkpoints()) == [1, 2, 3, 4] and not random.done
     (random.out / "checkpoint-00000160").mkdir()
-    assert sorted(random.looks()) == [1, 2, 4, 8] and random.done
+    assert sorted(random.epochs_to_judge()) == [1, 2, 4, 8] and random.done
     wanted = ["--resume", str(random.out / f"checkpoint-{20 * shared:08d}"), "--overwrite"] if shared else None
     assert mine.resume(random) == (wanted or ["--resume", "auto"])
     (mine.out / "checkpoint-00000060").mkdir(parents=True)
@@ -279,9 +279,9 @@ def test_runs_are_judged_after_an_eighth_a_quarter_half_and_all_of_their_epochs(
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--epochs", str(epochs), "--out", str(tmp_path)])
     run = reproduce.Run(reproduce.parse_arguments(), "random", 0)
     saved = {epoch for epoch in range(1, epochs + 1) if epoch % run.settings.save_every == 0} | {epochs}
-    assert set(run.looks()) == looks <= saved
+    assert set(run.epochs_to_judge()) == looks <= saved
     guided = reproduce.Run(reproduce.parse_arguments(), "online", 0)
-    assert set(guided.looks()) == looks - {min(looks)}  # until then its masks are random, too
+    assert set(guided.epochs_to_judge()) == looks - {min(looks)}  # until then its masks are random, too
 
 
 @pytest.mark.parametrize("options, start, every", [("", 2, 2), ("--guide-start 5 --guide-every 3", 5, 3)])

@@ -404,7 +404,7 @@ def test_a_broken_checkpoint_is_passed_over_with_a_warning(how, quick_drawing, m
         train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "new", "--resume", resume)
     errors = capfd.readouterr().err
     assert "checkpoint-00000010" in errors and (
-        "not a whole checkpoint" in errors or "there is no checkpoint" in errors
+        "not a complete checkpoint" in errors or "there is no checkpoint" in errors
     )
     train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto")
     printed = capfd.readouterr().out
@@ -417,7 +417,7 @@ def test_a_broken_checkpoint_is_passed_over_with_a_warning(how, quick_drawing, m
         damage(folder, how)
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *BRIEF, "--epochs", 2, "--out", tmp_path / "run", "--resume", "auto")
-    assert "no checkpoint of" in (errors := capfd.readouterr().err) and "is whole" in errors
+    assert "all checkpoints of" in (errors := capfd.readouterr().err) and "are broken" in errors
 
 
 # ------------------------------------------------------------------------------------------- what may change

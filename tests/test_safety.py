@@ -220,11 +220,11 @@ HOSTILE = {  # how to make the file, and the message; None: it can be loaded
     "an unknown argument": (run_folder(**{"x\n" * 5000: 1}), "cannot be loaded: TypeError: .*unexpected keyword"),
     "a missing argument": (run_folder(width=None), "cannot be loaded: TypeError: .*width"),
     "a model that is a list": (config_of('{"model": [1]}'), "TypeError: .*must be a mapping, not list"),
-    "no model but a list": (config_of("[1]"), "config.json should hold a JSON object, not a list"),
+    "no model but a list": (config_of("[1]"), "config.json must hold a JSON object, got a list"),
     "JSON of 100,000 levels": (config_of("[" * 100_000), "config.json is not JSON: maximum recursion"),
-    "JSON of 5 MiB": (config_of('{"model": {}}' + " " * 5 * 2**20), "larger than any configuration"),
+    "JSON of 5 MiB": (config_of('{"model": {}}' + " " * 5 * 2**20), "too large for a configuration"),
     "a sparse config.json of 1 TiB": (
-        config_of(lambda file: file.touch() or os.truncate(file, 2**40)), "larger than any",
+        config_of(lambda file: file.touch() or os.truncate(file, 2**40)), "too large for",
     ),
     "bytes instead of JSON": (config_of(bytes(range(256))), "config.json is not JSON"),
     "an integer of 10**6 digits": (config_of('{"model": ' + "9" * 10**6 + "}"), "not JSON|must be a mapping"),
@@ -236,7 +236,7 @@ HOSTILE = {  # how to make the file, and the message; None: it can be loaded
     "classes that are text": (classifier_folder(classes="ab"), "classes must be a list of names, got 'ab'"),
     "no classes": (classifier_folder(classes=[]), "classes must be a list of names"),
     "100,000 classes": (classifier_folder(classes=["x"] * 100_000), r"another shape: head\.weight \(2, 16\)"),
-    "an unknown pooling": (classifier_folder(pool=["mean"]), "cannot pool by a list, but by cls or mean"),
+    "an unknown pooling": (classifier_folder(pool=["mean"]), "pool must be cls or mean, got a list"),
     "drop_path that is text": (classifier_folder(drop_path="x"), "drop_path must be a number .* got 'x'"),
     "a classifier with a decoder of terabytes": (
         changed_folder("smae", "model", ("cat", "dog"), decoder_depth=256, decoder_width=2**16), None,

@@ -402,7 +402,7 @@ def test_features_come_from_any_block_of_encoder_and_decoder(small_model):
     for name, tokens in zip(("decoder-1", "decoder-2"), expected):
         assert torch.equal(small_model.features(images, name), tokens[:, 1:]) and tokens.shape == (2, 17, 16)
     for layer in (0, 4, "decoder-0", "decoder-3", "2"):
-        with pytest.raises(ValueError, match="there is no layer"):
+        with pytest.raises(ValueError, match="layer must be one of"):
             small_model.features(images, layer)
     alone = smae.SMAE(**small_model.config | dict(class_token=False, decoder_depth=0))
     assert alone.features(images, 2).shape == (2, 16, 32) and alone.layers == [1, 2, 3]
