@@ -7,6 +7,7 @@ Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels.
 """
 
 import itertools
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -139,14 +140,43 @@ def _loader_options(workers: int, device: torch.device) -> dict:
 
 
 def _ignore_signals(worker: int):
-    """Make a worker ignore the signals that ask a whole process group to stop.
+    """Let a worker outlive the signals that ask a whole process group to stop.
 
-    A run needs its workers to stop in an orderly way. They end at the second SIGTERM; the main
-    process sends as many as necessary.
+    A run stops in order and needs its workers for that. They end at SIGUSR2, which
+    :meth:`Workers.end` sends, and at the second SIGTERM.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, _end_worker))
+    signal.signal(signal.SIGUSR2, _end_worker)
+
+
+def _end_worker(*_):
+    os._exit(0)
+
+
+class Workers:
+    """The worker processes of a DataLoader.
+
+    Python waits for them when it exits. One that waits itself, for a lock of a worker that was
+    killed, would keep it waiting for ever: :meth:`end` ends them all.
+    """
+
+    def __init__(self):
+        self.processes: set = set()
+
+    def iterate(self, loader: DataLoader) -> Iterator:
+        """The items of a loader, whose processes start now or have started before."""
+        before = set(multiprocessing.active_children())
+        iterator = iter(loader)
+        self.processes |= set(multiprocessing.active_children()) - before
+        yield from iterator
+
+    def end(self):
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR2)
+        self.processes.clear()
 
 
 # --------------------------------------------------------------------------------- by index
@@ -191,6 +221,7 @@ class MapReader(IndexReader):
     def __init__(self, dataset: datasets.Dataset, options: CropOptions, plan: Plan, loader_options: dict):
         super().__init__(options, plan)
         self.requests: list[Request] = []  # the items of the loader
+        self.workers = Workers()
         self.loader = DataLoader(
             MapCrops(dataset, options),
             sampler=self.requests,
@@ -200,10 +231,11 @@ class MapReader(IndexReader):
 
     def read(self, requests: list[Request]) -> Iterable[Batch]:
         self.requests[:] = requests
-        return self.loader
+        return self.workers.iterate(self.loader)
 
     def close(self):
         self.loader = None
+        self.workers.end()
 
 
 class MapCrops(torch.utils.data.Dataset):
@@ -308,6 +340,7 @@ class StreamReader:
         self.plan, self.bad = plan, bad
         self.crops = StreamCrops(dataset, options, plan.micro_batch_size, plan.share)
         self.loader = DataLoader(self.crops, **loader_options)
+        self.workers = Workers()
 
     def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
         if not seen:
@@ -332,7 +365,7 @@ class StreamReader:
     def _until_idle(self) -> Iterator[Batch]:
         """Batches of the loader, until all of its workers are idle."""
         idle = 0
-        for batch in self.loader:
+        for batch in self.workers.iterate(self.loader):
             idle = idle + 1 if batch is None else 0
             if idle > self.loader.num_workers:
                 return
@@ -344,6 +377,7 @@ class StreamReader:
 
     def close(self):
         self.loader = None
+        self.workers.end()
 
 
 class StreamCrops(IterableDataset):

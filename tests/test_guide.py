@@ -441,8 +441,8 @@ def test_a_random_run_needs_no_room_for_hints(quick_drawing, monkeypatch, tmp_pa
     ],
 )
 def test_what_guides_is_named_and_never_called_self_guided(extra, passes, small_model, monkeypatch, tmp_path, capfd):
-    looked, remember = [], Guide.remember
-    monkeypatch.setattr(Guide, "remember", lambda self, *args, **kw: looked.append(remember(self, *args, **kw)))
+    looked, remember = [], Guide.cache_relevance
+    monkeypatch.setattr(Guide, "cache_relevance", lambda self, *args, **kw: looked.append(remember(self, *args, **kw)))
     sheets, draw = [], train.pictures.mask_sheet
     monkeypatch.setattr(train.pictures, "mask_sheet", lambda *a, **kw: sheets.append(draw(*a, **kw)) or sheets[-1])
     smae.save(foreign(small_model), tmp_path / "source")
@@ -471,17 +471,17 @@ def test_lost_maps_are_made_again_and_it_is_said(quick_drawing, monkeypatch, tmp
     capfd.readouterr()
     train_here(monkeypatch, *arguments, "--resume", resume, "--out", tmp_path / "kept")
     printed = capfd.readouterr().out
-    assert "they will be looked at again" not in printed and "looking at" not in printed
+    assert "it will be computed again" not in printed and "whole pictures for the masks" not in printed
     (resume / "relevance.npy").unlink()
     train_here(monkeypatch, *arguments, "--resume", resume, "--out", tmp_path / "lost")
     printed = capfd.readouterr().out
-    assert "(relevance.npy) is lost or of another kind" in printed and "looking at 32" in printed
+    assert "(relevance.npy) is lost or of another kind" in printed and "relevance of 32 whole pictures" in printed
 
 
 def test_maps_are_refreshed_every_so_many_epochs_and_used_by_all_alike(quick_drawing, monkeypatch, tmp_path):
     """Worker processes that outlive an epoch have no copy of the maps that could be stale."""
-    passes, remember = [], Guide.remember
-    monkeypatch.setattr(Guide, "remember", lambda self, *args, **kw: passes.append(remember(self, *args, **kw)))
+    passes, remember = [], Guide.cache_relevance
+    monkeypatch.setattr(Guide, "cache_relevance", lambda self, *args, **kw: passes.append(remember(self, *args, **kw)))
     arguments = [*QUICK, "--epochs", 6, "--lr", 1e-3, "--guide-start", 1, "--guide", "cached", "--guide-every", 2]
     for name, extra in (("a", []), ("b", ["--workers", 2]), ("c", ["--guide-every", 5])):
         train_here(monkeypatch, *arguments, *extra, "--out", tmp_path / name)
@@ -602,7 +602,7 @@ def test_a_decoder_trained_before_may_lead_from_the_start(small_model):
 def test_auto_starts_after_the_epoch_that_is_ready_and_every_run_is_measured(
     quick_drawing, monkeypatch, tmp_path, capfd
 ):
-    measure = Guide.measure
+    measure = Guide.measure_exploitation
 
     def planned(self, images):
         measure(self, images)
@@ -610,7 +610,7 @@ def test_auto_starts_after_the_epoch_that_is_ready_and_every_run_is_measured(
         assert len(images) == 32 and 0 < masked < 1 and 0 < visible < 1 - masked
         self.history[-1] = rates(shares[len(self.history) - 1])
 
-    monkeypatch.setattr(Guide, "measure", planned)
+    monkeypatch.setattr(Guide, "measure_exploitation", planned)
     arguments = [*QUICK, "--epochs", 5, "--guide-start", "auto"]
     shares = [0.7, 0.4, 0.6, 0.6, 0.4]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "run")

@@ -1,4 +1,6 @@
 import itertools
+import multiprocessing
+import time
 
 import datasets
 import numpy as np
@@ -9,7 +11,7 @@ from helpers import dataset_of, image_bytes, picture, with_bad
 import data
 from batches import TrainBatches
 from cropping import CropOptions
-from readers import MapCrops, Request, Share
+from readers import MapCrops, Request, Share, Workers, _ignore_signals
 
 
 def crops_of(dataset, **options) -> torch.Tensor:
@@ -146,3 +148,38 @@ def test_a_stream_that_breaks_starts_anew_and_is_counted(workers):
 def test_whole_pictures_of_a_stream_are_refused():
     with pytest.raises(ValueError, match="a stream has no index"):
         TrainBatches(with_bad().to_iterable_dataset(), 16, 8, length=20).uncropped()
+
+
+class Stuck(torch.utils.data.Dataset):
+    """Answers the first request and waits for ever at the second."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index >= 2:
+            lock = multiprocessing.Lock()
+            lock.acquire()
+            lock.acquire()
+        return index
+
+
+def test_workers_that_wait_for_ever_can_be_ended():
+    """A worker killed while it held a lock left the others, and with them the whole run, waiting."""
+    workers = Workers()
+    loader = torch.utils.data.DataLoader(
+        Stuck(), batch_size=None, num_workers=2, worker_init_fn=_ignore_signals, multiprocessing_context="fork"
+    )
+    items = workers.iterate(loader)
+    assert [next(items), next(items)] == [0, 1]
+    processes = set(workers.processes)
+    assert len(processes) == 2
+    time.sleep(0.5)
+    for process in processes:
+        process.terminate()  # as Python does when it exits
+    time.sleep(0.5)
+    assert all(process.is_alive() for process in processes)
+    workers.end()
+    for process in processes:
+        process.join(10)
+    assert not any(process.is_alive() for process in processes)

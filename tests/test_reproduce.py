@@ -16,9 +16,11 @@ import pytest
 import torch
 from helpers import SMALL, contents
 
+import bench
 import cli
 import data
 import eval as evaluation
+import pictures
 import probes
 import reproduce
 import smae
@@ -258,7 +260,7 @@ def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(
     monkeypatch.setattr(sys, "argv", arguments)
     args = reproduce.parse_arguments()
     random, mine = reproduce.Run(args, "random", 0), reproduce.Run(args, "mine", 0)
-    assert mine.resume(random) == ["--resume", "auto"]  # as long as that is not trained
+    assert mine.resume(random) == ["--resume"]  # as long as that is not trained
     for step in (20, 40, 60, 70, 80, 150):
         (random.out / f"checkpoint-{step:08d}").mkdir(parents=True)
     (random.out / "config.json").write_text(json.dumps(dict(data=dict(images=20 * 64 + 63))))
@@ -267,9 +269,9 @@ def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(
     (random.out / "checkpoint-00000160").mkdir()
     assert sorted(random.epochs_to_judge()) == [1, 2, 4, 8] and random.done
     wanted = ["--resume", str(random.out / f"checkpoint-{20 * shared:08d}"), "--overwrite"] if shared else None
-    assert mine.resume(random) == (wanted or ["--resume", "auto"])
+    assert mine.resume(random) == (wanted or ["--resume"])
     (mine.out / "checkpoint-00000060").mkdir(parents=True)
-    assert mine.resume(random) == ["--resume", "auto"]
+    assert mine.resume(random) == ["--resume"]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +318,7 @@ def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatc
     assert f"| random | {mean - 4:.1f} ± {deviation:.1f} | {mean:.1f} ± {deviation:.1f} |  | 3 | 8.0 ± 0.0 |" in text
     assert f"| amt | 47.2 ± 3.2 | 51.2 ± 3.2 | +2.0 ± {math.sqrt(2):.1f} | 2 | 8.0 ± 0.0 |" in text
     assert "| amt | 70.2 |  | 1 | 8.0 ± 0.0 |" in text  # there is no random run fine-tuned to compare it with
-    figure = reproduce.curves(records, "minutes", "minutes")
+    figure = pictures.accuracy_curves(records, "minutes", "minutes")
     line = figure.axes[1].containers[0]
     assert line.get_label() == "random" and line.lines[0].get_xdata().tolist() == [4, 8]
     assert line.lines[0].get_ydata().tolist() == pytest.approx([mean - 4, mean])
@@ -395,9 +397,9 @@ def test_jobs_share_out_the_cores_or_the_gpus(fakes, monkeypatch):
 
 
 def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(monkeypatch, tmp_path, capsys):
-    times = {"random": [0.8], "amt": [0.4], "look": [0.1]}  # seconds of 8 images
+    times = {"random": [0.8], "amt": [0.4], "relevance": [0.1]}  # seconds of 8 images
     monkeypatch.setattr(
-        reproduce, "step_times", lambda device, batch: {k: [v[0] * batch / 8] for k, v in times.items()}
+        bench, "paper_step_times", lambda device, batch: {k: [v[0] * batch / 8] for k, v in times.items()}
     )
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--scale", "paper", "--gpus", "4", "--seeds", "7", *LATE])
     reproduce.main()
@@ -454,8 +456,8 @@ def test_the_scale_of_the_paper_prints_commands_that_run_and_hours_that_follow(m
 def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
     sizes = smae.PRESETS["tiny"] | dict(image_size=224, patch_size=32)
     monkeypatch.setitem(smae.PRESETS, "base", sizes)
-    seconds = reproduce.step_times(torch.device("cpu"), 2)
-    assert set(seconds) == {"random", "amt", "look"}
+    seconds = bench.paper_step_times(torch.device("cpu"), 2)
+    assert set(seconds) == {"random", "amt", "relevance"}
     assert all(len(values) == 5 and min(values) > 0 for values in seconds.values())
 
 

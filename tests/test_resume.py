@@ -557,13 +557,13 @@ def test_a_checkpoint_goes_by_any_path(started, quick_drawing, monkeypatch, tmp_
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ("--width 64", "cannot go on with another model: it had width 32, now 64"),
-        ("--raw-pixels", "cannot go on with another model: it had normalize_pixels True, now False"),
+        ("--width 64", "cannot resume with another model: it had width 32, now 64"),
+        ("--raw-pixels", "cannot resume with another model: it had normalize_pixels True, now False"),
         ("--image-size 64", "another model: it had image_size [32, 32], now [64, 64]"),
-        ("--dataset PHOTOS", "cannot go on with another data set: it was shapes, 40 images, and is"),
+        ("--dataset PHOTOS", "cannot resume with another data set: it was shapes, 40 images, and is"),
         ("--max-images 39", "another data set: it was shapes, 40 images, and is shapes, 39"),
         ("--split test", "another data set"),
-        ("--seed 1", "cannot resume with another --seed"),
+        ("--seed 1", "cannot resume with other options: --seed was 0"),
         ("--resume nowhere", "--resume nowhere: there is no checkpoint"),
         ("--keep 0", "--keep must be at least 1"),
         ("--save-every-steps 0", "--save-every-steps must be at least 1"),
@@ -677,7 +677,7 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_masks_and_spoils_no
     errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     wrong = np.random.default_rng((0, 3)).permutation(40)[24:32].tolist()
     assert len(errors) == 1 and f"the loss is {value} in epoch 3, step 14 of the run, selfguided masks" in errors[0]
-    assert f"images {', '.join(map(str, wrong))} of the data" in errors[0] and "--resume auto" in errors[0]
+    assert f"images {', '.join(map(str, wrong))} of the data" in errors[0] and "with --resume" in errors[0]
     assert checkpoint.folders(tmp_path / "run")[0].name == "checkpoint-00000013"
     train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run", "--resume", "auto")
     end_alike(tmp_path / "whole", tmp_path / "run")
@@ -776,7 +776,7 @@ def test_a_dead_worker_ends_the_run_with_a_message(kill, monkeypatch, tmp_path, 
     os.kill(int(children[-1]), signal.SIGKILL if kill else signal.SIGSEGV)
     assert forked.finish(processes, 60) == [1]
     text = (tmp_path / "log-0").read_text()
-    assert "error: a process that reads pictures died" in text and "--resume auto" in text
+    assert "error: a process that reads pictures died" in text and "with --resume" in text
     assert checkpoint.find(tmp_path / "run")
 
 
