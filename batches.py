@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import data
 from cropping import CropOptions
 from data import BadImage, BadImages
-from readers import Batch, Plan, Share, make_reader, worker_place
+from readers import Batch, Plan, Share, make_reader, shared, worker_place
 
 
 class TrainBatches:
@@ -225,7 +225,7 @@ class EvalStream(IterableDataset):
 def _collate(pictures: list[tuple]) -> EvalBatch:
     images, indices, labels, names, bad = zip(*pictures)
     return EvalBatch(
-        images=torch.stack(images),
+        images=shared(torch.stack(images)),
         indices=torch.tensor(indices),
         labels=torch.tensor(labels),
         names=list(names),

@@ -327,13 +327,18 @@ def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelera
     differ. Raises ValueError if accelerate's configuration asks for something unsupported.
     """
     check_launcher()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
-        mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),  # ignores the environment
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
-        **options,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),  # ignores the environment
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # positions never change
+            **options,
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise ValueError(f"--precision {precision}: this Python process has used another one; restart it") from None
     if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
         torch.set_num_threads(max(torch.get_num_threads(), cores() // accelerator.num_processes))
     for option, value, variable in (

@@ -21,6 +21,7 @@ import data
 import probes
 import smae
 from batches import EvalBatches
+from run import lost_processes
 
 
 class Encoder(Protocol):
@@ -135,7 +136,8 @@ def compute_rows(
         mininterval=cli.seconds_between_updates(),
     )
     while True:
-        batch, mine = next(iterator, None), None
+        with lost_processes(accelerator.num_processes):
+            batch, mine = next(iterator, None), None
         if batch is not None:
             with torch.no_grad(), accelerator.autocast():
                 values = compute(data.normalize(batch.images, *statistics)).cpu()

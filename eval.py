@@ -41,7 +41,7 @@ import smae
 from batches import EvalBatches, TrainBatches
 from cropping import RandomStream, uniform
 from encoders import Encoder, Rows, accuracy, compute_rows, extract
-from run import Folder, Run, Schedule, all_processes_or_none, compare_configurations, find_checkpoint
+from run import Folder, ProcessLost, Run, Schedule, all_processes_or_none, compare_configurations, find_checkpoint
 
 RESULT_FILES = {  # what each command leaves in --out
     "knn": ("result.json",),
@@ -429,7 +429,7 @@ def main(arguments: list | None = None) -> dict:
     """
     with cli.called(arguments) as arguments:
         args = build_parser().parse_args(arguments)
-        with checkpoint.Lock(args.out) as lock, cli.one_line_errors(ValueError, OSError):
+        with checkpoint.Lock(args.out) as lock, cli.one_line_errors(ValueError, OSError, ProcessLost):
             return evaluate(args, lock)
 
 

@@ -155,6 +155,14 @@ def _end_worker(*_):
     os._exit(0)
 
 
+def shared(images: Tensor) -> Tensor:
+    """Move a batch to shared memory, if this is a worker process. Raises RuntimeError if that is full.
+
+    The queue would do so in a thread whose errors nobody sees: the training would wait for ever.
+    """
+    return images.share_memory_() if get_worker_info() else images
+
+
 class Workers:
     """The worker processes of a DataLoader.
 
@@ -257,7 +265,7 @@ class MapCrops(torch.utils.data.Dataset):
         crops = self.options.crops(sizes, epoch, indices)
         images = torch.stack([data.crop(*each, size) for each in zip(pictures, *crops)])
         images = self.options.augmented(images, epoch, indices)
-        return Batch(images, indices, bad, np.array(labels), crops.as_fractions(sizes))
+        return Batch(shared(images), indices, bad, np.array(labels), crops.as_fractions(sizes))
 
 
 class PreloadedReader(IndexReader):
@@ -461,7 +469,7 @@ class StreamCrops(IterableDataset):
         indices = np.array(indices, np.int64)
         images = self.options.augmented(torch.stack(images), self.epoch, indices)
         crops = Crops(*map(np.concatenate, zip(*crops)))
-        return Batch(images, indices, bad, np.array(labels), crops)
+        return Batch(shared(images), indices, bad, np.array(labels), crops)
 
     def _records(self) -> Iterator[dict | Exception]:
         """This worker's records, pass after pass; an exception where the stream breaks.

@@ -499,6 +499,11 @@ def lost_processes(world: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = f"({data.one_line(error)}): continue from the last checkpoint with --resume"
+        if re.search("shared memory|ftruncate|/torch_", str(error)) and "worker process" in str(error):
+            raise ProcessLost(
+                "the workers have no room in shared memory (/dev/shm): give a container more with docker run "
+                "--shm-size, or use --workers 0"
+            ) from None
         if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
             raise ProcessLost(f"a process that reads pictures died, perhaps for lack of memory {text}") from None
         gone = "closed by peer|reset by peer|broken pipe|remote process exited|timed? ?out"

@@ -1,7 +1,11 @@
 """Odd and broken pictures do not stop or stall a run. Each is used, or else skipped, counted and named."""
 
 import io
+import os
+import shutil
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -10,10 +14,13 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
-from helpers import SMALL, image_bytes, needs_proc, picture, records, status, train_here
+import torch
+from helpers import QUICK, ROOT, SMALL, image_bytes, needs_proc, picture, records, status, train_here
 from PIL import Image
 
 import data
+import eval as judge
+import run
 from batches import TrainBatches
 from cropping import random_crops, uniform
 
@@ -178,3 +185,34 @@ def test_too_many_broken_pictures_stop_a_run_before_it_writes_anything(folder, m
     errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and "of 60 images are broken, more than --max-bad-images 0.0:" in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------- shared memory
+
+
+def no_room(*_):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+
+def test_workers_without_room_in_shared_memory_end_the_run_with_a_line(monkeypatch, tmp_path, capfd):
+    """The queue dropped the batch, and the training waited for ever."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *QUICK, "--workers", 1, "--out", tmp_path / "run")
+    assert "no room in shared memory (/dev/shm)" in capfd.readouterr().err
+    arguments = ["embed", "--checkpoint", "random", *SMALL, "--max-images", 8, "--precision", "no", "--workers", 1]
+    with pytest.raises(run.ProcessLost, match="no room in shared memory"):
+        judge.main([*arguments, "--out", tmp_path / "embed"])
+
+
+def test_a_container_with_little_shared_memory_gets_a_line(tmp_path):
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=700k tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a file system")
+    arguments = [*QUICK, "--image-size", 64, "--max-images", 256, "--batch-size", 128, "--workers", 2]
+    arguments = [sys.executable, "train.py", *map(str, arguments), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1 and "no room in shared memory (/dev/shm)" in ended.stderr
