@@ -28,6 +28,7 @@ import measures
 import pictures
 import smae
 from cropping import RandomStream, uniform
+from objects import BY_THRESHOLD, MaskRule, object_mask, understand_column
 
 MEASURES = {
     "iou": "IoU of the foreground side with the object",
@@ -48,18 +49,29 @@ class Pictures:
     the object covers less than 1 % or more than 99 %.
     """
 
-    def __init__(self, dataset: datasets.Dataset, mask_column: str, group_column: str, unit_column: str, size: int):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        mask_column: str,
+        group_column: str,
+        unit_column: str,
+        size: int,
+        rule: MaskRule = BY_THRESHOLD,
+    ):
         # collect pictures with an object
         images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
         for record in tqdm(dataset, desc="pictures", disable=None):
             try:
-                image, mask = data.decode(record["image"]), data.object_mask(record[mask_column])
+                image = data.decode(record["image"])
+                mask = object_mask(record[mask_column], rule, record["image"])
             except Exception as error:  # a broken file
                 tqdm.write(data.describe_bad(len(images) + self.skipped, record["image"], error).description)
                 self.skipped += 1
                 continue
             if image.size != mask.size:
-                raise ValueError(f"a picture of {image.size} pixels has a mask of {mask.size}")
+                raise ValueError(
+                    f"a picture of {image.width}x{image.height} pixels has a mask of {mask.width}x{mask.height}"
+                )
             image, mask = data.center_crop(image, size), data.center_crop(mask, size)[0] / 255
             if not 0.01 <= mask.mean() <= 0.99:
                 self.skipped += 1
@@ -67,7 +79,7 @@ class Pictures:
             images.append(image)
             truth.append(mask)
             self.groups.append(_name(dataset, group_column, record))
-            units.setdefault(record.get(unit_column, len(images)), []).append(len(images) - 1)
+            units.setdefault(str(record.get(unit_column, len(images))), []).append(len(images) - 1)
         if not images:
             raise ValueError("none of the pictures shows an object")
 
@@ -209,7 +221,9 @@ def analyze_masks(args: argparse.Namespace):
         masks.masked_count(h * w, args.mask_ratio)
         columns = args.image_column, args.mask_column
         dataset = load_with_masks(args.dataset, args.split, *columns, args.max_images)
-        seen = Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size)
+        rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)
+        print(f"masks of column {args.mask_column}: {rule.kind}")
+        seen = Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size, rule)
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
     subsets, pixels = seen.subsets(), smae.patchify(data.normalize(seen.images), model.patch_size)
 
@@ -332,7 +346,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--mask-column",
         default="mask",
-        help="column of the masks: the object is above 127, or, if nothing is, above 0",
+        help="column of the masks; the log says what is taken for the object in them",
     )
     command.add_argument("--group-column", default="source", help="column of groups to report separately, if it exists")
     command.add_argument(
@@ -341,7 +355,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--layers", type=cli.block, nargs="+", help="blocks to measure: numbers, decoder-1, ... (default: up to 4)"
     )
-    cli.add(command, "mask-ratio", "guide-debias", "foreground", "relevance", "seed", "out", "overwrite")
+    cli.add(
+        command,
+        "object-ids",
+        "object-void",
+        "mask-ratio",
+        "guide-debias",
+        "foreground",
+        "relevance",
+        "seed",
+        "out",
+        "overwrite",
+    )
     command.set_defaults(out=cli.Path("runs/masks"))
     return parser
 

@@ -88,6 +88,10 @@ OPTIONS = {  # that several commands have
         default="contrast",
         help="foreground: mean similarity to the object's side (the paper's); contrast: minus that to the other side",
     ),
+    "object-ids": dict(
+        type=int, nargs="+", help="values of the object in a mask column (default: understood from the masks)"
+    ),
+    "object-void": dict(type=int, help="value in a mask column that counts neither as object nor as background"),
     # optimisation
     "epochs": dict(type=int, help="passes over the training data"),
     "warmup-epochs": dict(type=int, help="epochs of linear warm-up, part of --epochs"),

@@ -7,13 +7,16 @@ Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/
 grid.
 """
 
-import contextlib
 import functools
 import glob
 import hashlib
+import io
 import itertools
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,19 +24,27 @@ import datasets
 import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+import folders
 import shapes
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE
 STD = (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
-TEST_SPLITS = {"val", "valid", "validation", "dev", "test", "testing"}
+FILES = {  # single files, and the loader of datasets that reads them
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+    ".csv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".zip": "imagefolder",
+}
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # preferred, where several columns hold images
+ORIENTATION = 0x0112  # an EXIF tag
 ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # for pictures or their paths
 
 Dataset = datasets.Dataset | datasets.IterableDataset
@@ -148,7 +159,7 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
     if isinstance(dataset, datasets.IterableDataset):
         records = dataset.take(count)
     else:
-        records = dataset.select(_evenly_spaced(len(dataset), count))
+        records = dataset.select(evenly_spaced(len(dataset), count))
     hashes = []
     for record in records.select_columns(["image"]):
         try:
@@ -169,7 +180,7 @@ def length_of(dataset: Dataset, limit: int | None = None) -> int | None:
     return splits[str(dataset.split)].num_examples if str(dataset.split) in splits else None
 
 
-def _evenly_spaced(length: int, count: int) -> np.ndarray:
+def evenly_spaced(length: int, count: int) -> np.ndarray:
     """Up to ``count`` indices of ``length`` items, from the first to the last."""
     return np.linspace(0, length - 1, min(count, length)).astype(int)
 
@@ -180,7 +191,7 @@ def _known_source(name: str) -> Source | None:
 
 
 def _find_image_column(name: str, features: dict, column: str | None) -> str:
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [key for key, feature in features.items() if _holds_images(feature)]
     column = column or next((key for key in IMAGE_COLUMNS if key in images), None)
     if column is None and len(images) == 1:
         column = images[0]
@@ -190,9 +201,17 @@ def _find_image_column(name: str, features: dict, column: str | None) -> str:
         raise ValueError(f"{name} has {found}: name the right one with --image-column: {columns}")
     feature = features[column]
     encoded = getattr(feature, "dtype", None) in ENCODED_TYPES
-    if not (feature is None or isinstance(feature, datasets.Image) or encoded):
+    if not (feature is None or _holds_images(feature) or encoded):
         raise ValueError(f"column {column!r} of {name} holds {feature}, not images")
     return column
+
+
+def _holds_images(feature) -> bool:
+    """Whether a feature is that of images, or of their bytes as ``datasets`` stores them."""
+    if isinstance(feature, dict):
+        encoded = getattr(feature.get("bytes"), "dtype", None) in ("binary", "large_binary")
+        return encoded and feature.keys() <= {"bytes", "path"}
+    return isinstance(feature, datasets.Image)
 
 
 def _find_label_column(name: str, features: dict, column: str | None) -> str | None:
@@ -227,17 +246,17 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
     if name in ("shapes", "shapes:easy"):
         dataset = shapes.load_shapes(split, easy=name == "shapes:easy")
         return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_file():
             return _open_file(path, split, streaming)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _open_saved(path, split, streaming)
         if path.is_dir():
-            return _open_folder(name, path, split, streaming)
+            return _open_folder(path, split, streaming)
         return _open_hub(name, split, streaming, known)
     except (FileNotFoundError, ConnectionError) as error:
-        reason = one_line(error)
+        reason = root_cause(error)
         if known and known.hub:
             reason = f"cannot download {known.hub}: {known.hint} ({reason})"
         raise FileNotFoundError(
@@ -246,15 +265,31 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
     except (ValueError, LookupError, ArithmeticError, OSError, RuntimeError, DatasetsError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"split {split!r} of {name} is empty") from None
-        raise ValueError(f"cannot load {name}: {one_line(error)}") from None
+        raise ValueError(f"cannot load {name}: {root_cause(error)}") from None
 
 
 def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
     """Open a table or an archive in a single file."""
     if split != "train":
         raise ValueError(f"Unknown split {split!r}: a single file has only 'train'")
-    kind = "webdataset" if path.suffix == ".tar" else path.suffix.lstrip(".")
-    return datasets.load_dataset(kind, data_files={split: str(path)}, split=split, streaming=streaming)
+    suffix = path.suffix.lower()
+    if suffix in folders.image_suffixes():
+        raise ValueError("it is a single picture: name the folder that it lies in")
+    if suffix not in FILES:
+        raise ValueError(f"a file of this kind cannot be read: expected {', '.join(FILES)}, or a folder")
+    files = {split: glob.escape(str(path))}  # a name, not a pattern
+    dataset = datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming)
+    if FILES[suffix] in ("csv", "json"):  # they name files
+        dataset = dataset.map(_resolve_paths, fn_kwargs=dict(folder=str(path.parent)))
+    return dataset
+
+
+def _resolve_paths(record: dict, folder: str) -> dict:
+    """Make the names of files in a record of a text table absolute."""
+    return {
+        key: str(Path(folder, value)) if isinstance(value, str) and Path(folder, value).is_file() else value
+        for key, value in record.items()
+    }
 
 
 def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
@@ -269,23 +304,39 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
     return dataset.to_iterable_dataset() if streaming else dataset
 
 
-def _open_folder(name: str, path: Path, split: str, streaming: bool) -> Dataset:
-    """Open a folder of images or of tables; the only place that lists files.
+def _open_folder(path: Path, split: str, streaming: bool) -> Dataset:
+    """Open a folder of images, or of tables, whichever it has more of."""
+    listing = folders.list_files(path)
+    if not listing.images and not listing.tables:
+        suffixes = ", ".join(kind for kind in listing.left_out if kind.startswith(".")) or "no files"
+        raise FileNotFoundError(f"{path} holds neither images nor parquet, arrow or tar files, but {suffixes}")
+    if len(listing.tables) >= len(listing.images):
+        return _open_tables(path, listing.tables, split, streaming)
+    dataset, listing = folders.open_images(path, split)
+    if left_out := folders.describe_left_out(listing):
+        say_once(f"{path}: {len(dataset)} pictures; left out: {left_out}")
+    return dataset.to_iterable_dataset(num_shards=min(1024, len(dataset))) if streaming else dataset
 
-    A folder ``train`` is a split if it is alone or beside a folder in TEST_SPLITS, else a class.
-    """
-    suffixes = {file.suffix.lower() for file in path.rglob("*")}
-    if suffixes & TABLE_SUFFIXES:
-        return datasets.load_dataset(str(path), split=split, streaming=streaming)
-    if not suffixes & IMAGE_SUFFIXES:
-        raise FileNotFoundError(f"{name} holds neither images nor parquet, arrow or tar files")
-    folders = {child.name for child in path.iterdir() if child.is_dir()}
-    if split in folders and (split != "train" or len(folders) == 1 or folders & TEST_SPLITS):
-        path = path / split
-    elif split != "train":
-        raise ValueError(f"Unknown split {split!r}: {name} has no folder of that name")
-    files = {split: f"{glob.escape(str(path))}/**"}  # all files of this split
-    return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming)
+
+def _open_tables(path: Path, tables: list[str], split: str, streaming: bool) -> Dataset:
+    """Open a folder of parquet or arrow files or tar archives, whose splits ``datasets`` finds."""
+    how = dict(split=split, streaming=streaming)
+    archives = [path / file for file in tables if file.endswith(".tar")]
+    broken = [file for file in archives if not tarfile.is_tarfile(file)]
+    if broken and len(broken) == len(tables):
+        raise ValueError(f"{broken[0]} is not a tar archive: perhaps its download failed")
+    if broken:
+        say_once(f"{path}: left out what is not a tar archive: {', '.join(map(str, broken[:5]))}")
+        files = {split: [glob.escape(str(file)) for file in archives if file not in broken]}
+        return datasets.load_dataset("webdataset", data_files=files, **how)
+    if glob.escape(str(path)) == str(path):
+        return datasets.load_dataset(str(path), **how)
+    kinds = {file: folders.split_of_table(file) for file in tables}  # datasets takes such a path for a pattern
+    chosen = [file for file in tables if kinds[file] == (folders.split_kind(split) or split)]
+    if not chosen:
+        raise ValueError(f"Unknown split {split!r}: expected one of {sorted(set(kinds.values()))}")
+    loader = FILES[Path(chosen[0]).suffix]
+    return datasets.load_dataset(loader, data_files={split: [glob.escape(str(path / file)) for file in chosen]}, **how)
 
 
 def _open_hub(name: str, split: str, streaming: bool, known: Source | None) -> Dataset:
@@ -297,7 +348,23 @@ def _open_hub(name: str, split: str, streaming: bool, known: Source | None) -> D
     return datasets.load_dataset(hub, configuration or None, split=split, streaming=streaming)
 
 
-def one_line(error: Exception) -> str:
+def root_cause(error: BaseException) -> str:
+    """The message of an error on one line, with that of the error which caused it all."""
+    first = error
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    text, cause = one_line(first), one_line(error)
+    return text if cause in text else f"{text} ({cause})"
+
+
+@functools.cache
+def say_once(text: str):
+    """Print a line to standard error, once, in the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def one_line(error: BaseException) -> str:
     """The message of an error in one line of at most 500 characters."""
     return " ".join(str(error).split())[:500]
 
@@ -305,12 +372,29 @@ def one_line(error: Exception) -> str:
 # --------------------------------------------------------------------------------- decoding
 
 
-def decode(record: dict) -> Image.Image:
+def decode(record: dict | None) -> Image.Image:
     """Decode a record of a ``datasets`` image column to an upright RGB picture.
 
-    This is the only place where records become pictures. Raises any error that PIL raises.
+    Records become pictures here and nowhere else. Raises whatever PIL raises, ValueError for a
+    record without a picture.
     """
-    return to_rgb(datasets.Image().decode_example(record))
+    return to_rgb(open_upright(record))
+
+
+def open_upright(record: dict | None) -> Image.Image:
+    """The picture of a record, turned as its EXIF says, unless that is damaged."""
+    encoded, path = (record or {}).get("bytes"), (record or {}).get("path")
+    if encoded is None and path is None:
+        raise ValueError("there is no picture (null)")
+    if encoded is None and "://" in path:
+        return datasets.Image().decode_example(record)
+    with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
+        image.load()
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # of many kinds; the pixels are sound
+        return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -331,6 +415,8 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     without a larger value, else 255.
     """
     values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values)  # missing values become black
     sixteen = image.mode.startswith("I;16") or values.max() > 255
     top = 65535 if sixteen else 255
     if image.mode == "F":
@@ -492,91 +578,3 @@ class BadImages:
         """Add the broken pictures of an earlier run, which has reported them."""
         self.descriptions.update(state)
         self.reported = len(self.descriptions)
-
-
-# --------------------------------------------------------------------------------- object masks
-
-
-def object_mask(mask: Image.Image | dict) -> Image.Image:
-    """Turn a mask picture into 255 on the object, 0 elsewhere.
-
-    The object is where the mask exceeds 127, or, if it never does, where it is not 0.
-    """
-    if isinstance(mask, dict):
-        mask = datasets.Image().decode_example(mask)
-    if mask.mode not in ("L", "P", "1"):
-        mask = mask.convert("L")
-    values = np.asarray(mask).astype(int)
-    threshold = 127 if values.max() > 127 else 0
-    return Image.fromarray(np.where(values > threshold, 255, 0).astype(np.uint8))
-
-
-class ObjectMasks:
-    """The column of object masks of a data set.
-
-    ``missing`` lists the pictures whose mask could not be read. Raises ValueError if the data has
-    no such column, or is a stream.
-    """
-
-    def __init__(self, dataset: Dataset, column: str):
-        features = dataset.features or {}
-        if not isinstance(features.get(column), datasets.Image):
-            columns = ", ".join(features)
-            raise ValueError(f"the data has no column {column!r} of mask pictures, only {columns}")
-        if isinstance(dataset, datasets.IterableDataset):
-            raise ValueError("a stream has no index to find object masks by: drop --streaming")
-        self.masks = dataset.select_columns([column])
-        self.masks = self.masks.cast_column(column, datasets.Image(decode=False))
-        self.column = column
-        self.missing: list[int] = []
-
-    def coverage(self, indices: np.ndarray, grid: tuple[int, int]) -> Tensor:
-        """The fraction of each cell of a grid (h, w) that the object covers: (b, h, w).
-
-        The grid divides the whole pictures ``indices`` (b,). 0 where a mask cannot be read.
-        """
-        found = torch.zeros(len(indices), *grid)
-        for row, index in enumerate(indices.tolist()):
-            try:
-                mask = object_mask(self.masks[index][self.column])
-            except Exception:  # a broken file can raise any error
-                self.missing.append(index)
-                continue
-            cells = mask.resize(grid[::-1], Image.Resampling.BOX)
-            found[row] = torch.from_numpy(np.array(cells)) / 255
-        return found
-
-
-def sample_pictures(dataset: Dataset, count: int, size: int, mask_column: str = "mask") -> tuple[Tensor, Tensor | None]:
-    """Up to ``count`` centre crops and their objects, evenly spaced (in a stream: the first ones).
-
-    The crops are (k, 3, size, size) uint8, the objects (k, size, size) bool, None without a mask
-    column. Raises ValueError if none of the pictures tried can be decoded.
-    """
-    has_masks = isinstance((dataset.features or {}).get(mask_column), datasets.Image)
-    columns = ["image", mask_column] if has_masks else ["image"]
-    images, objects = [], []
-    for record in _sample_records(dataset, 2 * count, columns):
-        with contextlib.suppress(Exception):  # a broken picture; training counts and reports it
-            images.append(center_crop(decode(record["image"]), size))
-            objects.append(torch.zeros(size, size, dtype=torch.bool))
-            if has_masks:
-                objects[-1] = center_crop(object_mask(record[mask_column]), size)[0] > 127
-    if not images:
-        raise ValueError("none of the pictures sampled from the data can be decoded")
-    chosen = _evenly_spaced(len(images), count)
-    images = torch.stack([images[i] for i in chosen])
-    objects = torch.stack([objects[i] for i in chosen])
-    return images, objects if has_masks else None
-
-
-def _sample_records(dataset: Dataset, count: int, columns: list[str]) -> Iterator[dict]:
-    """Up to ``count`` undecoded records, evenly spaced (in a stream: the first ones)."""
-    if isinstance(dataset, datasets.IterableDataset):
-        yield from dataset.take(count)
-        return
-    dataset = dataset.select_columns(columns)
-    for column in columns:
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))  # some may be broken
-    for index in _evenly_spaced(len(dataset), count):
-        yield dataset[int(index)]

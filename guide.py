@@ -23,6 +23,7 @@ import measures
 import smae
 from batches import Batch, TrainBatches
 from cropping import RandomStream, crop_batch, uniform
+from objects import ObjectMasks
 
 MOMENTUM = 0.95  # of the running mean of the features, from step to step
 MEAN_OVER = 2048  # whole pictures that the mean of the features is taken over
@@ -30,7 +31,7 @@ FINE = 4  # cells to the side of a patch, in maps of what is known exactly (the 
 
 FLOORS = ("pixels", "centre")
 
-Source = smae.SMAE | data.ObjectMasks | Literal["pixels", "centre"]
+Source = smae.SMAE | ObjectMasks | Literal["pixels", "centre"]
 
 
 class Guide:
@@ -126,7 +127,7 @@ class Guide:
                 raise ValueError(
                     f"--guide-from cannot see the pictures: {error}; try another --guide-image-size"
                 ) from None
-        if self.debias and (self.source == "centre" or isinstance(self.source, data.ObjectMasks)):
+        if self.debias and (self.source == "centre" or isinstance(self.source, ObjectMasks)):
             raise ValueError("--guide-debias takes the mean off features, and this --guide-from has none")
         if self.kind == "amt":
             masks.amt_mask(torch.ones(1, n), self.amt_ratio, self.throw_ratio)
@@ -152,7 +153,7 @@ class Guide:
         mask column guides, the ``objects`` (b, H, W) bool stand for it. AMT has no sides: None.
         """
         own = self.model.grid(images)
-        if isinstance(self.source, data.ObjectMasks):
+        if isinstance(self.source, ObjectMasks):
             scores = objects.to(images.device).float()
             side = scores > 0.5
         else:
@@ -299,7 +300,7 @@ class Guide:
                 self._add_to_mean(features)
             self.finish_step(accelerator)
         seen = whole(lambda images: self._compact(self._source_relevance(images)[0]))
-        maps = known() if isinstance(self.source, data.ObjectMasks) else seen
+        maps = known() if isinstance(self.source, ObjectMasks) else seen
         parts, problem = self._gather(maps, batches, accelerator), None
         if accelerator.is_main_process:
             try:
@@ -360,7 +361,7 @@ class Guide:
         (height, width), p = self.model.config["image_size"], self.model.patch_size
         if isinstance(self.source, smae.SMAE):
             (height, width), p = self.size, self.source.patch_size
-        fine = FINE if self.source == "centre" or isinstance(self.source, data.ObjectMasks) else 1
+        fine = FINE if self.source == "centre" or isinstance(self.source, ObjectMasks) else 1
         return fine * height // p, fine * width // p
 
     # ---------------------------------------------------------------------------------------------- starting
@@ -420,12 +421,18 @@ def _write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, 
 # ------------------------------------------------------------------------------------------------- --guide-from
 
 
-def find_source(name: str | None, dataset: data.Dataset | None = None, device: torch.device | str = "cpu"):
+def find_source(
+    name: str | None,
+    dataset: data.Dataset | None = None,
+    device: torch.device | str = "cpu",
+    object_ids: list[int] | None = None,
+    object_void: int | None = None,
+) -> Source | None:
     """The :data:`Source` that --guide-from names; a path that exists wins over the names of the floors."""
     if name is None or (name in FLOORS and not Path(name).exists()):
         return name
     if column := mask_column(name):
-        return data.ObjectMasks(dataset, column)
+        return ObjectMasks(dataset, column, object_ids, object_void)
     model = smae.load(name, device)
     return (model.encoder if isinstance(model, smae.Classifier) else model).requires_grad_(False)
 

@@ -33,6 +33,7 @@ import pictures
 import smae
 from batches import TrainBatches
 from guide import Guide, check_source, find_source, mask_column
+from objects import BY_THRESHOLD, sample_pictures
 from run import (
     Folder,
     ProcessLost,
@@ -133,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=cli.block,
         help="block whose output guides: a number, or decoder-1, ... (default: the encoder's last but one)",
     )
-    cli.add(group, "guide-debias", "foreground", "relevance")
+    cli.add(group, "guide-debias", "foreground", "relevance", "object-ids", "object-void")
 
     group = parser.add_argument_group("optimisation")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", epochs=5, warmup_epochs=1, batch_size=128)
@@ -237,7 +238,7 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
     guide = Guide(
         model,
         "amt" if args.mask == "amt" else "selfguided",
-        source=find_source(args.guide_from, dataset, device),
+        source=find_source(args.guide_from, dataset, device, args.object_ids, args.object_void),
         source_name=args.guide_from,
         source_size=args.guide_image_size,
         shuffle=args.guide_shuffle,
@@ -302,7 +303,9 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         dataset = data.load_images(args.dataset, args.split, *columns, args.max_images)
         guide = build_guide(args, model, dataset, accelerator.device)
         batches = TrainBatches(dataset, **cli.batch_options(args, accelerator))
-        samples, objects = data.sample_pictures(dataset, 32, args.image_size, mask_column(args.guide_from) or "mask")
+        rule = getattr(guide.source, "rule", BY_THRESHOLD)
+        mask_name = mask_column(args.guide_from) or "mask"
+        samples, objects = sample_pictures(dataset, 32, args.image_size, mask_name, rule)
         optimizer = optim.adamw(model, args.lr, args.weight_decay, accelerator.device.type)
         seen = dict(images=batches.length, pictures=data.fingerprint(dataset))
         config = dict(model=model.config, train=cli.plain(vars(args)), data=seen)
@@ -405,7 +408,8 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, guide: Guide, b
         + (f" ({args.guide} guide), start: {when}" if args.mask != "random" else ""),
     ]
     if args.guide_from:
-        lines += [f"not self-guided: relevance comes from {args.guide_from}"]
+        rule = getattr(guide.source, "rule", None)
+        lines += [f"not self-guided: relevance comes from {args.guide_from}" + (f" ({rule.kind})" if rule else "")]
     if args.guide_shuffle:
         lines += ["shuffled: each picture is masked by the relevance of another"]
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"

@@ -12,6 +12,7 @@ import data
 import masks
 import smae
 from cropping import RandomStream, uniform
+from objects import object_mask, sample_pictures
 from shapes import load_shapes
 
 
@@ -126,8 +127,8 @@ def test_groups_are_named_and_masks_of_any_kind_understood(monkeypatch, tmp_path
     }  # fmt: skip
     assert "sea: 4 pictures" in text and "off-centre: 0 pictures" in text
     for row in rows:
-        assert set(np.unique(data.object_mask(row["truth"]))) == {0, 255}
-        assert (np.asarray(data.object_mask(row["truth"])) > 0).sum() == 600
+        assert set(np.unique(object_mask(row["truth"]))) == {0, 255}
+        assert (np.asarray(object_mask(row["truth"])) > 0).sum() == 600
 
 
 def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
@@ -145,7 +146,7 @@ def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
     arguments = ["--checkpoint", tmp_path / "model", "--dataset", tmp_path / "data.parquet", "--layers", 2]
     text = judge(monkeypatch, capsys, *arguments, "--out", tmp_path / "out")
     assert "5 pictures with an object" in text and "1 left out" in text
-    images, objects = data.sample_pictures(data.load_images(str(tmp_path / "data.parquet")), 6, 32)
+    images, objects = sample_pictures(data.load_images(str(tmp_path / "data.parquet")), 6, 32)
     assert len(images) == 6 and [bool(shape.any()) for shape in objects] == [True, True, False, True, True, True]
 
 

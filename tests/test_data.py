@@ -1,15 +1,19 @@
 import io
 import itertools
+import struct
 import tarfile
+import zlib
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import dataset_of, image_bytes, picture, with_bad
 from PIL import Image
 
 import data
+from objects import ObjectMasks, object_mask, sample_pictures
 
 # ------------------------------------------------------------------------------------------- loading
 
@@ -337,11 +341,11 @@ def test_broken_pictures_of_a_checkpoint_count_and_are_not_reported_again():
 
 def test_the_object_of_a_mask_is_bright_or_else_not_zero():
     grey = np.array([[0, 1, 2], [127, 128, 255]], np.uint8)
-    assert np.asarray(data.object_mask(Image.fromarray(grey))).tolist() == [[0, 0, 0], [0, 255, 255]]
+    assert np.asarray(object_mask(Image.fromarray(grey))).tolist() == [[0, 0, 0], [0, 255, 255]]
     classes = np.array([[0, 1, 2]], np.uint8)
     record = dict(bytes=image_bytes(Image.fromarray(classes)), path=None)
-    assert np.asarray(data.object_mask(record)).tolist() == [[0, 255, 255]]
-    assert np.asarray(data.object_mask(Image.new("RGB", (1, 1), "white"))).tolist() == [[255]]
+    assert np.asarray(object_mask(record)).tolist() == [[0, 255, 255]]
+    assert np.asarray(object_mask(Image.new("RGB", (1, 1), "white"))).tolist() == [[255]]
 
 
 def test_coverage_is_the_share_of_the_object_in_each_cell():
@@ -349,32 +353,88 @@ def test_coverage_is_the_share_of_the_object_in_each_cell():
     mask[:4, :2] = 255
     blobs = [image_bytes(Image.fromarray(mask)), b"broken", image_bytes(Image.fromarray(255 - mask))]
     dataset = dataset_of(blobs).cast_column("image", datasets.Image())
-    masks = data.ObjectMasks(dataset, "image")
+    masks = ObjectMasks(dataset, "image")
     half = torch.tensor([[0.5, 0], [0, 0]])
     expected = torch.stack([1 - half, torch.zeros(2, 2), half])
     found = masks.coverage(np.array([2, 1, 0]), (2, 2))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
     assert masks.missing == [1]
     with pytest.raises(ValueError, match="no column 'truth' of mask pictures, only image"):
-        data.ObjectMasks(dataset, "truth")
+        ObjectMasks(dataset, "truth")
     with pytest.raises(ValueError, match="--streaming"):
-        data.ObjectMasks(dataset.to_iterable_dataset(), "image")
+        ObjectMasks(dataset.to_iterable_dataset(), "image")
 
 
 def test_sample_pictures_come_from_all_over_the_data_past_broken_ones():
-    samples, objects = data.sample_pictures(with_bad(40, (0, 20)), 4, 16)
+    samples, objects = sample_pictures(with_bad(40, (0, 20)), 4, 16)
     assert objects is None
     expected = [data.center_crop(picture(seed=i), 16) for i in range(40)]
     found = [next(i for i in range(40) if torch.equal(expected[i], sample)) for sample in samples]
     assert len(samples) == 4 and found[0] < 10 and found[-1] == 39
     with pytest.raises(ValueError, match="none of the pictures sampled"):
-        data.sample_pictures(with_bad(3, range(3)), 2, 16)
+        sample_pictures(with_bad(3, range(3)), 2, 16)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sample_pictures_come_with_their_objects(streaming):
     shapes = data.load_images("shapes", "test", streaming=streaming, max_images=10)
-    images, objects = data.sample_pictures(shapes, 5, 64)
+    images, objects = sample_pictures(shapes, 5, 64)
     assert images.shape == (5, 3, 64, 64) and objects.shape == (5, 64, 64) and objects.dtype == torch.bool
     first = next(iter(shapes))
-    assert torch.equal(objects[0], torch.from_numpy(np.array(data.object_mask(first["mask"]))) > 0)
+    assert torch.equal(objects[0], torch.from_numpy(np.array(object_mask(first["mask"]))) > 0)
+
+
+# ------------------------------------------------------------------------------------------- odd but sound
+
+
+def test_damaged_exif_does_not_cost_a_picture():
+    expected = np.asarray(picture())
+    raw = image_bytes(picture())
+    body = b"eXIf" + b"Exif\x00\x00garbage"
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    for encoded in (
+        raw[:33] + chunk + raw[33:],
+        image_bytes(picture(), "WEBP", lossless=True, exif=b"Exif\0\0II*\0\x08\0"),
+    ):
+        assert np.array_equal(np.asarray(data.decode(dict(bytes=encoded, path=None))), expected)
+
+
+def test_missing_values_of_a_float_picture_are_black_and_the_others_keep_their_levels():
+    values = np.asarray(picture().convert("L"), np.float32) / 255
+    holes = values.copy()
+    holes[:2, :2] = np.nan
+    decoded = np.asarray(data.decode(dict(bytes=image_bytes(Image.fromarray(holes), "TIFF"), path=None)))[..., 0]
+    assert (decoded[:2, :2] == 0).all() and len(np.unique(decoded)) > 50
+    assert np.array_equal(decoded[2:], np.asarray(data.to_rgb(Image.fromarray(values)))[2:, :, 0])
+
+
+def test_a_null_picture_says_so():
+    for record in (None, dict(bytes=None, path=None)):
+        with pytest.raises(ValueError, match="there is no picture"):
+            data.decode(record)
+
+
+def test_a_struct_of_bytes_and_path_holds_pictures(tmp_path):
+    blobs = [image_bytes(picture(seed=i)) for i in range(3)]
+    for name, image in (
+        ("both", [dict(bytes=b, path="x.png") for b in blobs]),
+        ("bytes", [dict(bytes=b) for b in blobs]),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table({"image": image, "label": [0, 1, 0]}), tmp_path / f"{name}.parquet")
+        loaded = data.load_images(str(tmp_path / f"{name}.parquet"))
+        assert np.array_equal(np.asarray(data.decode(loaded[2]["image"])), np.asarray(picture(seed=2)))
+
+
+def test_an_error_of_datasets_comes_with_its_cause(monkeypatch, tmp_path):
+    def fails(*_, **__):
+        try:
+            raise OSError("[Errno 28] No space left on device: '/cache/x.arrow'")
+        except OSError as cause:
+            raise datasets.exceptions.DatasetGenerationError(
+                "An error occurred while generating the dataset"
+            ) from cause
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"while generating the dataset \(.*No space left on device: '/cache/x.arrow'"):
+        data.load_images(str(tmp_path / "x.parquet"))

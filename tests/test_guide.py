@@ -19,6 +19,7 @@ import train
 from batches import Batch, TrainBatches
 from cropping import Crops
 from guide import Guide, exploitation
+from objects import ObjectMasks
 from shapes import load_shapes
 
 
@@ -308,7 +309,7 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
     blobs = [image_bytes(Image.fromarray(pixels)), image_bytes(Image.fromarray(255 - pixels)), b"broken"]
     table = dict(image=images, truth=[dict(bytes=blob, path=None) for blob in blobs])
     dataset = datasets.Dataset.from_dict(table, datasets.Features(image=datasets.Image(), truth=datasets.Image()))
-    column = data.ObjectMasks(dataset, "truth")
+    column = ObjectMasks(dataset, "truth")
     guide = Guide(small_model, source=column, source_name="column:truth")
     guide.cache_relevance(TrainBatches(dataset, 32, 1), accelerator, tmp_path / "maps.npy")
     assert guide.maps.shape == (3, 16, 16) and column.missing == [2] and (guide.maps[2] == 0).all()
@@ -324,7 +325,7 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
     torch.testing.assert_close(seen, shares.view(1, 16), rtol=0, atol=0.07)
     assert torch.equal(side, seen > 0.5)
     with pytest.raises(ValueError, match="no column 'mask' of mask pictures, only image, truth"):
-        data.ObjectMasks(dataset, "mask")
+        ObjectMasks(dataset, "mask")
 
 
 def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path):

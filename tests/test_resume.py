@@ -635,8 +635,8 @@ def test_the_scaler_of_fp16_is_part_of_a_checkpoint(quick_drawing, monkeypatch, 
     """On a CPU, Accelerate has none: one of torch stands in its place."""
     scalers, make = [], cli.make_accelerator
 
-    def with_scaler(**options):
-        accelerator = make(**options)
+    def with_scaler(*arguments, **options):
+        accelerator = make(*arguments, **options)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=4)
         scalers.append(accelerator.scaler)
         return accelerator

@@ -247,7 +247,7 @@ HOSTILE = {  # how to make the file, and the message; None: it can be loaded
     "transformers: a large image": (
         changed_folder("transformers", image_size=1024), r"another shape: positions \(5, 16",
     ),
-    "timm: model_args that is a list": (changed_folder("timm", model_args=[1]), "dictionary as model_args, got a list"),
+    "timm: model_args that is a list": (changed_folder("timm", model_args=[1]), "must be a dictionary, got a list"),
     "timm: an image of 10**9": (changed_folder("timm", "model_args", img_size=10**9), "more than 65536 patches"),
     # safetensors
     "a header of 2**60 bytes": (safetensors_file({}, 2**60), "SafetensorError: Error while"),

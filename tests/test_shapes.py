@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import data
+from objects import object_mask
 from shapes import SHAPE_NAMES, draw_shapes, load_shapes
 
 
@@ -51,7 +52,7 @@ def test_loaded_pictures_are_those_drawn_and_splits_differ(shapes):
 def test_easy_shapes_are_upright_and_calm(shapes):
     contrast, widths = np.zeros(2), []
     for row, easy in zip(shapes["test"], data.load_images("shapes:easy", "test", max_images=120)):
-        masks = [np.asarray(data.object_mask(each["mask"])) > 0 for each in (row, easy)]
+        masks = [np.asarray(object_mask(each["mask"])) > 0 for each in (row, easy)]
         pictures = [np.asarray(row["image"]), np.asarray(data.decode(easy["image"]))]
         background = ~masks[0] & ~masks[1]
         contrast += [picture[background].astype(float).std(0).sum() for picture in pictures]

@@ -1,0 +1,239 @@
+"""Folders of images to data sets: which files are pictures, which folders are splits or classes.
+
+Files are listed here and nowhere else.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow.csv
+import pyarrow.parquet
+from PIL import Image
+
+TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+RESULT_PICTURES = {"masks.png", "loss.png", "epochs.png", "minutes.png"}
+RESULTS = {"metrics.jsonl", "result.json", "results.json", "model.safetensors"}  # files of our own runs
+NOT_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG"}  # formats that Pillow opens, but does not decode alone
+SPLITS = {  # names of folders, whatever their case, with or without a year
+    "train": r"train(ing)?[-_]?(\d{4})?",
+    "validation": r"(val|valid|validation|dev)[-_]?(\d{4})?",
+    "test": r"test(ing)?[-_]?(\d{4})?",
+}
+
+
+class Listing(NamedTuple):
+    """The files below a folder, relative to it: pictures, tables, metadata; and what is left out, by kind."""
+
+    images: list[str]
+    tables: list[str]
+    metadata: list[str]
+    left_out: collections.Counter
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that Pillow decodes."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_PIXELS)
+
+
+def list_files(root: Path) -> Listing:
+    """List the files below ``root``, symbolic links included, hidden files and our own results excluded."""
+    listing, visited = Listing([], [], [], collections.Counter()), set()
+    for folder, children, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link that leads in a circle, or to what is listed already
+            children.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        is_result = bool(RESULTS & set(names))
+        if is_result and Path(folder) != root:
+            listing.left_out["results of smae"] += len(names)
+            children.clear()
+            continue
+        listing.left_out["hidden"] += sum(_is_hidden(child) for child in children)
+        children[:] = sorted(child for child in children if not _is_hidden(child))
+        for name in names:
+            file, suffix = os.path.relpath(os.path.join(folder, name), root), Path(name).suffix.lower()
+            if _is_hidden(name):
+                listing.left_out["hidden"] += 1
+            elif is_result and name in RESULTS | RESULT_PICTURES:
+                listing.left_out["results of smae"] += 1
+            elif name in METADATA:
+                listing.metadata.append(file)
+            elif suffix in TABLE_SUFFIXES:
+                listing.tables.append(file)
+            elif suffix in image_suffixes():
+                listing.images.append(file)
+            else:
+                listing.left_out[suffix or "without a suffix"] += 1
+    for files in listing[:3]:
+        files.sort()
+    return listing
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def describe_left_out(listing: Listing) -> str:
+    """What is left out of a folder of pictures, in a line; empty if nothing is."""
+    counts = listing.left_out + collections.Counter(Path(file).suffix.lower() for file in listing.tables)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count)
+
+
+# ------------------------------------------------------------------------------ splits
+
+
+def split_kind(name: str) -> str | None:
+    """The split that a folder's name stands for: train, validation, test, or None."""
+    return next((kind for kind, names in SPLITS.items() if re.fullmatch(names, name, re.IGNORECASE)), None)
+
+
+def split_of_table(file: str) -> str:
+    """The split that the words in the name of a table stand for; train if none does."""
+    kinds = [split_kind(word) for word in re.split(r"[^A-Za-z]+", file)]
+    return next((kind for kind in kinds if kind), "train")
+
+
+def find_split(root: Path, split: str) -> Path:
+    """The folder of a split of the pictures in ``root``; ``root`` itself if it has no splits.
+
+    A folder for training is a split if it is alone or beside a folder for tests, else a class. Raises
+    ValueError if there is no such split, or if several folders could be meant.
+    """
+    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
+    kinds = {name: split_kind(name) for name in folders}
+    tests = [name for name in folders if kinds[name] in ("validation", "test")]
+    if split in folders:
+        found = [split]
+    else:
+        found = [name for name in folders if kinds[name] and kinds[name] == split_kind(split)]
+    if len(found) > 1:
+        raise ValueError(f"Unknown split {split!r}: name one of {', '.join(found)} with --split")
+    if split_kind(split) == "train":
+        if found and (len(folders) == 1 or tests):
+            return root / found[0]
+        if folders and len(tests) == len(folders):
+            raise ValueError(f"Unknown split {split!r}: there are {', '.join(folders)}, name one with --split")
+        return root
+    if not found:
+        raise ValueError(f"Unknown split {split!r}: {root} has no folder of that name")
+    return root / found[0]
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def open_images(root: Path, split: str) -> tuple[datasets.Dataset, Listing]:
+    """The pictures of a split below ``root``, with labels or metadata where there are any.
+
+    The label is the name of the folder that a picture lies in, if all lie at the same depth and in more
+    than one folder. A metadata.csv, .jsonl or .parquet beside the pictures, or above them up to
+    ``root``, replaces it: rows with a ``file_name`` and further columns. Raises ValueError.
+    """
+    folder = find_split(root, split)
+    listing = list_files(folder)
+    if not listing.images:
+        raise ValueError(f"split {split!r} of {root} is empty")
+    above = [parent / name for parent in _parents(folder, root) for name in METADATA if (parent / name).is_file()]
+    metadata = [folder / file for file in listing.metadata] + above
+    place = Path(os.path.abspath(folder))
+    name = split if folder == root else folder.name
+    how = dict(split=datasets.NamedSplit(re.sub(r"\W", "_", name)))
+    if metadata:
+        rows, images = _read_metadata(place, listing.images, metadata)
+        dataset = datasets.Dataset.from_list(rows, **how)
+        for column in images:
+            dataset = dataset.cast_column(column, datasets.Image())
+        return dataset, listing
+
+    classes = _classes(listing.images, single=split_kind(name) in ("validation", "test"))
+    features = datasets.Features(image=datasets.Image())
+    if classes:
+        features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
+    arguments = dict(folder=str(place), files=listing.images, classes=classes)
+    dataset = datasets.Dataset.from_generator(_records, features=features, gen_kwargs=arguments, **how)
+    return dataset, listing
+
+
+def _parents(folder: Path, root: Path) -> Iterator[Path]:
+    """The folders above ``folder``, up to ``root``."""
+    while folder != root:
+        folder = folder.parent
+        yield folder
+
+
+def _classes(files: list[str], single: bool) -> list[str] | None:
+    """The class of each file, by the deepest level of folders that has more than one; None without one.
+
+    ``single`` accepts one class alone: a test set may lack the others.
+    """
+    parents = [Path(file).parts[:-1] for file in files]
+    depths = {len(parts) for parts in parents}
+    if len(depths) != 1 or depths == {0}:
+        return None
+    for level in reversed(range(depths.pop())):
+        names = [parts[level] for parts in parents]
+        if len(set(names)) > 1:
+            return names
+    return [parts[-1] for parts in parents] if single else None
+
+
+def _records(folder: str, files: list[str], classes: list[str] | None) -> Iterator[dict]:
+    for number, file in enumerate(files):
+        yield {"image": _image(os.path.join(folder, file))} | ({"label": classes[number]} if classes else {})
+
+
+def _image(path: str) -> dict:
+    """The record of a picture: its path, or its bytes if the path is not UTF-8, which tables demand."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return dict(bytes=Path(path).read_bytes(), path=path.encode(errors="surrogateescape").decode(errors="replace"))
+    return dict(bytes=None, path=path)
+
+
+def _read_metadata(place: Path, files: list[str], metadata: list[Path]) -> tuple[list[dict], list[str]]:
+    """A row for each picture that the metadata names, and the columns that hold pictures."""
+    named = {}
+    for file in metadata:
+        for row in _rows(file):
+            if not isinstance(row.get("file_name"), str):
+                raise ValueError(f"{file} has no column file_name with the name of each picture")
+            named[os.path.normpath(os.path.abspath(file.parent / row["file_name"]))] = file.parent, row
+    rows, columns = [], {"image"}
+    for file in files:
+        path = os.path.normpath(place / file)
+        if path in named:
+            parent, row = named[path]
+            record = {"image": _image(path)}
+            for key, value in row.items():
+                if key.endswith("_file_name"):  # another picture, such as a mask
+                    key, value = key.removesuffix("_file_name"), _image(os.path.abspath(parent / value))
+                    columns.add(key)
+                if key != "file_name":
+                    record[key] = value
+            rows.append(record)
+    if not rows:
+        raise ValueError(f"{metadata[0]} names none of the pictures in {place}")
+    return rows, sorted(columns)
+
+
+def _rows(file: Path) -> list[dict]:
+    """The rows of a metadata file."""
+    if file.suffix == ".jsonl":
+        with contextlib.suppress(json.JSONDecodeError):
+            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        raise ValueError(f"{file} does not hold a JSON object in each line")
+    read = pyarrow.csv.read_csv if file.suffix == ".csv" else pyarrow.parquet.read_table
+    return read(file).to_pylist()

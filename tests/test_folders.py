@@ -1,0 +1,171 @@
+"""Folders of pictures as people have them."""
+
+import io
+import os
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from helpers import image_bytes, picture
+
+import data
+import folders
+
+
+def write(root, names, **options):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(seed=i).save(root / name, **options)
+
+
+def labels(dataset) -> list[str]:
+    return [dataset.features["label"].int2str(label) for label in dataset["label"]]
+
+
+def test_a_class_folder_that_is_a_symbolic_link_is_a_class(tmp_path):
+    write(tmp_path, ["photos/cat/1.png", "photos/dog/1.png", "store/lynx/1.png", "store/lynx/2.png"])
+    os.symlink("../store/lynx", tmp_path / "photos" / "lynx")
+    os.symlink("..", tmp_path / "photos" / "cat" / "round")  # in a circle
+    loaded = data.load_images(str(tmp_path / "photos"))
+    assert labels(loaded) == ["cat", "dog", "lynx", "lynx"]
+    assert all(data.decode(record).size == (40, 30) for record in loaded["image"])
+
+
+def test_results_of_our_own_and_hidden_files_are_no_pictures_and_what_is_left_out_is_said(tmp_path, capsys):
+    write(tmp_path, ["cat/1.png", "dog/1.png", "dog/.2.png", ".cache/3.png", "run/masks.png", "run/best/x.png"])
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "cat" / "Thumbs.db").write_bytes(b"")
+    (tmp_path / "notes.TXT").write_text("")
+    (tmp_path / "old.tar").write_text("")
+    assert labels(data.load_images(str(tmp_path))) == ["cat", "dog"]
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: 2 pictures; left out: 1 .tar, 1 .txt, 3 hidden, 2 results of smae" in said
+    data.load_images(str(tmp_path))
+    assert not capsys.readouterr().err  # once is enough
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    write(tmp_path, ["loss.png"])
+    assert labels(data.load_images(str(tmp_path))) == ["cat", "dog"]
+    write(tmp_path, ["mine.png"])
+    assert len(data.load_images(str(tmp_path))) == 3
+
+
+@pytest.mark.parametrize("suffix", ["pgm", "jfif", "jp2", "tga", "pbm", "PNG", "tif"])
+def test_whatever_pillow_decodes_is_a_picture(suffix, tmp_path):
+    mode = {"pgm": "L", "pbm": "1"}.get(suffix, "RGB")
+    kind = {"jfif": "JPEG", "jp2": "JPEG2000", "pgm": "PPM", "pbm": "PPM", "tif": "TIFF"}.get(suffix)
+    for i in range(3):
+        picture(seed=i).convert(mode).save(tmp_path / f"{i}.{suffix}", kind)
+    loaded = data.load_images(str(tmp_path))
+    assert len(loaded) == 3 and all(data.decode(record).size == (40, 30) for record in loaded["image"])
+
+
+def test_a_name_that_is_not_utf_8_is_a_name(tmp_path):
+    write(tmp_path, ["good.png"])
+    os.rename(tmp_path / "good.png", os.path.join(os.fsencode(tmp_path), b"caf\xe9.png"))
+    (record,) = data.load_images(str(tmp_path))["image"]
+    assert data.decode(record).size == (40, 30) and record["path"].endswith("caf\N{REPLACEMENT CHARACTER}.png")
+
+
+@pytest.mark.parametrize(
+    "names, split, expected",
+    [
+        (["Train/a/1.png", "Testing/a/1.png"], "train", 1),
+        (["training/1.png", "training/2.png", "val2017/1.png"], "train", 2),
+        (["training/1.png", "training/2.png", "val2017/1.png"], "validation", 1),
+        (["train2014/1.png", "train2017/1.png", "val2017/1.png"], "train2017", 1),
+        (["train2014/1.png", "train2017/1.png", "val2017/1.png"], "train", "name one of train2014, train2017"),
+        (["Testing/1.png", "val2017/1.png"], "train", "there are Testing, val2017, name one with --split"),
+        (["cat/1.png", "dog/1.png", "test/1.png"], "train", 3),  # a class, as far as anyone can tell
+        (["train/1.png", "val/1.png"], "test", "Unknown split 'test'"),
+    ],
+)
+def test_folders_named_like_splits_are_splits(names, split, expected, tmp_path):
+    write(tmp_path, names)
+    if isinstance(expected, int):
+        assert len(data.load_images(str(tmp_path), split)) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            data.load_images(str(tmp_path), split)
+
+
+def test_a_test_set_may_lack_classes(tmp_path):
+    write(tmp_path, ["train/cat/1.png", "train/dog/1.png", "val/dog/2.png"])
+    assert labels(data.load_test_images(str(tmp_path), None)) == ["dog"]
+
+
+def test_labels_are_those_of_the_level_that_tells_pictures_apart(tmp_path):
+    write(tmp_path, ["n01/images/1.png", "n02/images/2.png"])
+    assert labels(data.load_images(str(tmp_path))) == ["n01", "n02"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_metadata_above_or_beside_the_pictures_label_them(kind, tmp_path):
+    write(tmp_path, ["train/1.png", "train/2.png", "train/unnamed.png", "val/1.png", "masks/1.png"])
+    rows = [dict(file_name=f"{name}.png", label=label, mask_file_name="masks/1.png")
+            for name, label in (("train/1", "a"), ("train/2", "b"), ("val/1", "b"))]  # fmt: skip
+    table = datasets.Dataset.from_list(rows)
+    write_table = dict(csv=table.to_csv, jsonl=table.to_json, parquet=table.to_parquet)[kind]
+    write_table(tmp_path / f"metadata.{kind}")
+    loaded = data.load_images(str(tmp_path))
+    assert loaded["label"][:] == ["a", "b"] and isinstance(loaded.features["mask"], datasets.Image)
+    assert data.load_test_images(str(tmp_path), None)["label"][:] == ["b"]
+    os.rename(tmp_path / f"metadata.{kind}", tmp_path / "train" / f"metadata.{kind}")
+    with pytest.raises(ValueError, match="names none of the pictures"):
+        data.load_images(str(tmp_path))
+
+
+def test_brackets_in_names_are_no_patterns(tmp_path):
+    for folder, seed in (("[DATA] v?", 1), ("D v1", 2), ("A v2", 3)):  # the others would match
+        (tmp_path / folder).mkdir()
+        table = {"image": [dict(bytes=image_bytes(picture(seed=seed)), path=None)]}
+        features = datasets.Features(image=datasets.Image(decode=False))
+        dataset = datasets.Dataset.from_dict(table, features)
+        dataset.to_parquet(tmp_path / folder / "train-0.parquet")
+        dataset.to_parquet(tmp_path / folder / "val-0.parquet")
+        dataset.to_parquet(tmp_path / f"{folder}.parquet")
+    expected = np.asarray(picture(seed=1))
+    for name in ("[DATA] v?", "[DATA] v?.parquet"):
+        (record,) = data.load_images(str(tmp_path / name))["image"]
+        assert np.array_equal(np.asarray(data.decode(record)), expected)
+    assert len(data.load_test_images(str(tmp_path / "[DATA] v?"), None)) == 1
+    with pytest.raises(ValueError, match="Unknown split 'test': expected one of"):
+        data.load_images(str(tmp_path / "[DATA] v?"), "test")
+
+
+def test_a_failed_download_called_tar_is_named(tmp_path):
+    (tmp_path / "shard-000.tar").write_bytes(b"<html>404</html>" * 100)
+    with pytest.raises(ValueError, match=r"shard-000.tar is not a tar archive: perhaps its download failed"):
+        data.load_images(str(tmp_path))
+    with tarfile.open(tmp_path / "shard-001.tar", "w") as tar:
+        blob = image_bytes(picture(), "JPEG")
+        info = tarfile.TarInfo("1.jpg")
+        info.size = len(blob)
+        tar.addfile(info, io.BytesIO(blob))
+    assert len(data.load_images(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_text_table_may_name_pictures(kind, tmp_path):
+    write(tmp_path, ["a/1.png", "a/2.png"])
+    rows = datasets.Dataset.from_list([dict(photo=f"a/{i}.png", label=i) for i in (1, 2)])
+    (rows.to_csv if kind == "csv" else rows.to_json)(tmp_path / f"list.{kind}")
+    loaded = data.load_images(str(tmp_path / f"list.{kind}"), image_column="photo")
+    assert loaded["label"][:] == [1, 2] and data.decode(loaded[1]["image"]).size == (40, 30)
+
+
+def test_files_that_are_no_data_sets_get_advice(tmp_path):
+    write(tmp_path, ["one.png"])
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="single picture: name the folder"):
+        data.load_images(str(tmp_path / "one.png"))
+    with pytest.raises(ValueError, match=r"cannot be read: expected \.parquet"):
+        data.load_images(str(tmp_path / "notes.txt"))
+    with pytest.raises((ValueError, FileNotFoundError), match="~nobody/photos"):
+        data.load_images("~nobody/photos")
+
+
+def test_files_are_listed_in_order_and_once(tmp_path):
+    write(tmp_path, ["b/2.png", "a/1.png", "b/1.png"])
+    os.symlink("b", tmp_path / "c")
+    assert folders.list_files(tmp_path).images == ["a/1.png", "b/1.png", "b/2.png"]
