@@ -54,6 +54,16 @@ TRANSFORMERS_NAMES = {  # from our names to those of transformers' ViTMAE
     "decoder_norm": "decoder.decoder_norm",
     "head": "decoder.decoder_pred",
 }
+TRANSFORMERS_5_NAMES = {  # parts of names in transformers 5: those of transformers 4
+    "vit.layers.": "vit.encoder.layer.",
+    "decoder_encoder.layer.": "decoder_layers.",
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+}
 CLASSIFIER_HEADS = ("head.", "head_dist.", "pre_logits.", "classifier.", "vit.pooler.", "pooler.")
 TOKENS, TABLES = ("cls_token", "mask_token"), ("positions", "decoder_positions")
 
@@ -79,17 +89,25 @@ def read_pth(file: Path) -> tuple[dict, Weights]:
     try:
         content = unpickle(file)
     except Exception as error:  # torch raises several kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} must hold tensors and plain values only: {reason}") from None
+        raise ValueError(f"{file} must hold tensors and plain values only: {reason_of(error)}") from None
     config, weights = unwrap(content)
     if not weights:
         raise ValueError(f"{file} holds no model: expected tensors, or a 'model' or 'state_dict'")
     if any(t.layout != torch.strided or t.is_meta or t.is_quantized for t in weights.values()):
         raise ValueError(f"{file} holds sparse, quantized or meta tensors, expected dense ones")
-    # with a stride of 0, one stored number stands for many
-    if sum(t.numel() * t.element_size() for t in weights.values()) > file.stat().st_size:
+    # with a stride of 0, one stored number stands for many; but an encoder may have several names
+    if sum(t.numel() * t.element_size() for t in weights.values()) > 4 * file.stat().st_size:
         raise ValueError(f"{file} claims more numbers than it holds")
     return config, weights
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file was not unpickled, on a line, without torch's advice to switch its checks off."""
+    text = " ".join(str(error).split())
+    found = re.search(r"GLOBAL ([\w.]+)|(?:global|class|module)[: ]+([\w.]*\.[\w.]+)", text)
+    if "Weights only load failed" in text and found:
+        return f"it needs the code of {found[1] or found[2]}, which is never run; save its state_dict alone"
+    return text.removeprefix("Weights only load failed. ")[:300]
 
 
 def unpickle(file: Path):
@@ -167,9 +185,12 @@ def from_foreign(
 
 def unify_names(weights: Weights) -> Weights:
     """Rename tensors of ViTMAE as in its pre-training model of transformers 4."""
-    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layernorm\.)")  # names of a ViTMAEModel
+    if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in weights):
+        return weights
+    bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)")  # names of a ViTMAEModel
     names = {name: bare.sub("vit.", name) for name in weights}
-    names = {name: new.replace("decoder_encoder.layer.", "decoder_layers.") for name, new in names.items()}
+    for new, old in TRANSFORMERS_5_NAMES.items():
+        names = {name: unified.replace(new, old) for name, unified in names.items()}
     return {names[name]: tensor for name, tensor in weights.items()}
 
 
@@ -270,15 +291,33 @@ def count_blocks(weights: Weights, prefix: str) -> int:
 
 
 def read_options(config: dict) -> dict:
-    """The arguments that only the configuration gives."""
+    """The arguments in a configuration that tensors do not show. Raises ValueError for unsupported options."""
+    check_options(config)
     options = dict(
         norm_eps=config.get("layer_norm_eps", 1e-6),
         normalize_pixels=config.get("norm_pix_loss", True),
     )
     for name in ("mean", "std"):
-        if told := config.get(f"image_{name}") or section(config, "pretrained_cfg").get(name):
-            options[name] = told
+        if given := config.get(f"image_{name}") or section(config, "pretrained_cfg").get(name):
+            options[name] = given
     return options
+
+
+def check_options(config: dict):
+    """Raise ValueError for options of transformers and timm that change the forward pass, and that we lack."""
+    model_args = section(config, "model_args")
+    options = {"hidden_act": config.get("hidden_act"), "act_layer": model_args.get("act_layer")}
+    for name, value in options.items():
+        if value is not None and value not in ("gelu", "gelu_python"):
+            raise ValueError(f"not a supported ViT: {name} is {str(value)[:40]!r}, and only gelu is supported")
+    for name in ("norm_layer", "mlp_layer", "block_fn", "attn_layer", "embed_layer", "pos_embed"):
+        if model_args.get(name) not in (None, "layernorm", "learn", ""):
+            raise ValueError(f"not a supported ViT: {name} is {str(model_args[name])[:40]!r}")
+    for name in ("pre_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "use_rot_pos_emb"):
+        if model_args.get(name):
+            raise ValueError(f"not a supported ViT: it has {name}")
+    if model_args.get("final_norm") is False:
+        raise ValueError("not a supported ViT: it has no final norm")
 
 
 def infer_heads(config: dict, width: int, prefix: str) -> int:

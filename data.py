@@ -312,10 +312,10 @@ def _open_folder(path: Path, split: str, streaming: bool) -> Dataset:
         raise FileNotFoundError(f"{path} holds neither images nor parquet, arrow or tar files, but {suffixes}")
     if len(listing.tables) >= len(listing.images):
         return _open_tables(path, listing.tables, split, streaming)
-    dataset, listing = folders.open_images(path, split)
+    dataset, listing = folders.open_images(path, split, streaming)
     if left_out := folders.describe_left_out(listing):
-        say_once(f"{path}: {len(dataset)} pictures; left out: {left_out}")
-    return dataset.to_iterable_dataset(num_shards=min(1024, len(dataset))) if streaming else dataset
+        say_once(f"{path}: {len(listing.images)} pictures; left out: {left_out}")
+    return dataset
 
 
 def _open_tables(path: Path, tables: list[str], split: str, streaming: bool) -> Dataset:

@@ -30,6 +30,9 @@ SPLITS = {  # names of folders, whatever their case, with or without a year
 }
 
 
+Dataset = datasets.Dataset | datasets.IterableDataset
+
+
 class Listing(NamedTuple):
     """The files below a folder, relative to it: pictures, tables, metadata; and what is left out, by kind."""
 
@@ -134,7 +137,7 @@ def find_split(root: Path, split: str) -> Path:
 # ------------------------------------------------------------------------------ pictures
 
 
-def open_images(root: Path, split: str) -> tuple[datasets.Dataset, Listing]:
+def open_images(root: Path, split: str, streaming: bool = False) -> tuple[Dataset, Listing]:
     """The pictures of a split below ``root``, with labels or metadata where there are any.
 
     The label is the name of the folder that a picture lies in, if all lie at the same depth and in more
@@ -155,15 +158,15 @@ def open_images(root: Path, split: str) -> tuple[datasets.Dataset, Listing]:
         dataset = datasets.Dataset.from_list(rows, **how)
         for column in images:
             dataset = dataset.cast_column(column, datasets.Image())
-        return dataset, listing
+        return dataset.to_iterable_dataset(num_shards=len(rows)) if streaming else dataset, listing
 
     classes = _classes(listing.images, single=split_kind(name) in ("validation", "test"))
     features = datasets.Features(image=datasets.Image())
     if classes:
         features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
     arguments = dict(folder=str(place), files=listing.images, classes=classes)
-    dataset = datasets.Dataset.from_generator(_records, features=features, gen_kwargs=arguments, **how)
-    return dataset, listing
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    return kind.from_generator(_records, features=features, gen_kwargs=arguments, **how), listing
 
 
 def _parents(folder: Path, root: Path) -> Iterator[Path]:

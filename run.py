@@ -576,7 +576,7 @@ def compare_configurations(
 
 
 def _compare_models(old: dict, new: dict):
-    if old != new:
-        names = [name for name in new if old.get(name) != new[name]]
+    names = [name for name in new if old.get(name) != new[name]]
+    if names:
         other = [f"{name} {old.get(name)}, now {new[name]}" for name in names]
         raise ValueError(f"cannot resume with another model: it had {'; '.join(other)}")

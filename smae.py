@@ -48,7 +48,8 @@ class Config:
     also accepts other sizes divisible by ``patch_size``. ``normalize_pixels`` normalises each patch
     in the target of the loss by its own mean and deviation. ``decoder_depth=0`` leaves out the
     decoder, ``class_token=False`` the CLS token. ``learned_positions`` makes the position
-    embeddings parameters, interpolated for other grids. The caller normalises images with ``mean``
+    embeddings parameters; otherwise they are computed for ``position_size`` (default: image_size).
+    For any other grid they are interpolated. The caller normalises images with ``mean``
     and ``std`` (RGB in 0 ... 1).
 
     Raises ValueError for wrong types, values out of range, and sizes that do not divide.
@@ -68,15 +69,20 @@ class Config:
     normalize_pixels: bool = True
     class_token: bool = True
     learned_positions: bool = False
+    position_size: int | Sequence[int] | None = accepted(0, 2**40, default=None)
     mean: Sequence[float] = accepted(-1e6, 1e6, default=(0.485, 0.456, 0.406))
     std: Sequence[float] = accepted(0.0, 1e6, default=(0.229, 0.224, 0.225))
 
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
-        lengths = dict(image_size=[2], mean=[3, self.channels], std=[3, self.channels])
+        if isinstance(self.position_size, int):
+            self.position_size = [self.position_size, self.position_size]
+        lengths = dict(image_size=[2], position_size=[2], mean=[3, self.channels], std=[3, self.channels])
         for argument in fields(self):
             name, values = argument.name, getattr(self, argument.name)
+            if values is None and argument.default is None:
+                continue
             if name not in lengths:
                 values = [values]
             elif not isinstance(values, (list, tuple)) or len(values) not in lengths[name]:
@@ -92,10 +98,12 @@ class Config:
                 raise ValueError(f"the number of heads ({heads}) must divide the width ({width})")
             if not round(width * self.mlp_ratio):
                 raise ValueError(f"mlp_ratio ({self.mlp_ratio}) leaves no MLP at a width of {width}")
-        (height, width), p = self.image_size, self.patch_size
-        h, w = patch_grid(height, width, p)
-        if h * w > MOST_PATCHES:
-            raise ValueError(f"an image of {height}x{width} has more than {MOST_PATCHES} patches of {p}")
+        for height, width in (self.image_size, self.position_size or self.image_size):
+            h, w = patch_grid(height, width, self.patch_size)
+            if h * w > MOST_PATCHES:
+                raise ValueError(
+                    f"an image of {height}x{width} has more than {MOST_PATCHES} patches of {self.patch_size}"
+                )
 
 
 def check(name: str, value, above: float | None = None, most: float | None = None):
@@ -152,6 +160,20 @@ def sincos_positions(h: int, w: int, width: int) -> Tensor:
 def position_table(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
     """MAE's position embeddings (prefix + n, width): zero for a CLS token, sin-cos for patches."""
     return F.pad(sincos_positions(*grid, width), (0, 0, prefix, 0))
+
+
+def stretch_positions(
+    table: Tensor, own: tuple[int, int], grid: tuple[int, int], prefix: int, antialias: bool = False
+) -> Tensor:
+    """Position embeddings (prefix + n, d) of a patch ``grid``, interpolated from those of the ``own`` grid.
+
+    Bicubic, as in MAE and transformers; with ``antialias`` as in timm, whose cubic is another one.
+    """
+    if own == grid:
+        return table
+    image = rearrange(table[prefix:].float(), "(h w) d -> 1 d h w", h=own[0])
+    image = F.interpolate(image, grid, mode="bicubic", antialias=antialias, align_corners=False)
+    return torch.cat([table[:prefix], rearrange(image, "1 d h w -> (h w) d").to(table)])
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
@@ -263,7 +285,8 @@ class SMAE(nn.Module):
         self._initialise_weights()
 
     def _add_positions(self, name: str, grid: tuple[int, int], width: int):
-        table = position_table(grid, width, self.prefix)
+        computed = patch_grid(*(self.config["position_size"] or self.config["image_size"]), self.patch_size)
+        table = stretch_positions(position_table(computed, width, self.prefix), computed, grid, self.prefix)
         if self.config["learned_positions"]:
             self.register_parameter(name, nn.Parameter(table))
         else:
@@ -295,13 +318,7 @@ class SMAE(nn.Module):
     def resize_positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (prefix + n, d) of any ``grid``, from those of the model's grid."""
         own = patch_grid(*self.config["image_size"], self.patch_size)
-        if own == grid:
-            return table
-        if not self.config["learned_positions"]:
-            return position_table(grid, table.shape[1], self.prefix).to(table)
-        image = rearrange(table[self.prefix :].float(), "(h w) d -> 1 d h w", h=own[0])
-        image = F.interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)  # as timm does
-        return torch.cat([table[: self.prefix], rearrange(image, "1 d h w -> (h w) d").to(table)])
+        return stretch_positions(table, own, grid, self.prefix, antialias=self.config["learned_positions"])
 
     def forward(self, images: Tensor, mask) -> Tensor:
         """The loss on masked patches of images (b, c, H, W): mean squared error, float32 scalar."""

@@ -208,6 +208,8 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
         fresh = args.fresh_decoder or not source.config["decoder_depth"]
         config = source.config | (decoder_sizes(source) | dict(normalize_pixels=True) if fresh else {})
         args.image_size = args.image_size or config["image_size"][0]
+        if not config["learned_positions"]:  # stretched for other sizes, as they are when used
+            config["position_size"] = config["position_size"] or config["image_size"]
     else:
         config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
         config.setdefault("patch_size", 8)

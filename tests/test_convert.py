@@ -350,3 +350,67 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
         smae.load(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         smae.load(tmp_path / "nowhere.pth")
+
+
+# ------------------------------------------------------------------------------------------- what people have
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(hidden_act="relu"), "hidden_act is 'relu', and only gelu"),
+        (dict(hidden_act="gelu_new"), "hidden_act is 'gelu_new'"),
+        (dict(model_args=dict(act_layer="silu")), "act_layer is 'silu'"),
+        (dict(model_args=dict(norm_layer="rmsnorm")), "norm_layer is 'rmsnorm'"),
+        (dict(model_args=dict(qk_norm=True)), "it has qk_norm"),
+        (dict(model_args=dict(final_norm=False)), "no final norm"),
+    ],
+)
+def test_options_that_change_the_forward_pass_are_refused_by_name(change, message, tmp_path):
+    smae.save(smae.SMAE(**SIZES), tmp_path, format="timm")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in change.items():
+        config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        smae.load(tmp_path)
+
+
+SIZES = dict(width=32, depth=2, heads=2, decoder_depth=0, image_size=32, patch_size=8)
+
+
+def test_a_state_dict_of_transformers_5_is_read_like_its_folder(tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    sizes |= dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    config = transformers.ViTMAEConfig(**sizes, decoder_intermediate_size=32, image_size=32, patch_size=8)
+    theirs = transformers.ViTMAEForPreTraining(config).eval()
+    theirs.save_pretrained(tmp_path / "folder")
+    torch.save(theirs.state_dict(), tmp_path / "whole.pth")
+    torch.save(theirs.vit.state_dict(), tmp_path / "encoder.pth")
+    expected = smae.load(tmp_path / "folder").state_dict()
+    whole = smae.load(tmp_path / "whole.pth", heads=2).state_dict()
+    assert whole.keys() == expected.keys() and all(torch.equal(whole[name], expected[name]) for name in whole)
+    encoder = smae.load(tmp_path / "encoder.pth", heads=2).state_dict()
+    assert encoder and all(torch.equal(encoder[name], expected[name]) for name in encoder)
+
+
+def test_an_encoder_under_two_names_is_read_once(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
+    twice = torch.nn.Module()
+    twice.model = twice.encoder = model
+    torch.save({"state_dict": twice.state_dict()}, tmp_path / "twice.ckpt")
+    loaded = smae.load(tmp_path / "twice.ckpt")
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode(images), model.eval().forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_that_needs_code_names_what_it_needs_and_gives_no_bad_advice(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "whole.pth")
+    with pytest.raises(
+        ValueError, match=r"needs the code of torch\.nn\.modules\.linear\.Linear.*save its state_dict"
+    ) as error:
+        smae.load(tmp_path / "whole.pth")
+    assert "weights_only" not in str(error.value)

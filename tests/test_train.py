@@ -409,7 +409,7 @@ def start_from(path, *options) -> tuple[smae.SMAE, smae.SMAE]:
 def test_training_starts_from_encoder_and_decoder_of_another(tmp_path):
     torch.save({"model": mae_checkpoint()}, tmp_path / "mae.pth")
     model, source = start_from(tmp_path / "mae.pth", "--image-size", 64, "--heads", 4)
-    assert model.config == source.config | dict(image_size=[64, 64])
+    assert model.config == source.config | dict(image_size=[64, 64], position_size=source.config["image_size"])
     assert same_weights(model, source)
     fresh, _ = start_from(
         tmp_path / "mae.pth", "--image-size", 64, "--heads", 4, "--fresh-decoder", "--decoder-depth", 3
