@@ -7,7 +7,6 @@ custom states without ``weights_only``.
 """
 
 import contextlib
-import fcntl
 import os
 import random
 import shutil
@@ -24,6 +23,11 @@ import safetensors.torch
 import torch
 
 import smae
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 STATE, WEIGHTS = "state.pt", "model.safetensors"
 
@@ -171,7 +175,7 @@ class Lock:
         """
         # the data workers of a killed run hold its lock a little longer
         deadline = time.monotonic() + self.patience
-        while self.handle is None and self.out.is_dir():
+        while fcntl and self.handle is None and self.out.is_dir():
             handle = os.open(self.out, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,7 +243,7 @@ class Signals:
     is gone counts as SIGTERM.
     """
 
-    ASK_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    ASK_TO_STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
     LAUNCHERS = ("accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
 
     def __init__(self):

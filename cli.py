@@ -58,7 +58,10 @@ OPTIONS = {  # that several commands have
     "image-column": dict(help="column of the images (default: found by its type)"),
     "label-column": dict(help="column of the labels (default: found by its type)"),
     "streaming": FLAG | dict(help="read the data while training, without downloading it first"),
-    "max-images": dict(type=int, help="use only the first images; for a stream: images per epoch"),
+    "max-images": dict(
+        type=int,
+        help="use only so many images: the first, in eval.py some from all over; for a stream: images per epoch",
+    ),
     "preload": dict(
         nargs="?",
         const="device",

@@ -96,6 +96,7 @@ def load_images(
     label_column: str | None = None,
     streaming: bool = False,
     max_images: int | None = None,
+    spread: bool = False,
 ) -> Dataset:
     """Load a data set of images, with columns ``image`` (undecoded) and, if known, ``label``.
 
@@ -106,6 +107,9 @@ def load_images(
     WebDataset, a folder written by ``save_to_disk``, one of :data:`DATASETS`, or a Hugging Face hub
     name, ``name`` or ``name:configuration``. The columns are found by their type unless named;
     ``label_column=""`` asks for no label.
+
+    ``max_images`` takes the first ones, or with ``spread`` as many from all over the data, which may
+    be sorted by class.
 
     Raises FileNotFoundError if the data cannot be found, ValueError if the split or an image column
     is missing, or the split is empty.
@@ -131,7 +135,8 @@ def load_images(
         raise ValueError(f"--max-images must be positive, got {max_images}")
     if streaming:
         return dataset.take(max_images)
-    return dataset.select(range(min(max_images, len(dataset))))
+    chosen = evenly_spaced(len(dataset), max_images) if spread else range(min(max_images, len(dataset)))
+    return dataset.select(chosen)
 
 
 def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:

@@ -75,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
         cli.add_data_options(sub)
         if tests:
             sub.add_argument("--test-split", help="split to test on (default: validation, val or test)")
+            sub.add_argument(
+                "--skip-unlabelled",
+                action="store_true",
+                help="leave out pictures whose label is hidden (-1) or missing",
+            )
         cli.add_model_options(sub).description = "For --checkpoint random; --image-size and --heads for any."
         return sub
 
@@ -193,13 +198,16 @@ def load_labelled(
     label_column: str | None = None,
     streaming: bool = False,
     max_images: int | None = None,
+    skip_unlabelled: bool = False,
 ) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
     """Training and test pictures with labels of the same classes, and the names of these.
 
-    Raises ValueError if there are no labels, or labels of the test that the training does not have.
+    ``max_images`` limits the training pictures, taken from all over the data. ``skip_unlabelled``
+    leaves out pictures whose label is hidden (-1) or missing. Raises ValueError if there are no
+    labels, or labels of the test that the training does not have.
     """
     columns = image_column, label_column, streaming
-    training = data.load_images(name, split, *columns, max_images)
+    training = data.load_images(name, split, *columns, max_images, spread=True)
     tests = data.load_test_images(name, test_split, *columns)
     for dataset in (training, tests):
         label = (dataset.features or {}).get("label")
@@ -213,17 +221,31 @@ def load_labelled(
             raise ValueError("the labels of a stream must be of a ClassLabel type: drop --streaming")
         return training, tests, names[0]
 
+    if skip_unlabelled:
+        training, tests = _labelled_only(training), _labelled_only(tests)
     label, test_label = _labels_by_name(training), _labels_by_name(tests)
     classes = getattr(training.features["label"], "names", None) or sorted(set(label) - {None, -1})
     number = {name: i for i, name in enumerate(classes)}
     for dataset, labels in ((training, label), (tests, test_label)):
-        unknown = {name for name in labels if name not in number}
+        hidden = sum(name in (None, -1) for name in labels)
+        where = f"labels of split {dataset.split!s} of {name}"
+        if hidden:
+            raise ValueError(f"{hidden} of {len(labels)} {where} are hidden (-1 or none): add --skip-unlabelled")
+        unknown = sorted(map(str, {name for name in labels if name not in number}))
         if unknown:
-            which = "hidden" if unknown <= {None, -1} else f"not of the training data: {sorted(map(str, unknown))[:5]}"
-            raise ValueError(f"labels of split {dataset.split!s} of {name} are {which}")
+            raise ValueError(f"{where} are not of the training data: {unknown[:5]}")
     training = training.remove_columns("label").add_column("label", [number[name] for name in label])
     tests = tests.remove_columns("label").add_column("label", [number[name] for name in test_label])
     return training, tests, [str(name) for name in classes]
+
+
+def _labelled_only(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The pictures that have a label."""
+    kept = [index for index, label in enumerate(dataset["label"]) if label not in (None, -1)]
+    if len(kept) < len(dataset):
+        left_out = len(dataset) - len(kept)
+        data.say_once(f"split {dataset.split!s}: left out {left_out} of {len(dataset)} pictures, which have no label")
+    return dataset.select(kept)
 
 
 def _labels_by_name(dataset: datasets.Dataset) -> list:
@@ -452,7 +474,8 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
 
     columns = args.image_column, args.label_column, args.streaming, args.max_images
     if args.command in ("knn", "linear", "finetune"):
-        training, tests, classes = load_labelled(args.dataset, args.split, args.test_split, *columns)
+        where = args.dataset, args.split, args.test_split
+        training, tests, classes = load_labelled(*where, *columns, args.skip_unlabelled)
         if args.command != "knn":
             fill_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
         parts = [training, tests]

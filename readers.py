@@ -145,6 +145,8 @@ def _ignore_signals(worker: int):
     A run stops in order and needs its workers for that. They end at SIGUSR2, which
     :meth:`Workers.end` sends, and at the second SIGTERM.
     """
+    if not hasattr(signal, "SIGUSR1"):  # Windows has no process groups to be signalled
+        return
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, _end_worker))
@@ -182,7 +184,7 @@ class Workers:
 
     def end(self):
         for process in self.processes:
-            if process.is_alive():
+            if process.is_alive() and hasattr(signal, "SIGUSR2"):
                 os.kill(process.pid, signal.SIGUSR2)
         self.processes.clear()
 

@@ -514,10 +514,10 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
 
     ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the model's
     arguments under "model", and the content of ``config``); "timm", a folder of the encoder or
-    classifier for ``timm.create_model("local-dir:" + folder)``, whose norms always have an epsilon
-    of 1e-6; "transformers", a folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a
-    ``.pth`` file like those of facebookresearch/mae. Raises ValueError if the format cannot hold
-    the model.
+    classifier for ``timm.create_model("local-dir:" + folder, pretrained=True)`` (without that
+    argument the weights are random), whose norms always have an epsilon of 1e-6; "transformers", a
+    folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a ``.pth`` file like those of
+    facebookresearch/mae. Raises ValueError if the format cannot hold the model.
     """
     path, description = Path(path), describe_model(model)
     if format == "smae":
@@ -599,7 +599,9 @@ def disk_error(error: Exception, path: Path) -> Exception:
 
 def flush(path: str | os.PathLike):
     """Wait until a file, or the names in a folder, are on the disk and survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and os.path.isdir(path):  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

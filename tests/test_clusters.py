@@ -1,5 +1,6 @@
-"""The script and the cells of docs/clusters.md, as they stand there."""
+"""The script of docs/clusters.md and the notebook of the README, as they stand there."""
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from helpers import QUICK, ROOT, records
 
 import checkpoint
 
+README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "clusters.md").read_text()
 STAND_INS = """
 srun() {  # starts the tasks of one node, waits, ends with the largest exit code of any
@@ -58,7 +60,7 @@ def test_the_slurm_script_is_queued_again_after_its_signal_and_continues(tmp_pat
 def test_the_cells_of_the_notebook_run(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
-    (cell,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (cell,) = re.findall(r"## In a notebook\n.*?```python\n(.*?)```", README, re.DOTALL)
     small = '"--width", 32, "--depth", 2, "--heads", 2, "--precision", "no", "--workers", 0, "--epochs", 1'
     assert '"--epochs", 1' in cell
     quick = {'"--epochs", 1': small, '"knn",': '"knn", "--precision", "no", "--workers", 0,'}
@@ -66,7 +68,8 @@ def test_the_cells_of_the_notebook_run(monkeypatch, tmp_path):
         cell = cell.replace(old, new)
     variables = {}
     exec(cell, variables)
-    assert variables["result"]["images"] == 1000 and str(variables["run"]) == "runs/notebook"
+    assert str(variables["run"]) == "runs/notebook"
+    assert json.loads((tmp_path / "runs/notebook-knn/result.json").read_text())["images"] == 1000
     with pytest.raises(ValueError, match="holds another run"):
         variables["train"].main(["--precision", "no", "--out", "runs/notebook"])
     with pytest.raises(ValueError, match="--precision bf16: this Python process has used another one"):

@@ -84,11 +84,12 @@ def test_floors_need_no_checkpoint(name, monkeypatch, folder, tmp_path):
         assert other["images"] == 48
 
 
-def test_a_stream_gives_the_same_accuracy(monkeypatch, checkpoint, tmp_path):
-    arguments = ["--checkpoint", checkpoint, "--max-images", 200, "--k", 5]
+def test_a_stream_gives_the_same_accuracy(monkeypatch, checkpoint, folder, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--k", 5]
     once = evaluate(monkeypatch, "knn", tmp_path / "map", *arguments)
     stream = evaluate(monkeypatch, "knn", tmp_path / "stream", *arguments, "--streaming")
-    assert stream["top1"] == once["top1"] and stream["images"] == 1000
+    assert stream["top1"] == once["top1"] and stream["images"] == once["images"] == 15
+    assert stream["train_images"] == 48
 
 
 # ------------------------------------------------------------------------------------------- linear probe
@@ -457,7 +458,9 @@ def labelled(monkeypatch, splits: dict[str, datasets.Dataset], *arguments):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     args = judge.build_parser().parse_args(["knn", *arguments])
-    return judge.load_labelled(args.dataset, args.split, args.test_split, args.image_column, args.label_column), asked
+    columns = args.image_column, args.label_column
+    where = args.dataset, args.split, args.test_split
+    return judge.load_labelled(*where, *columns, skip_unlabelled=args.skip_unlabelled), asked
 
 
 def test_a_data_set_of_the_paper_goes_by_its_name(monkeypatch):
@@ -487,7 +490,10 @@ def test_labels_of_training_and_test_are_matched_by_name(monkeypatch, train_labe
     "splits, message",
     [
         ({"train": ([0, 1], ["a", "b"])}, r"no split validation, val or test.*--test-split"),
-        ({"train": ([0, 1], ["a", "b"]), "test": ([-1, -1], ["a", "b"])}, "labels of split .* are hidden"),
+        (
+            {"train": ([0, 1], ["a", "b"]), "test": ([-1, -1], ["a", "b"])},
+            "2 of 2 labels of split .* are hidden.*--skip-unlabelled",
+        ),
         ({"train": (["a"], None), "test": (["b"], None)}, r"not of the training data: \['b'\]"),
     ],
 )
@@ -495,6 +501,35 @@ def test_unusable_labels_are_refused_in_a_line(monkeypatch, splits, message):
     splits = {name: pictures_with(*labels) for name, labels in splits.items()}
     with pytest.raises(ValueError, match=message):
         labelled(monkeypatch, splits, "--dataset", "someone/something", "--label-column", "fine_label")
+
+
+def test_pictures_without_a_label_can_be_left_out(monkeypatch, capsys):
+    splits = {"train": pictures_with([0, 1, -1], ["a", "b"]), "test": pictures_with([1, -1, -1], ["a", "b"])}
+    arguments = ["--dataset", "someone/something", "--label-column", "fine_label"]
+    with pytest.raises(ValueError, match=r"1 of 3 labels of split"):
+        labelled(monkeypatch, splits, *arguments)
+    (training, tests, _), _ = labelled(monkeypatch, splits, *arguments, "--skip-unlabelled")
+    assert training["label"][:] == [0, 1] and tests["label"][:] == [1]
+    assert "left out 2 of 3 pictures, which have no label" in capsys.readouterr().err
+
+
+def test_a_limit_on_sorted_data_takes_pictures_of_all_classes(folder):
+    training, tests, classes = judge.load_labelled(str(folder), "train", None, max_images=6)
+    assert sorted(set(training["label"])) == [0, 1, 2]
+    assert len(training) == 6 and len(tests) == 15 and len(classes) == 3
+
+
+def test_the_probe_of_mae_needs_two_pictures_in_a_batch():
+    parser = judge.build_parser()
+    args = parser.parse_args("linear --recipe mae".split())
+    judge.fill_recipe(args, 20, 1)
+    assert args.batch_size == 2
+    args = parser.parse_args("linear --recipe mae --accumulate 2".split())
+    judge.fill_recipe(args, 20, 2)
+    assert args.batch_size == 8
+    args = parser.parse_args("linear --recipe mae --batch-size 1".split())
+    with pytest.raises(ValueError, match="BatchNorm: a --batch-size of at least 2, got 1"):
+        judge.fill_recipe(args, 20, 1)
 
 
 @pytest.mark.parametrize("label", [[1, 2], 0.5])

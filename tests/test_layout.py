@@ -1,6 +1,8 @@
 """The shelves of the house: imports point down, and no command imports another."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,3 +61,22 @@ def test_tests_do_not_import_one_another():
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [module for module in modules if module.startswith("test_")], file.name
+
+
+def test_every_file_can_be_imported_where_unix_is_not():
+    """Windows has neither fcntl nor SIGUSR1."""
+    names = sorted(file.stem for file in ROOT.glob("*.py"))
+    code = f"""
+import importlib, signal, sys
+sys.modules["fcntl"] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGALRM"):
+    delattr(signal, name)
+for name in {names}:
+    importlib.import_module(name)
+import checkpoint, pathlib
+with checkpoint.Lock(pathlib.Path(".")) as lock, checkpoint.Signals() as signals:
+    lock.take()
+    assert signals.caught() == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
