@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import datasets
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -57,12 +57,13 @@ class Pictures:
         unit_column: str,
         size: int,
         rule: MaskRule = BY_THRESHOLD,
+        form: data.PixelFormat = data.RGB,
     ):
         # collect pictures with an object
         images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
         for record in tqdm(dataset, desc="pictures", disable=None):
             try:
-                image = data.decode(record["image"])
+                image = data.decode(record["image"], form)
                 mask = object_mask(record[mask_column], rule, record["image"])
             except Exception as error:  # a broken file
                 tqdm.write(data.describe_bad(len(images) + self.skipped, record["image"], error).description)
@@ -129,7 +130,7 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
     generator = torch.Generator().manual_seed(seed)
     yield Contestant("random mask", relevance=torch.rand(count, h * w, generator=generator))
     yield Contestant("centre prior", relevance=masks.centrality((h, w)).expand(count, -1))
-    yield Contestant("raw pixels", smae.patchify(data.normalize(images), model.patch_size))
+    yield Contestant("raw pixels", raw_patches(model, images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = smae.SMAE(**model.config).to(model.positions.device).eval()
@@ -137,6 +138,12 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
     yield Contestant(f"untrained, {last_but_one}", features_of(untrained, images, last_but_one))
     for layer in layers:
         yield Contestant(f"model, {layer}", features_of(model, images, layer))
+
+
+def raw_patches(model: smae.SMAE, images: Tensor) -> Tensor:
+    """The normalised pixels of each patch (N, n, p * p * c) of uint8 images (N, c, H, W)."""
+    statistics = (data.MEAN, data.STD) if images.shape[1] == 3 else model.statistics
+    return smae.patchify(data.normalize(images, *statistics), model.patch_size)
 
 
 @torch.no_grad()
@@ -223,9 +230,11 @@ def analyze_masks(args: argparse.Namespace):
         dataset = load_with_masks(args.dataset, args.split, *columns, args.max_images)
         rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)
         print(f"masks of column {args.mask_column}: {rule.kind}")
-        seen = Pictures(dataset, args.mask_column, args.group_column, args.unit_column, size, rule)
+        form = data.pixel_format(dataset, model.config["channels"], args.pixel_range)
+        columns = args.mask_column, args.group_column, args.unit_column
+        seen = Pictures(dataset, *columns, size, rule, form)
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
-    subsets, pixels = seen.subsets(), smae.patchify(data.normalize(seen.images), model.patch_size)
+    subsets, pixels = seen.subsets(), raw_patches(model, seen.images)
 
     # measure every guess, keep those to draw
     wanted = dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)
@@ -313,7 +322,7 @@ def table(rows: list[dict], counts: dict[str, int]) -> str:
 def sheet(seen: Pictures, grid: tuple[int, int], drawn: dict, ratio: float, how: str) -> Figure:
     """Draw the mask of each contestant, and the model's cut, relevance and clusters."""
     chosen = torch.linspace(0, len(seen.images) - 1, min(10, len(seen.images))).long()
-    pixels = rearrange(seen.images[chosen], "b c h w -> b h w c").numpy() / 255
+    pixels = pictures.displayable(seen.images[chosen])
     h, w = grid
     columns = {"input": pixels}
     for name, (guess, features) in drawn.items():
@@ -342,7 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
         "masks", help="how well masks find known objects, compared with baselines", formatter_class=cli.HelpFormatter
     )
     command.add_argument("--checkpoint", required=True, help="run folder, or foreign checkpoint")
-    cli.add(command, "dataset", "split", "image-column", "max-images", "image-size", split=None)
+    cli.add(command, "dataset", "split", "image-column", "max-images", "pixel-range", "image-size", split=None)
     command.add_argument(
         "--mask-column",
         default="mask",

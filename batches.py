@@ -2,7 +2,7 @@
 
     batches = TrainBatches(data.load_images("shapes"), size=64, batch_size=256)
     for batch in batches.epoch(1):
-        batch.images  # (b, 3, H, W) uint8, on the device
+        batch.images  # (b, c, H, W) uint8, on the device
 
 Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels.
 """
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import data
 from cropping import CropOptions
 from data import BadImage, BadImages
+from pixels import RGB, PixelFormat
 from readers import Batch, Plan, Share, make_reader, shared, worker_place
 
 
@@ -33,7 +34,7 @@ class TrainBatches:
 
     ``labels``: also read the labels. ``preload``: keep decoded pictures on the "host" or "device".
     ``length``: the number of pictures in an epoch of a stream (default: the number it declares).
-    ``scale``, ``augment``: see :class:`cropping.CropOptions`.
+    ``scale``, ``augment``, ``form``: see :class:`cropping.CropOptions`.
 
     ``bad`` holds the broken pictures met so far (of a stream: in this epoch). More than the share
     ``max_bad`` raise TooManyBadImages; several processes must add theirs up and call
@@ -58,6 +59,7 @@ class TrainBatches:
         max_bad: float = 0.01,
         labels: bool = False,
         augment: Callable[[Tensor], Tensor] | None = None,
+        form: PixelFormat = RGB,
     ):
         streaming = isinstance(dataset, datasets.IterableDataset)
         length = data.length_of(dataset, length)
@@ -70,7 +72,7 @@ class TrainBatches:
         self.bad = BadImages(length, max_bad, same_file_returns=streaming)
         self.reader = make_reader(
             dataset.select_columns(["image", "label"] if labels else ["image"]),
-            CropOptions(size, scale, seed, bad_limit=int(max_bad * length) + 1, augment=augment),
+            CropOptions(size, scale, seed, bad_limit=int(max_bad * length) + 1, augment=augment, form=form),
             self.plan,
             self.bad,
             preload=preload,
@@ -125,7 +127,7 @@ def _check_division(length: int | None, batch_size: int, accumulate: int, share:
 class EvalBatch(NamedTuple):
     """Centre crops for evaluation.
 
-    ``images`` (b, 3, H, W) uint8, blank for broken pictures. ``indices`` (b,) int64. ``labels``
+    ``images`` (b, c, H, W) uint8, blank for broken pictures. ``indices`` (b,) int64. ``labels``
     (b,) int64, -1 without a label. ``names`` of the files. ``bad``: the reason for each broken
     picture, None for the others.
     """
@@ -158,12 +160,13 @@ class EvalBatches:
         share: Share = Share(),  # noqa: B008
         keep: bool = False,
         max_bad: float = 0.01,
+        form: PixelFormat = RGB,
     ):
-        self.device, self.max_bad = torch.device(device), max_bad
+        self.device, self.max_bad, self.form = torch.device(device), max_bad, form
         self.kept: list[EvalBatch] | None = [] if keep else None
         self.length: int | None = None
         columns = [name for name in ("image", "label") if name in (dataset.features or ["image"])]
-        crops = EvalCrops(dataset.select_columns(columns), size, round(size / crop_ratio))
+        crops = EvalCrops(dataset.select_columns(columns), size, round(size / crop_ratio), form)
         sampler = None
         if isinstance(dataset, datasets.IterableDataset):
             crops = EvalStream(crops, share)
@@ -189,20 +192,20 @@ class EvalBatches:
 class EvalCrops(torch.utils.data.Dataset):
     """Prepares the pictures of EvalBatches in worker processes, one by one."""
 
-    def __init__(self, dataset: data.Dataset, size: int, short_side: int):
-        self.dataset, self.size, self.short_side = dataset, size, short_side
+    def __init__(self, dataset: data.Dataset, size: int, short_side: int, form: PixelFormat = RGB):
+        self.dataset, self.size, self.short_side, self.form = dataset, size, short_side, form
 
     def __getitem__(self, index: int) -> tuple:
         return self.prepare(index, self.dataset[index])
 
     def prepare(self, index: int, record: dict) -> tuple:
-        image, bad = torch.zeros(3, self.size, self.size, dtype=torch.uint8), None
+        image, bad = torch.zeros(self.form.channels, self.size, self.size, dtype=torch.uint8), None
         try:
-            image = data.center_crop(data.decode(record["image"]), self.size, self.short_side)
+            image = data.center_crop(data.decode(record["image"], self.form), self.size, self.short_side)
         except Exception as error:
             bad = data.describe_bad(index, record["image"], error)
         label = record.get("label")
-        path = (record["image"] or {}).get("path")
+        path = record["image"].get("path") if isinstance(record["image"], dict) else None
         return image, index, -1 if label is None else label, path or f"image {index}", bad
 
 

@@ -62,6 +62,12 @@ OPTIONS = {  # that several commands have
         type=int,
         help="use only so many images: the first, in eval.py some from all over; for a stream: images per epoch",
     ),
+    "pixel-range": dict(
+        nargs="+",
+        metavar="VALUE",
+        help="LOW HIGH: the values of black and white in pictures of more than 8 bits; auto: measured on a sample "
+        "(default: 0 and the largest of the type)",
+    ),
     "preload": dict(
         nargs="?",
         const="device",
@@ -76,6 +82,11 @@ OPTIONS = {  # that several commands have
     "model": dict(choices=list(smae.PRESETS), default="tiny", help="size of the encoder"),
     "image-size": dict(type=int, help="side of the crops, in pixels (default: the checkpoint's, or 64)"),
     "patch-size": dict(type=int, help="side of a patch, in pixels (default: the model's own, else 8)"),
+    "channels": dict(
+        type=int,
+        help="channels of the images: 1 (grey), 3 (RGB), or as many as the files or arrays have (default: the "
+        "checkpoint's, else 3)",
+    ),
     **{
         name: dict(type=int, help="overrides that of --model")
         for name in ("width", "depth", "heads", "decoder-width", "decoder-depth", "decoder-heads")
@@ -122,8 +133,8 @@ OPTIONS = {  # that several commands have
     "out": dict(type=Path, help="folder for the results"),
     "overwrite": FLAG | dict(help="replace earlier results there"),
 }
-DATA = "dataset split image-column label-column streaming max-images preload workers max-bad-images".split()
-MODEL = "model image-size patch-size width depth heads decoder-width decoder-depth decoder-heads".split()
+DATA = "dataset split image-column label-column streaming max-images pixel-range preload workers max-bad-images".split()
+MODEL = "model image-size patch-size channels width depth heads decoder-width decoder-depth decoder-heads".split()
 
 
 def add(parser, *names: str, **defaults):

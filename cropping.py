@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixels import RGB, PixelFormat
+
 
 class RandomStream(IntEnum):
     """The purpose of random numbers, a part of the key of :func:`uniform`."""
@@ -104,7 +106,7 @@ def crop_batch(
 
     The type stays the same. ``size`` is one side or two; ``boxes`` (b, 4) in pixels may be
     fractional. Applies PIL's antialiased bicubic filter as two matrix products. ``how``: "inside"
-    uses only pixels inside the box, as :func:`data.crop` does; "beyond" also uses those around it;
+    uses only pixels inside the box, as :func:`pixels.crop` does; "beyond" also uses those around it;
     "area" takes means over areas.
     """
     top, left, height, width = boxes.float().unbind(1)
@@ -141,8 +143,8 @@ class CropOptions(NamedTuple):
 
     ``size``: side of the crops in pixels. ``scale``: smallest and largest crop, as fractions of the
     image area. ``bad_limit``: the number of broken pictures that makes a reader give up a batch.
-    ``augment`` takes a crop (3, size, size) uint8 and returns another; it draws from torch's
-    default generator.
+    ``augment`` takes a crop (c, size, size) uint8 and returns another; it draws from torch's
+    default generator. ``form``: what pictures are decoded to.
     """
 
     size: int
@@ -150,6 +152,7 @@ class CropOptions(NamedTuple):
     seed: int
     bad_limit: int
     augment: Callable[[Tensor], Tensor] | None = None
+    form: PixelFormat = RGB
 
     def crops(self, sizes: np.ndarray, epoch: int | None, indices: np.ndarray) -> Crops:
         """Random crops of pictures of ``sizes`` (b, 2); whole pictures if ``epoch`` is None."""

@@ -7,16 +7,18 @@ Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/
 grid.
 """
 
+import contextlib
 import functools
 import glob
 import hashlib
 import io
 import itertools
+import math
 import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +28,11 @@ import torch
 from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 import folders
+import pixels
 import shapes
+from pixels import RGB, Picture, PixelFormat, center_crop
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE
 STD = (0.229, 0.224, 0.225)
@@ -216,7 +218,7 @@ def _holds_images(feature) -> bool:
     if isinstance(feature, dict):
         encoded = getattr(feature.get("bytes"), "dtype", None) in ("binary", "large_binary")
         return encoded and feature.keys() <= {"bytes", "path"}
-    return isinstance(feature, datasets.Image)
+    return isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D))
 
 
 def _find_label_column(name: str, features: dict, column: str | None) -> str | None:
@@ -240,7 +242,10 @@ def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_c
         dataset = dataset.decode(False)  # before renaming, which decodes a stream
     if replaced:
         dataset = dataset.remove_columns(replaced)
-    return dataset.rename_columns(names).cast_column("image", datasets.Image(decode=False))
+    dataset = dataset.rename_columns(names)
+    if isinstance(features[image_column], (datasets.Array2D, datasets.Array3D)):
+        return dataset
+    return dataset.cast_column("image", datasets.Image(decode=False))
 
 
 # --------------------------------------------------------------------------------- opening
@@ -377,22 +382,26 @@ def one_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------------- decoding
 
 
-def decode(record: dict | None) -> Image.Image:
-    """Decode a record of a ``datasets`` image column to an upright RGB picture.
+def decode(record, form: PixelFormat = RGB) -> Picture:
+    """Decode a record of an image or array column to an upright picture of this format.
 
     Records become pictures here and nowhere else. Raises whatever PIL raises, ValueError for a
     record without a picture.
     """
-    return to_rgb(open_upright(record))
+    return pixels.convert(open_upright(record), form)
 
 
-def open_upright(record: dict | None) -> Image.Image:
-    """The picture of a record, turned as its EXIF says, unless that is damaged."""
+def open_upright(record) -> Image.Image | np.ndarray:
+    """The picture of a record, turned as its EXIF says, unless that is damaged; an array of an array column."""
+    if record is not None and not isinstance(record, dict):
+        return np.asarray(record)
     encoded, path = (record or {}).get("bytes"), (record or {}).get("path")
     if encoded is None and path is None:
         raise ValueError("there is no picture (null)")
     if encoded is None and "://" in path:
         return datasets.Image().decode_example(record)
+    if encoded is not None and encoded.startswith(b"\x93NUMPY"):
+        return np.load(io.BytesIO(encoded), allow_pickle=False)
     with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
         image.load()
     try:
@@ -404,60 +413,71 @@ def open_upright(record: dict | None) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL picture to RGB: 16 bits are scaled to 8, transparency is laid over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return pixels.convert(image)
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale more than 8 bits of grey to 8.
+def pixel_format(dataset: Dataset, channels: int, value_range: list[str] | None = None) -> PixelFormat:
+    """The format for ``channels`` and --pixel-range: LOW and HIGH, "auto", or None, which warns if it is of little use.
 
-    White is 65,535 in 16-bit pictures and in those with a value above 255, 1 in float pictures
-    without a larger value, else 255.
+    Raises ValueError for any other range.
     """
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values)  # missing values become black
-    sixteen = image.mode.startswith("I;16") or values.max() > 255
-    top = 65535 if sixteen else 255
-    if image.mode == "F":
-        top = 1 if values.max() <= 1 else top
-        values = values.clip(0, top) * np.float32(255 / top)
-        return Image.fromarray(values.round(out=values).astype(np.uint8)).convert("RGB")
-    table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)  # saves memory
-    return Image.fromarray(table[values.clip(0, top)]).convert("RGB")
+    sample = _sample_pictures_as_they_are(dataset, 16)
+    if not value_range:
+        if warning := pixels.unused_range(sample):
+            say_once(f"WARNING: {warning}")
+        return PixelFormat(channels)
+    if value_range == ["auto"]:
+        found = pixels.measure_range(sample)
+        if found:
+            say_once(f"--pixel-range auto: {found[0]:g} to {found[1]:g}")
+        return PixelFormat(channels, *(found or (None, None)))
+    try:
+        low, high = map(float, value_range)
+    except ValueError:
+        low = high = math.nan
+    if not low < high:
+        raise ValueError(f"--pixel-range takes LOW HIGH with LOW < HIGH, or auto, got {' '.join(value_range)}")
+    return PixelFormat(channels, low, high)
+
+
+def _sample_pictures_as_they_are(dataset: Dataset, count: int) -> list:
+    found = []
+    for record in sample_records(dataset, count, ["image"]):
+        with contextlib.suppress(Exception):  # a broken picture
+            found.append(open_upright(record["image"]))
+    return found
+
+
+def sample_records(dataset: Dataset, count: int, columns: list[str]) -> Iterator[dict]:
+    """Up to ``count`` undecoded records from all over the data (the first of a stream)."""
+    if isinstance(dataset, datasets.IterableDataset):
+        yield from dataset.take(count)
+        return
+    dataset = dataset.select_columns(columns)
+    for column in columns:
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))  # some may be broken
+    for index in evenly_spaced(len(dataset), count):
+        yield dataset[int(index)]
+
+
+def measure_statistics(dataset: Dataset, form: PixelFormat) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, in 0 ... 1, over a sample of the pictures."""
+    crops = []
+    for record in sample_records(dataset, 64, ["image"]):
+        with contextlib.suppress(Exception):  # a broken picture
+            crops.append(center_crop(decode(record["image"], form), 64))
+    if not crops:
+        raise ValueError("none of the pictures sampled from the data can be decoded")
+    values = torch.stack(crops).float().div(255)
+    return values.mean(dim=(0, 2, 3)).tolist(), values.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()
 
 
 # --------------------------------------------------------------------------------- pixels
 
 
-def crop(image: Image.Image, box: np.ndarray, flip: bool, size: int) -> Tensor:
-    """Cut out a box (top, left, height, width) and resize it: (3, size, size) uint8."""
-    top, left, height, width = (int(x) for x in box)
-    image = stretch(image.crop((left, top, left + width, top + height)), size)
-    return image.flip(-1) if flip else image
-
-
-def stretch(image: Image.Image, size: int) -> Tensor:
-    """Resize a whole picture, ignoring its aspect ratio: (3, size, size) uint8."""
-    return TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def center_crop(image: Image.Image, size: int, short_side: int | None = None) -> Tensor:
-    """Resize the short side (default: ``size``) and cut out the centre: (3, size, size) uint8."""
-    limit = 8 * min(image.size)  # a strip of 1 x 10,000 pixels would become enormous
-    if max(image.size) > limit:
-        image = TF.center_crop(image, [min(image.height, limit), min(image.width, limit)])
-    image = TF.resize(image, short_side or size, InterpolationMode.BICUBIC)
-    return TF.pil_to_tensor(TF.center_crop(image, size))
-
-
 def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Turn uint8 images (b, 3, H, W) into floats of about zero mean and unit deviation.
+    """Turn uint8 images (b, c, H, W) into floats of about zero mean and unit deviation.
 
     A model's config holds the mean and deviation it was trained with.
     """
@@ -473,12 +493,12 @@ def denormalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[floa
 
 @functools.cache
 def mean_and_std(device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation as tensors (3, 1, 1) on the device.
+    """Mean and deviation as tensors (c, 1, 1) on the device.
 
     They are copied once, because a copy at every step would wait for the device.
     """
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    return mean.view(3, 1, 1), std.view(3, 1, 1)
+    return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
 
 def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
@@ -501,27 +521,29 @@ class BadImage(NamedTuple):
 
 def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
     """Describe the picture of an undecoded ``record`` whose decoding raised ``error``."""
-    name = (record or {}).get("path") or f"image {index}"
+    name = (record.get("path") if isinstance(record, dict) else None) or f"image {index}"
     in_memory = r" <_io\.BytesIO object at \w+>"  # PIL's name for the file
     reason = re.sub(in_memory, "", one_line(error))
     return BadImage(index, f"{name}: {type(error).__name__}: {reason}")
 
 
-def decode_or_next(dataset: datasets.Dataset, index: int, tries: int) -> tuple[Image.Image, int, list[BadImage]]:
+def decode_or_next(
+    dataset: datasets.Dataset, index: int, tries: int, form: PixelFormat = RGB
+) -> tuple[Picture, int, list[BadImage]]:
     """Picture ``index`` or the next one that can be decoded, its label, and the broken ones before.
 
-    The label is 0 if the data has none. After ``tries`` broken pictures the result is blank, and
-    the caller has enough reason to stop.
+    The label is 0 if there is none. After ``tries`` broken pictures the result is blank: the caller
+    then has enough reason to stop.
     """
     bad = []
     for i in range(index, index + tries):
         i, record = i % len(dataset), {}
         try:
             record = dataset[i]
-            return decode(record["image"]), record.get("label", 0), bad
-        except Exception as error:  # a broken file can raise any error
+            return decode(record["image"], form), record.get("label", 0), bad
+        except Exception as error:  # a decoder raises anything on a broken file
             bad.append(describe_bad(i, record.get("image"), error))
-    return Image.new("RGB", (1, 1)), 0, bad
+    return pixels.blank(form), 0, bad
 
 
 class TooManyBadImages(ValueError):

@@ -28,6 +28,7 @@ class Encoder(Protocol):
     """What an evaluation needs to know of an encoder."""
 
     image_size: tuple[int, int]  # height and width, in pixels, that it was made for
+    channels: int  # of the images
     statistics: tuple[Sequence[float], Sequence[float]]  # mean and standard deviation to normalise images with
     layers: list[int | str]  # names of the blocks; none if there are none
     pools: tuple[str, ...]  # ways to pool its patches, the default first
@@ -47,7 +48,7 @@ class ViT(nn.Module):
         super().__init__()
         self.backbone, self.layers = model, model.layers
         self.image_size = tuple(model.config["image_size"])
-        self.statistics = model.config["mean"], model.config["std"]
+        self.channels, self.statistics = model.config["channels"], model.statistics
         self.pools = ("cls", "mean") if model.prefix else ("mean",)
 
     def features(self, images: Tensor, layer: int | str | None = None) -> Tensor:
@@ -73,10 +74,10 @@ class Pixels(nn.Module):
 
     pools, layers, backbone = ("cls", "mean"), [], None
 
-    def __init__(self, image_size: int, patch_size: int = 8):
+    def __init__(self, image_size: int, patch_size: int = 8, channels: int = 3):
         super().__init__()
-        self.image_size, self.patch_size = (image_size, image_size), patch_size
-        self.statistics = data.MEAN, data.STD
+        self.image_size, self.patch_size, self.channels = (image_size, image_size), patch_size, channels
+        self.statistics = (data.MEAN, data.STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
 
     def features(self, images: Tensor, layer: int | str | None = None) -> Tensor:
         return smae.patchify(images, self.patch_size)
@@ -93,7 +94,7 @@ def load(name: str, *, heads: int | None = None, untrained: dict | None = None) 
     """
     untrained = dict(image_size=64, patch_size=8) | smae.PRESETS["tiny"] | (untrained or {})
     if name == "pixels":
-        return Pixels(untrained["image_size"])
+        return Pixels(untrained["image_size"], channels=untrained.get("channels", 3))
     if name == "random":
         return ViT(smae.SMAE(**untrained).eval())
     model = smae.load(name, heads=heads)

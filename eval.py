@@ -173,7 +173,7 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         untrained["image_size"] = args.image_size
     encoder = encoders.load(args.checkpoint, heads=args.heads, untrained=untrained)
     args.image_size = args.image_size or encoder.image_size[0]
-    image = torch.zeros(1, 3, args.image_size, args.image_size)
+    image = torch.zeros(1, encoder.channels, args.image_size, args.image_size)
 
     if args.command == "finetune":
         args.pool = args.pool or "mean"
@@ -328,15 +328,18 @@ def fit(
             model.statistics = encoder.statistics
             groups = optim.layer_groups(model, args.layer_decay, args.weight_decay)
             optimizer = torch.optim.AdamW(groups, lr=args.lr)
-            mix, augment = make_mix(args.mixup, args.cutmix, len(classes)), Augment(args.randaugment, args.erasing)
+            mix = make_mix(args.mixup, args.cutmix, len(classes))
+            if encoder.channels == 3:  # colours are augmented; other channels are cropped and flipped alone
+                augment = Augment(args.randaugment, args.erasing)
             smoothing, min_lr = args.smoothing, args.min_lr
             description = smae.describe_model(model)
         else:
-            image = torch.zeros(1, 3, args.image_size, args.image_size, device=accelerator.device)
+            image = torch.zeros(1, encoder.channels, args.image_size, args.image_size, device=accelerator.device)
             model = Probe(encoder, args.pool, encoder.pooled(image, args.pool).shape[1], classes)
             optimizer = optim.LARS(model.head.parameters(), args.lr, weight_decay=args.weight_decay)
             description = dict(model=dict(probe=args.checkpoint, classes=classes, pool=args.pool))
-        batches = TrainBatches(training, **cli.batch_options(args, accelerator), labels=True, augment=augment)
+        options = cli.batch_options(args, accelerator)
+        batches = TrainBatches(training, **options, labels=True, augment=augment, form=test_batches.form)
         seen = dict(images=batches.length, pictures=data.fingerprint(training))
         config = description | {args.command: cli.plain(vars(args)), "data": seen}
         if state:
@@ -485,7 +488,8 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         if "int" not in getattr((parts[0].features or {}).get("label"), "dtype", ""):  # names of files say more
             parts = [parts[0].select_columns(["image"])]
     options, device = cli.eval_batch_options(args, accelerator), accelerator.device
-    batches = [EvalBatches(part, **options, keep=trains and bool(args.preload)) for part in parts]
+    form = data.pixel_format(parts[0], encoder.channels, args.pixel_range)
+    batches = [EvalBatches(part, **options, keep=trains and bool(args.preload), form=form) for part in parts]
 
     if trains:
         folder = Folder(args.out, lock, files, save_every_steps=args.save_every_steps, keep=args.keep)

@@ -122,7 +122,7 @@ class Guide:
             raise ValueError(f"--guide-layer {self.layer}: there are {', '.join(map(str, guiding.layers))}")
         if guiding is not self.model:
             try:
-                guiding.grid(torch.empty(0, 3, *self.size, device="meta"))
+                guiding.grid(torch.empty(0, self.model.config["channels"], *self.size, device="meta"))
             except ValueError as error:
                 raise ValueError(
                     f"--guide-from cannot see the pictures: {error}; try another --guide-image-size"

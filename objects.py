@@ -6,7 +6,7 @@ Letters in shapes: ``b`` batch, ``k`` sampled pictures, ``H``/``W`` image height
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import datasets
@@ -112,7 +112,7 @@ def understand_column(
 ) -> MaskRule:
     """The rule for a column of masks, from a sample of it. Raises ValueError."""
     masks = []
-    for record in sample_records(dataset, SAMPLES, [column]):
+    for record in data.sample_records(dataset, SAMPLES, [column]):
         with contextlib.suppress(Exception):  # a broken mask
             masks.append(mask_values(data.open_upright(record[column])))
     return understand(masks, ids, void)
@@ -193,18 +193,19 @@ def sample_pictures(
     size: int,
     mask_column: str = "mask",
     rule: MaskRule = BY_THRESHOLD,
+    form: data.PixelFormat = data.RGB,
 ) -> tuple[Tensor, Tensor | None]:
     """Up to ``count`` centre crops from all over the data (the first of a stream) and their objects.
 
-    The crops are (k, 3, size, size) uint8, the objects (k, size, size) bool, None without a mask
+    The crops are (k, c, size, size) uint8, the objects (k, size, size) bool, None without a mask
     column. Raises ValueError, with the reason for one, if none of the pictures tried can be decoded.
     """
     has_masks = isinstance((dataset.features or {}).get(mask_column), datasets.Image)
     columns = ["image", mask_column] if has_masks else ["image"]
     images, objects, reason = [], [], "there are none"
-    for number, record in enumerate(sample_records(dataset, 2 * count, columns)):
+    for number, record in enumerate(data.sample_records(dataset, 2 * count, columns)):
         try:
-            image = data.center_crop(data.decode(record["image"]), size)
+            image = data.center_crop(data.decode(record["image"], form), size)
         except Exception as error:  # a broken picture; training counts and reports it
             reason = data.describe_bad(number, record["image"], error).description
             continue
@@ -220,15 +221,3 @@ def sample_pictures(
     images = torch.stack([images[i] for i in chosen])
     objects = torch.stack([objects[i] for i in chosen])
     return images, objects if has_masks else None
-
-
-def sample_records(dataset: data.Dataset, count: int, columns: list[str]) -> Iterator[dict]:
-    """Up to ``count`` undecoded records from all over the data (the first of a stream)."""
-    if isinstance(dataset, datasets.IterableDataset):
-        yield from dataset.take(count)
-        return
-    dataset = dataset.select_columns(columns)
-    for column in columns:
-        dataset = dataset.cast_column(column, datasets.Image(decode=False))  # some may be broken
-    for index in data.evenly_spaced(len(dataset), count):
-        yield dataset[int(index)]

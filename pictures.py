@@ -40,7 +40,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     if guide.shuffle:
         relevance, side = relevance.roll(1, 0), side if side is None else side.roll(1, 0)
     mask = guide.mask(relevance, noise, epoch)
-    pixels = rearrange(images, "b c h w -> b h w c").cpu().numpy() / 255
+    pixels = displayable(images)
 
     def patches(indices: Tensor) -> Tensor:  # (b, k) -> (b, h, w) bool
         return torch.zeros(len(x), h * w, device=device).scatter(1, indices, 1).bool().view(-1, h, w)
@@ -50,13 +50,13 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
 
     # draw each step in a column
     columns = {"input": pixels, "random mask": covered(masks.random_mask(len(x), h * w, guide.ratio, noise=noise))}
-    rebuilt = rearrange(data.denormalize(model.reconstruct(x, mask), *statistics), "b c h w -> b h w c").cpu().numpy()
+    rebuilt = displayable(data.denormalize(model.reconstruct(x, mask), *statistics))
     heat = glow(pixels, relevance.view(-1, h, w))
     framed = {}
     if guide.kind == "amt":
         thrown = ~patches(mask.visible) & ~patches(mask.masked)
         columns |= {"attention": heat, "AMT mask\n(thrown away: black)": covered(mask)}
-        columns["reconstruction"] = hide(rebuilt / 255, ~thrown, ~thrown)
+        columns["reconstruction"] = hide(rebuilt, ~thrown, ~thrown)
     else:
         hints = masks.choose_hints(relevance, guide.ratio, guide.hint, *guide.hint_shares(epoch), noise=noise)
         hinted = f"informed mask,\n{hints.shape[1]} hints ({guide.hint})"
@@ -65,7 +65,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
             "relevance": heat,
             "informed mask": covered(masks.informed_mask(relevance, guide.ratio, "none", noise=noise)),
             hinted: covered(mask),
-            "reconstruction\nfrom hints + rest": rebuilt / 255,
+            "reconstruction\nfrom hints + rest": rebuilt,
         }
         framed[hinted] = patches(hints)
 
@@ -78,6 +78,12 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     if model.normalize_pixels:
         title += "; rebuilt patches have the input's brightness and contrast"
     return contact_sheet(columns, title, framed, {"input": truth})
+
+
+def displayable(images: Tensor) -> np.ndarray:
+    """uint8 images (b, c, H, W) as pictures (b, H, W, 3) in [0, 1]: grey, RGB, or the first three channels."""
+    channels = [0, 0, 0] if images.shape[1] < 3 else [0, 1, 2]
+    return rearrange(images[:, channels], "b c h w -> b h w c").cpu().numpy() / 255
 
 
 def contact_sheet(

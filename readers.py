@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import data
+import pixels
 from cropping import CropOptions, Crops, crop_batch
 from data import BadImage, BadImages
 
@@ -85,7 +85,7 @@ class Plan(NamedTuple):
 class Batch(NamedTuple):
     """Crops for training.
 
-    ``images`` (b, 3, H, W) uint8. ``indices`` (b,) int64, the key of their random numbers. ``bad``:
+    ``images`` (b, c, H, W) uint8. ``indices`` (b,) int64, the key of their random numbers. ``bad``:
     the broken pictures met. ``labels`` (b,) int64; a broken picture has the label of its
     replacement. ``crops``: their boxes in the pictures, as fractions.
     """
@@ -259,19 +259,19 @@ class MapCrops(torch.utils.data.Dataset):
         pictures, labels, bad = [], [], []
         for index in indices:
             tries = max(1, self.options.bad_limit - len(bad))
-            picture, label, met = data.decode_or_next(self.dataset, int(index), tries)
+            picture, label, met = data.decode_or_next(self.dataset, int(index), tries, self.options.form)
             pictures.append(picture)
             labels.append(label)
             bad += met
         sizes = np.array([(picture.height, picture.width) for picture in pictures])
         crops = self.options.crops(sizes, epoch, indices)
-        images = torch.stack([data.crop(*each, size) for each in zip(pictures, *crops)])
+        images = torch.stack([pixels.crop(*each, size) for each in zip(pictures, *crops)])
         images = self.options.augmented(images, epoch, indices)
         return Batch(shared(images), indices, bad, np.array(labels), crops.as_fractions(sizes))
 
 
 class PreloadedReader(IndexReader):
-    """Decodes once into one uint8 tensor (images, 3, side, side); crops whole batches.
+    """Decodes once into one uint8 tensor (images, c, side, side); crops whole batches.
 
     The tensor lies on ``store``, crops are made on ``device``. Every picture is stored stretched to
     a square. Crops are drawn in the original picture and undo the stretching. ``side`` is the
@@ -292,7 +292,7 @@ class PreloadedReader(IndexReader):
         super().__init__(options, plan)
         self.device = device
         count, side = len(dataset), self._side(dataset)
-        self.images = torch.empty(count, 3, side, side, dtype=torch.uint8)
+        self.images = torch.empty(count, options.form.channels, side, side, dtype=torch.uint8)
         self.sizes = np.empty((count, 2), np.int64)
         self.labels = np.empty(count, np.int64)
         self.bad: list[BadImage] = []
@@ -305,15 +305,15 @@ class PreloadedReader(IndexReader):
     def _side(self, dataset: datasets.Dataset) -> int:
         short_sides = []
         for index in range(min(100, len(dataset))):
-            picture, *_ = data.decode_or_next(dataset, index, self.options.bad_limit)
+            picture, *_ = data.decode_or_next(dataset, index, self.options.bad_limit, self.options.form)
             short_sides.append(min(picture.size))
         return min(max(short_sides), 2 * self.options.size)
 
     def _store(self, dataset: datasets.Dataset, index: int):
         tries = max(1, self.options.bad_limit - len(self.bad))
-        picture, self.labels[index], met = data.decode_or_next(dataset, index, tries)
+        picture, self.labels[index], met = data.decode_or_next(dataset, index, tries, self.options.form)
         self.sizes[index] = picture.height, picture.width
-        self.images[index] = data.stretch(picture, self.images.shape[-1])
+        self.images[index] = pixels.stretch(picture, self.images.shape[-1])
         self.bad += met
 
     def read(self, requests: list[Request]) -> Iterable[Batch]:
@@ -444,15 +444,15 @@ class StreamCrops(IterableDataset):
         while True:
             yield None
 
-    def _decode(self, record: dict | Exception) -> Image.Image:
+    def _decode(self, record: dict | Exception) -> data.Picture:
         if isinstance(record, Exception):
             raise record
-        return data.decode(record["image"])
+        return data.decode(record["image"], self.options.form)
 
-    def _crop(self, picture: Image.Image, index: int, label: int) -> tuple:
+    def _crop(self, picture: data.Picture, index: int, label: int) -> tuple:
         size = np.array([(picture.height, picture.width)])
         crops = self.options.crops(size, self.epoch, np.array([index]))
-        image = data.crop(picture, crops.boxes[0], crops.flips[0], self.options.size)
+        image = pixels.crop(picture, crops.boxes[0], crops.flips[0], self.options.size)
         return image, index, label, crops.as_fractions(size)
 
     def _is_hopeless(self, bad: list[BadImage]) -> bool:
@@ -464,7 +464,7 @@ class StreamCrops(IterableDataset):
     def _join(self, parts: list[tuple], bad: list[BadImage]) -> Batch:
         """Join single crops into a batch, which may be empty."""
         if not parts:
-            images = torch.empty(0, 3, self.options.size, self.options.size)
+            images = torch.empty(0, self.options.form.channels, self.options.size, self.options.size)
             crops = Crops(np.empty((0, 4)), np.empty(0, bool))
             return Batch(images, np.array([], np.int64), bad, np.array([]), crops)
         images, indices, labels, crops = zip(*parts)

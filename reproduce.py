@@ -32,6 +32,7 @@ import torch
 import bench
 import checkpoint
 import cli
+import data
 import encoders
 import eval as judge
 import pictures
@@ -422,7 +423,8 @@ def judge_all(experiment: Experiment, runs: list[Run]):
         linear.image_size = size = size_wanted or encoder.image_size[0]
         if size not in crops:
             options = cli.eval_batch_options(linear, accelerator)
-            crops[size] = [EvalBatches(part, **options, keep=True) for part in (training, tests)]
+            form = data.pixel_format(training, encoder.channels, linear.pixel_range)
+            crops[size] = [EvalBatches(part, **options, keep=True, form=form) for part in (training, tests)]
         seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[size]]
         common = dict(classes=len(classes), device=accelerator.device)
         how = dict(epochs=linear.epochs, batch_size=linear.batch_size, lr=linear.lr, weight_decay=linear.weight_decay)

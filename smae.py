@@ -50,7 +50,7 @@ class Config:
     decoder, ``class_token=False`` the CLS token. ``learned_positions`` makes the position
     embeddings parameters; otherwise they are computed for ``position_size`` (default: image_size).
     For any other grid they are interpolated. The caller normalises images with ``mean``
-    and ``std`` (RGB in 0 ... 1).
+    and ``std`` (values in 0 ... 1); three of them become their average for other ``channels``.
 
     Raises ValueError for wrong types, values out of range, and sizes that do not divide.
     """
@@ -90,6 +90,9 @@ class Config:
             for value in values:
                 check(name, value, **argument.metadata)
         self.image_size, self.mean, self.std = list(self.image_size), list(self.mean), list(self.std)
+        if self.channels != 3 and len(self.mean) == len(self.std) == 3:  # those of RGB
+            self.mean = [sum(self.mean) / 3] * self.channels
+            self.std = [sum(self.std) / 3] * self.channels
         self._check_sizes()
 
     def _check_sizes(self):

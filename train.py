@@ -197,8 +197,11 @@ def fill_defaults(args: argparse.Namespace):
     args.precision = cli.choose_precision(args.precision)
 
 
-def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.SMAE:
-    """The model that the options describe. ``resumed``: the sizes in a checkpoint, in place of --init-from."""
+def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=None) -> smae.SMAE:
+    """The model that the options describe. ``resumed``: the sizes in a checkpoint, in place of --init-from.
+
+    The statistics of channels that are neither grey nor RGB are measured on ``dataset``.
+    """
     source = None
     if args.init_from and resumed:
         config = dict(resumed)
@@ -213,6 +216,9 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None) -> smae.S
     else:
         config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
         config.setdefault("patch_size", 8)
+        if args.channels not in (None, 1, 3) and dataset is not None:
+            form = data.PixelFormat(args.channels)
+            config["mean"], config["std"] = data.measure_statistics(dataset, form)
         args.image_size = args.image_size or 64
     config |= cli.model_sizes(vars(args)) | dict(image_size=args.image_size)
     model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
@@ -298,16 +304,17 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     with all_processes_or_none():
         state = checkpoint.read(resumed_from) if resumed_from else None
         set_seed(args.seed)
-        model = build_model(args, state and state["config"]["model"])
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
         columns = args.image_column, args.label_column, args.streaming
         dataset = data.load_images(args.dataset, args.split, *columns, args.max_images)
+        model = build_model(args, state and state["config"]["model"], dataset)
+        form = data.pixel_format(dataset, model.config["channels"], args.pixel_range)
         guide = build_guide(args, model, dataset, accelerator.device)
-        batches = TrainBatches(dataset, **cli.batch_options(args, accelerator))
+        batches = TrainBatches(dataset, **cli.batch_options(args, accelerator), form=form)
         rule = getattr(guide.source, "rule", BY_THRESHOLD)
         mask_name = mask_column(args.guide_from) or "mask"
-        samples, objects = sample_pictures(dataset, 32, args.image_size, mask_name, rule)
+        samples, objects = sample_pictures(dataset, 32, args.image_size, mask_name, rule, form)
         optimizer = optim.adamw(model, args.lr, args.weight_decay, accelerator.device.type)
         seen = dict(images=batches.length, pictures=data.fingerprint(dataset))
         config = dict(model=model.config, train=cli.plain(vars(args)), data=seen)

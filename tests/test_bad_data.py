@@ -20,6 +20,7 @@ from PIL import Image
 
 import data
 import eval as judge
+import pixels
 import run
 from batches import TrainBatches
 from cropping import random_crops, uniform
@@ -88,7 +89,7 @@ def test_odd_pictures_are_decoded_cropped_and_centred_in_little_memory(name):
         assert image.mode == "RGB" and min(image.size) >= 1
         sizes = np.array([(image.height, image.width)])
         crops = random_crops(sizes, uniform((0,), np.arange(1), 23))
-        assert data.crop(image, crops.boxes[0], crops.flips[0], 224).shape == (3, 224, 224)
+        assert pixels.crop(image, crops.boxes[0], crops.flips[0], 224).shape == (3, 224, 224)
         assert data.center_crop(image, 224, 256).shape == (3, 224, 224)
 
     start = time.perf_counter()

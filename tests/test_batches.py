@@ -5,6 +5,7 @@ import torch
 from helpers import dataset_of, image_bytes, picture, with_bad
 
 import data
+import pixels
 from batches import EvalBatches, TrainBatches
 from readers import Share
 
@@ -94,7 +95,7 @@ def test_every_process_gets_its_share_of_the_uncropped_pictures_in_as_many_batch
         assert [batch.indices.tolist() for batch in read] == [indices.tolist() for indices in planned if len(indices)]
         found |= {int(i): image for batch in read for i, image in zip(batch.indices, batch.images)}
     assert sorted(found) == list(range(20))
-    expected = torch.stack([data.stretch(picture(seed=i), 20) for i in range(20)])
+    expected = torch.stack([pixels.stretch(picture(seed=i), 20) for i in range(20)])
     difference = torch.stack([found[i] for i in range(20)]).int() - expected.int()
     assert difference.abs().float().mean() < 2 if preload else not difference.any()
 

@@ -6,7 +6,7 @@ from helpers import picture
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-import data
+import pixels
 from cropping import CropOptions, RandomStream, crop_batch, random_crops, uniform
 
 
@@ -53,7 +53,7 @@ def test_batched_crops_equal_those_of_pil(size):
     count = 30
     images = [picture(40, 40, seed=i) for i in range(count)]
     crops = random_crops(np.full((count, 2), 40), uniform((0,), np.arange(count), 23))
-    expected = torch.stack([data.crop(image, *how, size) for image, *how in zip(images, *crops)])
+    expected = torch.stack([pixels.crop(image, *how, size) for image, *how in zip(images, *crops)])
     stack = torch.stack([TF.pil_to_tensor(image) for image in images])
     result = crop_batch(stack, torch.from_numpy(crops.boxes), torch.from_numpy(crops.flips), size)
     assert result.dtype == torch.uint8

@@ -14,6 +14,7 @@ from PIL import Image
 import data
 import guide as guide_module
 import masks
+import pixels
 import smae
 import train
 from batches import Batch, TrainBatches
@@ -151,7 +152,7 @@ def test_every_picture_is_remembered_as_a_look_at_the_whole_of_it(kind, options,
     assert isinstance(guide.maps, np.memmap) and [file.name for file in tmp_path.iterdir()] == ["maps.npy"]
     np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), guide.maps)
     for i, record in enumerate(dataset["image"]):
-        image = data.stretch(data.decode(record), 32)
+        image = pixels.stretch(data.decode(record), 32)
         expected = guide.relevance(data.normalize(image[None]))[0][0]
         if kind == "selfguided":
             expected = (expected - expected.min()) / (expected.max() - expected.min())

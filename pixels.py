@@ -1,0 +1,178 @@
+"""From decoded pictures to bytes: how many channels, which range of values, which square.
+
+Pictures are PIL images, or :class:`Bands` if PIL has no mode for their channels. Letters in shapes:
+``c`` channels, ``H``/``W`` image height/width in pixels.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+
+class PixelFormat(NamedTuple):
+    """What becomes of a picture: its number of ``channels``, and 8 bits for each.
+
+    Values from ``low`` to ``high`` become 0 to 255; None leaves that to the type of the picture.
+    Pictures of 8 bits keep their values.
+    """
+
+    channels: int = 3
+    low: float | None = None
+    high: float | None = None
+
+
+RGB = PixelFormat()
+
+
+class Bands:
+    """A picture of any number of channels: a grey PIL image for each of them."""
+
+    def __init__(self, bands: Sequence[Image.Image]):
+        self.bands = list(bands)
+        self.size = self.width, self.height = self.bands[0].size
+
+
+Picture = Image.Image | Bands
+
+
+def is_deep(picture: Image.Image | np.ndarray) -> bool:
+    """Whether the values of a picture need more than 8 bits."""
+    if isinstance(picture, np.ndarray):
+        return picture.dtype != np.uint8
+    return picture.mode.startswith("I") or picture.mode == "F"
+
+
+def convert(picture: Image.Image | np.ndarray, form: PixelFormat = RGB) -> Picture:
+    """Convert a PIL picture, or an array (H, W), (H, W, c) or (c, H, W), to 8 bits in each channel.
+
+    One channel is grey and three are RGB, whatever the picture has; transparency is laid over white.
+    Raises ValueError if it has not as many channels as any other number asks for.
+    """
+    if isinstance(picture, np.ndarray):
+        return _from_array(picture, form)
+    if form.channels not in (1, 3):
+        bands = picture.split()
+        if len(bands) != form.channels:
+            raise ValueError(f"it has {len(bands)} channels ({picture.mode}), expected {form.channels} (--channels)")
+        return Bands(bands)
+    if is_deep(picture):
+        grey = _deep_grey(picture, form)
+        return grey if form.channels == 1 else grey.convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("L" if form.channels == 1 else "RGB")
+
+
+def _from_array(values: np.ndarray, form: PixelFormat) -> Picture:
+    c = form.channels
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim != 3 or c not in (values.shape[0], values.shape[-1]):
+        raise ValueError(f"it is an array of shape {values.shape}, expected {c} channels first or last (--channels)")
+    if values.shape[-1] != c:
+        values = np.moveaxis(values, 0, -1)
+    values = np.ascontiguousarray(scale(values, form) if is_deep(values) else values)
+    if c == 3:
+        return Image.fromarray(values)
+    bands = [Image.fromarray(np.ascontiguousarray(values[..., i])) for i in range(c)]
+    return bands[0] if c == 1 else Bands(bands)
+
+
+def scale(values: np.ndarray, form: PixelFormat) -> np.ndarray:
+    """Values in the range of ``form`` as uint8; missing ones (NaN) are black."""
+    if values.dtype.kind == "f":
+        values = np.nan_to_num(values.astype(np.float32))
+    low, high = (0, usual_top(values)) if form.low is None else (form.low, form.high)
+    return ((values.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+
+
+def usual_top(values: np.ndarray) -> int:
+    """The value of white: 1 for floats up to 1, 255 for others up to 255, else 65,535."""
+    if values.dtype == np.uint16 or values.max() > 255:
+        return 65535
+    return 1 if values.dtype.kind == "f" and values.max() <= 1 else 255
+
+
+def _deep_grey(image: Image.Image, form: PixelFormat) -> Image.Image:
+    """A picture of more than 8 bits as one of 8."""
+    values = np.asarray(image)
+    if form.low is not None:
+        return Image.fromarray(scale(values, form))
+    if image.mode == "F":
+        values = np.nan_to_num(values)  # missing values are black
+    top = 65535 if image.mode.startswith("I;16") else usual_top(values)
+    if image.mode == "F":
+        values = values.clip(0, top) * np.float32(255 / top)
+        return Image.fromarray(values.round(out=values).astype(np.uint8))
+    table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)  # saves memory
+    return Image.fromarray(table[values.clip(0, top)])
+
+
+def blank(form: PixelFormat = RGB) -> Picture:
+    """A black picture of one pixel."""
+    return convert(np.zeros((1, 1, form.channels), np.uint8), form)
+
+
+# ------------------------------------------------------------------------------ ranges
+
+
+def measure_range(pictures: Iterable[Image.Image | np.ndarray]) -> tuple[float, float] | None:
+    """The range of values of deep pictures without the outer half per cent on each side; None if none is deep."""
+    values = [np.asarray(picture, np.float64).ravel() for picture in pictures if is_deep(picture)]
+    if not values:
+        return None
+    low, high = np.nanpercentile(np.concatenate([each[:: max(1, len(each) // 10000)] for each in values]), [0.5, 99.5])
+    return (float(low), float(high)) if high > low else None
+
+
+def unused_range(pictures: Iterable[Image.Image | np.ndarray]) -> str:
+    """A warning if deep pictures use less than an eighth of the range that their type has; else empty."""
+    deep = [np.nan_to_num(np.asarray(picture, np.float64)) for picture in pictures if is_deep(picture)]
+    if not deep:
+        return ""
+    low, high = min(values.min() for values in deep), max(values.max() for values in deep)
+    top = 1 if high <= 1 else 255 if high <= 255 else 65535
+    if low >= 0 and high - low >= top / 8:
+        return ""
+    return (
+        f"pictures of more than 8 bits have values from {low:g} to {high:g}, of 0 to {top}: few grey levels are left; "
+        f"name the range with --pixel-range {low:g} {high:g}, or auto"
+    )
+
+
+# ------------------------------------------------------------------------------ squares
+
+
+def crop(image: Picture, box: np.ndarray, flip: bool, size: int) -> Tensor:
+    """Cut out a box (top, left, height, width) and resize it: (c, size, size) uint8."""
+    if isinstance(image, Bands):
+        return torch.cat([crop(band, box, flip, size) for band in image.bands])
+    top, left, height, width = (int(x) for x in box)
+    image = stretch(image.crop((left, top, left + width, top + height)), size)
+    return image.flip(-1) if flip else image
+
+
+def stretch(image: Picture, size: int) -> Tensor:
+    """Resize a whole picture, ignoring its aspect ratio: (c, size, size) uint8."""
+    if isinstance(image, Bands):
+        return torch.cat([stretch(band, size) for band in image.bands])
+    return TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def center_crop(image: Picture, size: int, short_side: int | None = None) -> Tensor:
+    """Resize the short side (default: ``size``) and cut out the centre: (c, size, size) uint8."""
+    if isinstance(image, Bands):
+        return torch.cat([center_crop(band, size, short_side) for band in image.bands])
+    limit = 8 * min(image.size)  # a strip of 1 x 10,000 pixels would become enormous
+    if max(image.size) > limit:
+        image = TF.center_crop(image, [min(image.height, limit), min(image.width, limit)])
+    image = TF.resize(image, short_side or size, InterpolationMode.BICUBIC)
+    return TF.pil_to_tensor(TF.center_crop(image, size))
