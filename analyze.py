@@ -55,7 +55,7 @@ class Pictures:
         mask_column: str,
         group_column: str,
         unit_column: str,
-        size: int,
+        size: data.Size,
         rule: MaskRule = BY_THRESHOLD,
         form: data.PixelFormat = data.RGB,
     ):
@@ -223,8 +223,8 @@ def analyze_masks(args: argparse.Namespace):
         cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = encoders.backbone(args.checkpoint, device)
-        layers, size = choose_layers(model, args.layers), args.image_size or model.config["image_size"][0]
-        h, w = grid = model.grid(torch.empty(0, model.config["channels"], size, size))
+        layers, size = choose_layers(model, args.layers), args.image_size or model.config["image_size"]
+        h, w = grid = model.grid(torch.empty(0, model.config["channels"], *data.pair(size)))
         masks.masked_count(h * w, args.mask_ratio)
         columns = args.image_column, args.mask_column
         dataset = load_with_masks(args.dataset, args.split, *columns, args.max_images)

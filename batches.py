@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import data
 from cropping import CropOptions
 from data import BadImage, BadImages
-from pixels import RGB, PixelFormat
+from pixels import RGB, PixelFormat, Size, pair
 from readers import Batch, Plan, Share, make_reader, shared, worker_place
 
 
@@ -45,7 +45,7 @@ class TrainBatches:
     def __init__(
         self,
         dataset: data.Dataset,
-        size: int,
+        size: Size,
         batch_size: int,
         *,
         scale: tuple[float, float] = (0.2, 1.0),
@@ -88,7 +88,7 @@ class TrainBatches:
         """This process's micro-batches of an epoch after ``seen`` pictures."""
         return self._check_and_move(self.reader.epoch(epoch, seen))
 
-    def uncropped(self, count: int | None = None, size: int | None = None) -> Iterator[Batch]:
+    def uncropped(self, count: int | None = None, size: Size | None = None) -> Iterator[Batch]:
         """This process's share of all pictures (or the first ``count``), stretched to squares.
 
         The batches are those of ``plan.uncropped`` that are not empty. ``size`` is the side of the
@@ -151,7 +151,7 @@ class EvalBatches:
     def __init__(
         self,
         dataset: data.Dataset,
-        size: int,
+        size: Size,
         batch_size: int,
         *,
         crop_ratio: float = 0.875,
@@ -166,7 +166,7 @@ class EvalBatches:
         self.kept: list[EvalBatch] | None = [] if keep else None
         self.length: int | None = None
         columns = [name for name in ("image", "label") if name in (dataset.features or ["image"])]
-        crops = EvalCrops(dataset.select_columns(columns), size, round(size / crop_ratio), form)
+        crops = EvalCrops(dataset.select_columns(columns), size, crop_ratio, form)
         sampler = None
         if isinstance(dataset, datasets.IterableDataset):
             crops = EvalStream(crops, share)
@@ -192,16 +192,16 @@ class EvalBatches:
 class EvalCrops(torch.utils.data.Dataset):
     """Prepares the pictures of EvalBatches in worker processes, one by one."""
 
-    def __init__(self, dataset: data.Dataset, size: int, short_side: int, form: PixelFormat = RGB):
-        self.dataset, self.size, self.short_side, self.form = dataset, size, short_side, form
+    def __init__(self, dataset: data.Dataset, size: Size, ratio: float, form: PixelFormat = RGB):
+        self.dataset, self.size, self.ratio, self.form = dataset, size, ratio, form
 
     def __getitem__(self, index: int) -> tuple:
         return self.prepare(index, self.dataset[index])
 
     def prepare(self, index: int, record: dict) -> tuple:
-        image, bad = torch.zeros(self.form.channels, self.size, self.size, dtype=torch.uint8), None
+        image, bad = torch.zeros(self.form.channels, *pair(self.size), dtype=torch.uint8), None
         try:
-            image = data.center_crop(data.decode(record["image"], self.form), self.size, self.short_side)
+            image = data.center_crop(data.decode(record["image"], self.form), self.size, self.ratio)
         except Exception as error:
             bad = data.describe_bad(index, record["image"], error)
         label = record.get("label")

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 import data
+import pixels
 import smae
 from batches import Share
 
@@ -39,6 +40,15 @@ def block(text: str) -> int | str:
             f"{text!r} is neither a number (of an encoder block) nor decoder-1, decoder-2, ..."
         )
     return int(text) if text.isdigit() else text
+
+
+class Sides(argparse.Action):
+    """Takes one side of an image, or height and width: an int, or a list of two."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            parser.error(f"{option_string} takes one side, or height and width, got {len(values)} numbers")
+        setattr(namespace, self.dest, pixels.compact(values[0] if len(values) == 1 else values))
 
 
 def cores() -> int:
@@ -80,7 +90,13 @@ OPTIONS = {  # that several commands have
     # model
     "checkpoint": dict(help="run folder, facebookresearch/mae .pth, transformers folder, or timm .safetensors"),
     "model": dict(choices=list(smae.PRESETS), default="tiny", help="size of the encoder"),
-    "image-size": dict(type=int, help="side of the crops, in pixels (default: the checkpoint's, or 64)"),
+    "image-size": dict(
+        type=int,
+        nargs="+",
+        action=Sides,
+        metavar="SIDE",
+        help="side of the crops, or height and width, in pixels (default: the checkpoint's, or 64)",
+    ),
     "patch-size": dict(type=int, help="side of a patch, in pixels (default: the model's own, else 8)"),
     "channels": dict(
         type=int,

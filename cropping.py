@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixels import RGB, PixelFormat
+from pixels import RGB, PixelFormat, Size, pair
 
 
 class RandomStream(IntEnum):
@@ -63,14 +63,16 @@ class Crops(NamedTuple):
         return Crops((self.boxes / np.tile(sizes, 2)).astype(np.float32), self.flips)
 
 
-def random_crops(sizes: np.ndarray, noise: np.ndarray, scale: tuple[float, float] = (0.2, 1.0)) -> Crops:
+def random_crops(
+    sizes: np.ndarray, noise: np.ndarray, scale: tuple[float, float] = (0.2, 1.0), aspect: float = 1.0
+) -> Crops:
     """RandomResizedCrop with flips, for pictures of ``sizes`` (b, 2), height and width.
 
     The crops are a function of ``noise`` (b, 23) in [0, 1). The area of a crop is uniform in
-    ``scale`` (fractions of the picture), its aspect ratio log-uniform in (3/4, 4/3). The first of
+    ``scale`` (fractions of the picture), its aspect ratio log-uniform in (3/4, 4/3) times ``aspect``. The first of
     ten draws that fits is taken; if none fits, the largest central crop of an allowed aspect ratio.
     """
-    narrow, wide = 3 / 4, 4 / 3
+    narrow, wide = 3 / 4 * aspect, 4 / 3 * aspect
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
 
     # ten draws for each picture, (b, 10)
@@ -141,13 +143,13 @@ def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, how: 
 class CropOptions(NamedTuple):
     """How to crop for training.
 
-    ``size``: side of the crops in pixels. ``scale``: smallest and largest crop, as fractions of the
+    ``size``: of the crops, a side or (H, W) in pixels. ``scale``: smallest and largest crop, as fractions of the
     image area. ``bad_limit``: the number of broken pictures that makes a reader give up a batch.
-    ``augment`` takes a crop (c, size, size) uint8 and returns another; it draws from torch's
+    ``augment`` takes a crop (c, H, W) uint8 and returns another; it draws from torch's
     default generator. ``form``: what pictures are decoded to.
     """
 
-    size: int
+    size: Size
     scale: tuple[float, float]
     seed: int
     bad_limit: int
@@ -159,7 +161,8 @@ class CropOptions(NamedTuple):
         if epoch is None:
             return Crops(np.hstack([np.zeros_like(sizes), sizes]), np.zeros(len(sizes), bool))
         noise = uniform((self.seed, epoch, RandomStream.CROP), indices, 23)
-        return random_crops(sizes, noise, self.scale)
+        height, width = pair(self.size)
+        return random_crops(sizes, noise, self.scale, width / height)
 
     def augmented(self, images: Tensor, epoch: int | None, indices: np.ndarray) -> Tensor:
         """Augment each crop with its own random numbers; unchanged if ``epoch`` is None."""

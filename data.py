@@ -32,7 +32,7 @@ from torch import Tensor
 import folders
 import pixels
 import shapes
-from pixels import RGB, Picture, PixelFormat, center_crop
+from pixels import RGB, Picture, PixelFormat, Size, center_crop, pair  # noqa: F401
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE
 STD = (0.229, 0.224, 0.225)

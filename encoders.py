@@ -74,9 +74,9 @@ class Pixels(nn.Module):
 
     pools, layers, backbone = ("cls", "mean"), [], None
 
-    def __init__(self, image_size: int, patch_size: int = 8, channels: int = 3):
+    def __init__(self, image_size: data.Size, patch_size: int = 8, channels: int = 3):
         super().__init__()
-        self.image_size, self.patch_size, self.channels = (image_size, image_size), patch_size, channels
+        self.image_size, self.patch_size, self.channels = data.pair(image_size), patch_size, channels
         self.statistics = (data.MEAN, data.STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
 
     def features(self, images: Tensor, layer: int | str | None = None) -> Tensor:

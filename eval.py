@@ -36,6 +36,7 @@ import cli
 import data
 import encoders
 import optim
+import pixels
 import probes
 import smae
 from batches import EvalBatches, TrainBatches
@@ -172,8 +173,8 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
     if args.image_size:
         untrained["image_size"] = args.image_size
     encoder = encoders.load(args.checkpoint, heads=args.heads, untrained=untrained)
-    args.image_size = args.image_size or encoder.image_size[0]
-    image = torch.zeros(1, encoder.channels, args.image_size, args.image_size)
+    args.image_size = args.image_size or pixels.compact(encoder.image_size)
+    image = torch.zeros(1, encoder.channels, *pixels.pair(args.image_size))
 
     if args.command == "finetune":
         args.pool = args.pool or "mean"
@@ -334,7 +335,7 @@ def fit(
             smoothing, min_lr = args.smoothing, args.min_lr
             description = smae.describe_model(model)
         else:
-            image = torch.zeros(1, encoder.channels, args.image_size, args.image_size, device=accelerator.device)
+            image = torch.zeros(1, encoder.channels, *pixels.pair(args.image_size), device=accelerator.device)
             model = Probe(encoder, args.pool, encoder.pooled(image, args.pool).shape[1], classes)
             optimizer = optim.LARS(model.head.parameters(), args.lr, weight_decay=args.weight_decay)
             description = dict(model=dict(probe=args.checkpoint, classes=classes, pool=args.pool))
@@ -549,8 +550,9 @@ def report(command: str, out: Path, options: dict, result: dict) -> dict:
     if "top1_by_k" in result:
         figures += ["k " + ", ".join(f"{k}: {top1:.2f}" for k, top1 in result["top1_by_k"].items())]
     figures += [f"{result['images']} images"]
+    size = " x ".join(map(str, dict.fromkeys(pixels.pair(options["image_size"]))))
     print(
-        f"{command} {options['checkpoint']} ({options['pool']}, {options['image_size']} px) on {options['dataset']}: "
+        f"{command} {options['checkpoint']} ({options['pool']}, {size} px) on {options['dataset']}: "
         f"{', '.join(figures)}, {result['seconds']:.0f} s; wrote {out / result.get('file', 'result.json')}"
     )
     return content

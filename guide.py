@@ -280,7 +280,7 @@ class Guide:
         """
 
         def whole(compute: Callable[[Tensor], Tensor], count: int | None = None) -> Iterator[Tensor]:
-            pictures = batches.uncropped(count, max(self.size))
+            pictures = batches.uncropped(count, self.size)
             for indices in batches.plan.uncropped(count):
                 if len(indices):  # some processes have no part of the last batch
                     images = data.normalize(next(pictures).images, self.model.config["mean"], self.model.config["std"])

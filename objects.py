@@ -190,14 +190,14 @@ class ObjectMasks:
 def sample_pictures(
     dataset: data.Dataset,
     count: int,
-    size: int,
+    size: data.Size,
     mask_column: str = "mask",
     rule: MaskRule = BY_THRESHOLD,
     form: data.PixelFormat = data.RGB,
 ) -> tuple[Tensor, Tensor | None]:
     """Up to ``count`` centre crops from all over the data (the first of a stream) and their objects.
 
-    The crops are (k, c, size, size) uint8, the objects (k, size, size) bool, None without a mask
+    The crops are (k, c, H, W) uint8, the objects (k, H, W) bool, None without a mask
     column. Raises ValueError, with the reason for one, if none of the pictures tried can be decoded.
     """
     has_masks = isinstance((dataset.features or {}).get(mask_column), datasets.Image)
@@ -210,7 +210,7 @@ def sample_pictures(
             reason = data.describe_bad(number, record["image"], error).description
             continue
         images.append(image)
-        objects.append(torch.zeros(size, size, dtype=torch.bool))
+        objects.append(torch.zeros(data.pair(size), dtype=torch.bool))
         if has_masks:
             with contextlib.suppress(Exception):  # a broken mask
                 mask = object_mask(record[mask_column], rule, record["image"])

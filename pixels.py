@@ -148,11 +148,24 @@ def unused_range(pictures: Iterable[Image.Image | np.ndarray]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------ squares
+# ------------------------------------------------------------------------------ crops
+
+Size = int | Sequence[int]  # a side, or height and width, in pixels
 
 
-def crop(image: Picture, box: np.ndarray, flip: bool, size: int) -> Tensor:
-    """Cut out a box (top, left, height, width) and resize it: (c, size, size) uint8."""
+def pair(size: Size) -> tuple[int, int]:
+    """Height and width of a size."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def compact(size: Size) -> int | list[int]:
+    """A size as one side, if both are equal, else as a list of height and width."""
+    height, width = pair(size)
+    return height if height == width else [height, width]
+
+
+def crop(image: Picture, box: np.ndarray, flip: bool, size: Size) -> Tensor:
+    """Cut out a box (top, left, height, width) and resize it: (c, H, W) uint8."""
     if isinstance(image, Bands):
         return torch.cat([crop(band, box, flip, size) for band in image.bands])
     top, left, height, width = (int(x) for x in box)
@@ -160,19 +173,26 @@ def crop(image: Picture, box: np.ndarray, flip: bool, size: int) -> Tensor:
     return image.flip(-1) if flip else image
 
 
-def stretch(image: Picture, size: int) -> Tensor:
-    """Resize a whole picture, ignoring its aspect ratio: (c, size, size) uint8."""
+def stretch(image: Picture, size: Size) -> Tensor:
+    """Resize a whole picture, ignoring its aspect ratio: (c, H, W) uint8."""
     if isinstance(image, Bands):
         return torch.cat([stretch(band, size) for band in image.bands])
-    return TF.pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    height, width = pair(size)
+    return TF.pil_to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def center_crop(image: Picture, size: int, short_side: int | None = None) -> Tensor:
-    """Resize the short side (default: ``size``) and cut out the centre: (c, size, size) uint8."""
+def center_crop(image: Picture, size: Size, ratio: float = 1.0) -> Tensor:
+    """Resize a picture so that the centre of this size is a ``ratio`` of what fits, and cut it out: (c, H, W) uint8."""
     if isinstance(image, Bands):
-        return torch.cat([center_crop(band, size, short_side) for band in image.bands])
+        return torch.cat([center_crop(band, size, ratio) for band in image.bands])
     limit = 8 * min(image.size)  # a strip of 1 x 10,000 pixels would become enormous
     if max(image.size) > limit:
         image = TF.center_crop(image, [min(image.height, limit), min(image.width, limit)])
-    image = TF.resize(image, short_side or size, InterpolationMode.BICUBIC)
-    return TF.pil_to_tensor(TF.center_crop(image, size))
+    height, width = pair(size)
+    if height == width:
+        image = TF.resize(image, round(height / ratio), InterpolationMode.BICUBIC)
+    else:
+        scale = max(height / image.height, width / image.width) / ratio
+        sides = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
+        image = TF.resize(image, sides, InterpolationMode.BICUBIC)
+    return TF.pil_to_tensor(TF.center_crop(image, [height, width]))

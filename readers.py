@@ -26,6 +26,7 @@ import data
 import pixels
 from cropping import CropOptions, Crops, crop_batch
 from data import BadImage, BadImages
+from pixels import Size, pair
 
 
 class Share(NamedTuple):
@@ -103,7 +104,7 @@ class Reader(Protocol):
     def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
         """The micro-batches of an epoch after ``seen`` pictures."""
 
-    def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
+    def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
         """Whole pictures in the order of ``Plan.uncropped``, stretched to squares of ``size``."""
 
     def close(self):
@@ -200,7 +201,7 @@ class Request(NamedTuple):
 
     epoch: int | None
     indices: np.ndarray
-    size: int
+    size: Size
 
 
 class IndexReader:
@@ -213,7 +214,7 @@ class IndexReader:
         micro_batches = self.plan.micro_batches(epoch, seen)
         return self.read([Request(epoch, indices, self.options.size) for indices in micro_batches])
 
-    def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
+    def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
         size = size or self.options.size
         batches = [indices for indices in self.plan.uncropped(count) if len(indices)]
         return self.read([Request(None, indices, size) for indices in batches])
@@ -307,7 +308,7 @@ class PreloadedReader(IndexReader):
         for index in range(min(100, len(dataset))):
             picture, *_ = data.decode_or_next(dataset, index, self.options.bad_limit, self.options.form)
             short_sides.append(min(picture.size))
-        return min(max(short_sides), 2 * self.options.size)
+        return min(max(short_sides), 2 * max(pair(self.options.size)))
 
     def _store(self, dataset: datasets.Dataset, index: int):
         tries = max(1, self.options.bad_limit - len(self.bad))
@@ -328,7 +329,7 @@ class PreloadedReader(IndexReader):
         images = self.images[data.to_device(indices, self.images.device)]
         if images.device.type == "cpu":
             images = data.to_device(images, self.device)
-        images = crop_batch(images, boxes, flips, size)
+        images = crop_batch(images, boxes, flips, pair(size))
         images = self.options.augmented(images, epoch, indices)
         return Batch(images, indices, self.bad, self.labels[indices], crops)
 
@@ -382,7 +383,7 @@ class StreamReader:
             if batch is not None:
                 yield batch
 
-    def uncropped(self, count: int | None, size: int | None) -> Iterable[Batch]:
+    def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
         raise ValueError("a stream has no index to find whole pictures by: drop --streaming")
 
     def close(self):
@@ -464,7 +465,7 @@ class StreamCrops(IterableDataset):
     def _join(self, parts: list[tuple], bad: list[BadImage]) -> Batch:
         """Join single crops into a batch, which may be empty."""
         if not parts:
-            images = torch.empty(0, self.options.form.channels, self.options.size, self.options.size)
+            images = torch.empty(0, self.options.form.channels, *pair(self.options.size))
             crops = Crops(np.empty((0, 4)), np.empty(0, bool))
             return Batch(images, np.array([], np.int64), bad, np.array([]), crops)
         images, indices, labels, crops = zip(*parts)

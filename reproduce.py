@@ -420,7 +420,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
     for run, epoch, folder in due:
         since = time.perf_counter()
         encoder = encoders.load(str(folder)).to(accelerator.device)
-        linear.image_size = size = size_wanted or encoder.image_size[0]
+        linear.image_size = size = data.pair(size_wanted or encoder.image_size)
         if size not in crops:
             options = cli.eval_batch_options(linear, accelerator)
             form = data.pixel_format(training, encoder.channels, linear.pixel_range)

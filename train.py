@@ -30,6 +30,7 @@ import encoders
 import masks
 import optim
 import pictures
+import pixels
 import smae
 from batches import TrainBatches
 from guide import Guide, check_source, find_source, mask_column
@@ -205,12 +206,12 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=N
     source = None
     if args.init_from and resumed:
         config = dict(resumed)
-        args.image_size = args.image_size or config["image_size"][0]
+        args.image_size = args.image_size or pixels.compact(config["image_size"])
     elif args.init_from:
         source = encoders.backbone(args.init_from, heads=args.heads)
         fresh = args.fresh_decoder or not source.config["decoder_depth"]
         config = source.config | (decoder_sizes(source) | dict(normalize_pixels=True) if fresh else {})
-        args.image_size = args.image_size or config["image_size"][0]
+        args.image_size = args.image_size or pixels.compact(config["image_size"])
         if not config["learned_positions"]:  # stretched for other sizes, as they are when used
             config["position_size"] = config["position_size"] or config["image_size"]
     else:

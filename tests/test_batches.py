@@ -175,7 +175,7 @@ def test_evaluation_reads_every_picture_exactly_once(world, batch, workers, tmp_
                 assert i not in seen
                 seen[i] = name
                 assert label == dataset[i]["label"] and name == dataset[i]["image"]["path"]
-                assert torch.equal(image, data.center_crop(data.decode(dataset[i]["image"]), 32, 37))
+                assert torch.equal(image, data.center_crop(data.decode(dataset[i]["image"]), 32, 0.875))
     assert sorted(seen) == list(range(15))
 
 

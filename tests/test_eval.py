@@ -221,7 +221,7 @@ def test_predictions_and_features_of_a_classifier(finetuned, monkeypatch, folder
     out, _ = finetuned
     classifier = smae.load(out)
     files = sorted((folder / "val").rglob("*.png"))
-    crops = torch.stack([data.center_crop(Image.open(file), 32, 37) for file in files])  # 32 / 0.875
+    crops = torch.stack([data.center_crop(Image.open(file), 32, 0.875) for file in files])  # 32 / 0.875
     with torch.no_grad():
         probability = classifier(data.normalize(crops)).softmax(1)
         features = classifier.features(data.normalize(crops))
@@ -422,7 +422,7 @@ def test_images_are_normalised_as_the_encoder_wants(monkeypatch, checkpoint, fol
         arguments = ["--checkpoint", tmp_path / name, "--dataset", folder, "--split", "val", "--pool", "mean"]
         evaluate(monkeypatch, "embed", tmp_path / f"{name}-out", *arguments)
         table = datasets.Dataset.from_parquet(str(tmp_path / f"{name}-out" / "features.parquet"))
-        crop = data.center_crop(Image.open(table[4]["file"]), 32, 37)[None]
+        crop = data.center_crop(Image.open(table[4]["file"]), 32, 0.875)[None]
         with torch.no_grad():
             expected = other.encode(
                 (crop / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(data.STD).view(3, 1, 1)

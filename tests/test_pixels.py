@@ -14,6 +14,7 @@ import eval as judge
 import pixels
 import smae
 import train
+from cropping import random_crops
 from pixels import PixelFormat
 
 
@@ -59,7 +60,7 @@ def test_crops_of_bands_are_those_of_each_band():
     bands = pixels.Bands(image.split())
     box = np.array([3, 5, 20, 22])
     assert torch.equal(pixels.crop(bands, box, True, 16), pixels.crop(image, box, True, 16))
-    assert torch.equal(data.center_crop(bands, 16, 20), data.center_crop(image, 16, 20))
+    assert torch.equal(data.center_crop(bands, 16, 0.8), data.center_crop(image, 16, 0.8))
     assert torch.equal(pixels.stretch(bands, 16), pixels.stretch(image, 16))
 
 
@@ -192,3 +193,64 @@ def test_pictures_that_use_their_range_are_left_alone(capsys):
 def test_a_range_is_two_numbers_in_order(given):
     with pytest.raises(ValueError, match="--pixel-range takes LOW HIGH"):
         data.pixel_format(dataset_of([picture()]), 3, given)
+
+
+# ------------------------------------------------------------------------------------------- oblong pictures
+
+
+def test_oblong_crops_have_the_shape_of_the_model_and_keep_proportions():
+    image = picture(90, 60)
+    assert pixels.center_crop(image, (32, 48)).shape == (3, 32, 48)
+    whole = pixels.stretch(image, (32, 48))
+    assert (pixels.center_crop(image, (32, 48)).int() - whole.int()).abs().float().mean() < 1  # 2 : 3, like the picture
+    assert pixels.center_crop(image, (48, 32), 0.5).shape == (3, 48, 32)
+    sizes, noise = np.tile([[200, 300]], (500, 1)), np.random.default_rng(0).random((500, 23))
+    boxes = random_crops(sizes, noise, (0.2, 0.5), aspect=2.0).boxes
+    ratio = boxes[:, 3] / boxes[:, 2]
+    assert 1.9 < np.exp(np.log(ratio).mean()) < 2.1 and ratio.min() > 1.45 and ratio.max() < 2.75
+
+
+@pytest.mark.parametrize(
+    "extra", ["", "--preload", "--streaming --workers 1", "--guide cached", "--guide-from column:mask"]
+)
+def test_oblong_models_train_resume_and_are_evaluated(extra, quick_drawing, monkeypatch, tmp_path):
+    sizes = QUICK[: QUICK.index("--image-size")] + QUICK[QUICK.index("--image-size") + 2 :]
+    arguments = [
+        *sizes,
+        "--image-size",
+        32,
+        48,
+        "--guide-start",
+        1,
+        "--save-every-steps",
+        1,
+        "--keep",
+        9,
+        *extra.split(),
+    ]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
+    model = smae.load(tmp_path / "run")
+    assert model.config["image_size"] == [32, 48] and model.patch_count == 24
+    resume = ["--resume", tmp_path / "run" / "checkpoint-00000003", "--out", tmp_path / "again"]
+    train_here(monkeypatch, *arguments, *resume)
+    again = smae.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    if not extra:
+        common = ["--precision", "no", "--workers", 0, "--max-images", 16]
+        checkpoint = ["--checkpoint", tmp_path / "run"]
+        result = judge.main(["knn", *checkpoint, *common, "--k", 3, "--out", tmp_path / "knn"])
+        assert result["config"]["image_size"] == [32, 48]
+        tuned = tmp_path / "tuned"
+        judge.main(["finetune", *checkpoint, *common, "--epochs", 1, "--batch-size", 8, "--out", tuned])
+        judge.main(["predict", "--checkpoint", tuned, *common, "--out", tmp_path / "predicted"])
+        import analyze
+
+        analyze.main(["masks", *map(str, checkpoint), "--max-images", "12", "--out", str(tmp_path / "masks")])
+
+
+def test_an_image_size_is_one_side_or_two():
+    parse = train.build_parser().parse_args
+    assert parse(["--image-size", "32"]).image_size == 32 == parse(["--image-size", "32", "32"]).image_size
+    assert parse(["--image-size", "32", "48"]).image_size == [32, 48]
+    with pytest.raises(SystemExit):
+        parse(["--image-size", "1", "2", "3"])
