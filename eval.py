@@ -200,16 +200,15 @@ def load_labelled(
     streaming: bool = False,
     max_images: int | None = None,
     skip_unlabelled: bool = False,
-    spread: bool = True,
 ) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
     """Training and test pictures with labels of the same classes, and the names of these.
 
-    ``max_images`` limits the training pictures, with ``spread`` taken from all over the data.
+    ``max_images`` limits the training pictures, taken from all over the data.
     ``skip_unlabelled`` leaves out pictures whose label is hidden (-1) or missing. Raises ValueError
     if there are no labels, or labels of the test that the training does not have.
     """
     columns = image_column, label_column, streaming
-    training = data.load_images(name, split, *columns, max_images, spread=spread)
+    training = data.load_images(name, split, *columns, max_images, spread=True)
     tests = data.load_test_images(name, test_split, *columns)
     for dataset in (training, tests):
         label = (dataset.features or {}).get("label")

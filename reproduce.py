@@ -412,7 +412,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
     accelerator = cli.make_accelerator(cli.choose_precision(linear.precision))
     columns = linear.image_column, linear.label_column, linear.streaming, linear.max_images
     where = linear.dataset, linear.split, linear.test_split
-    training, tests, classes = judge.load_labelled(*where, *columns, linear.skip_unlabelled, spread=False)
+    training, tests, classes = judge.load_labelled(*where, *columns, linear.skip_unlabelled)
     if experiment.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
     judge.fill_recipe(linear, len(training), 1)

@@ -1,8 +1,4 @@
-import os
 import sys
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; before torch is imported
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

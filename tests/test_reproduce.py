@@ -225,7 +225,7 @@ def test_selection_leaves_the_test_data_alone(reproduced, monkeypatch, tmp_path)
     out = tmp_path / "experiment"
     text = reproduced(*QUICK, "--select", "--arms", "random", "--out", out)
     pictures = [[record["image"]["bytes"] for record in part] for part in seen]
-    training = [record["image"]["bytes"] for record in data.load_images("shapes", max_images=48)]
+    training = [record["image"]["bytes"] for record in data.load_images("shapes", max_images=48, spread=True)]
     assert [len(part) for part in pictures] == [38, 10] and sorted(pictures[0] + pictures[1]) == sorted(training)
     assert "fine-tuning" not in text and "held out" in (out / "selection-table.md").read_text()
     assert not (out / "random-seed0" / "tests.json").exists() and not (out / "table.md").exists()

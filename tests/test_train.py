@@ -444,6 +444,7 @@ def test_the_guide_of_a_pre_trained_encoder_may_start_at_once(small_model, monke
     smae.save(small_model, tmp_path / "vit", format="timm")
     quick = QUICK[len(SMALL) :]
     arguments = [*quick, "--init-from", tmp_path / "vit", "--image-size", 48, "--guide-start", 0, "--lr", 0]
+    arguments += ["--decoder-depth", 1]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
     assert [record["phase"] for record in records(tmp_path / "run")] == ["selfguided"] * 2
     trained = smae.load(tmp_path / "run")
