@@ -184,9 +184,12 @@ def from_foreign(
 
 
 def unify_names(weights: Weights) -> Weights:
-    """Rename tensors of ViTMAE as in its pre-training model of transformers 4."""
-    if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in weights):
+    """Rename tensors of ViTMAE as in its pre-training model of transformers 4, without what stands before."""
+    entry = "embeddings.patch_embeddings.projection.weight"
+    places = [name.removesuffix(entry) for name in weights if name.endswith(entry)]
+    if not places:
         return weights
+    weights = strip_prefix(weights, min(places).removesuffix("vit."))
     bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)")  # names of a ViTMAEModel
     names = {name: bare.sub("vit.", name) for name in weights}
     for new, old in TRANSFORMERS_5_NAMES.items():

@@ -198,7 +198,9 @@ def _known_source(name: str) -> Source | None:
 
 
 def _find_image_column(name: str, features: dict, column: str | None) -> str:
+    encoded = ("binary", "large_binary")  # bytes that nothing calls pictures but their name
     images = [key for key, feature in features.items() if _holds_images(feature)]
+    images += [key for key in IMAGE_COLUMNS if getattr(features.get(key), "dtype", None) in encoded]
     column = column or next((key for key in IMAGE_COLUMNS if key in images), None)
     if column is None and len(images) == 1:
         column = images[0]
@@ -242,6 +244,9 @@ def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_c
         dataset = dataset.decode(False)  # before renaming, which decodes a stream
     if replaced:
         dataset = dataset.remove_columns(replaced)
+    for column, feature in features.items():
+        if column != image_column and isinstance(feature, dict) and _holds_images(feature):  # masks, perhaps
+            dataset = dataset.cast_column(column, datasets.Image())
     dataset = dataset.rename_columns(names)
     if isinstance(features[image_column], (datasets.Array2D, datasets.Array3D)):
         return dataset
@@ -401,7 +406,7 @@ def open_upright(record) -> Image.Image | np.ndarray:
     if encoded is None and "://" in path:
         return datasets.Image().decode_example(record)
     if encoded is not None and encoded.startswith(b"\x93NUMPY"):
-        return np.load(io.BytesIO(encoded), allow_pickle=False)
+        return np.load(io.BytesIO(encoded))  # never an object array
     with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
         image.load()
     try:

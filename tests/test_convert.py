@@ -391,8 +391,13 @@ def test_a_state_dict_of_transformers_5_is_read_like_its_folder(tmp_path):
     expected = smae.load(tmp_path / "folder").state_dict()
     whole = smae.load(tmp_path / "whole.pth", heads=2).state_dict()
     assert whole.keys() == expected.keys() and all(torch.equal(whole[name], expected[name]) for name in whole)
-    encoder = smae.load(tmp_path / "encoder.pth", heads=2).state_dict()
-    assert encoder and all(torch.equal(encoder[name], expected[name]) for name in encoder)
+    twice = torch.nn.Module()
+    twice.model = twice.encoder = theirs.vit
+    torch.save({"state_dict": twice.state_dict()}, tmp_path / "twice.pth")
+    torch.save({"state_dict": torch.nn.ModuleDict(dict(module=theirs)).state_dict()}, tmp_path / "module.pth")
+    for file in ("encoder.pth", "twice.pth", "module.pth"):
+        encoder = smae.load(tmp_path / file, heads=2).state_dict()
+        assert encoder and all(torch.equal(encoder[name], expected[name]) for name in encoder), file
 
 
 def test_an_encoder_under_two_names_is_read_once(tmp_path):

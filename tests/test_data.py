@@ -425,6 +425,16 @@ def test_a_struct_of_bytes_and_path_holds_pictures(tmp_path):
         assert np.array_equal(np.asarray(data.decode(loaded[2]["image"])), np.asarray(picture(seed=2)))
 
 
+def test_bytes_in_a_column_called_image_are_pictures_and_structs_beside_it_masks(tmp_path):
+    blobs = [image_bytes(picture(seed=i)) for i in range(3)]
+    masks = [dict(bytes=blob, path=None) for blob in blobs]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": blobs, "mask": masks, "text": ["x"] * 3}), tmp_path / "x.parquet"
+    )
+    loaded = data.load_images(str(tmp_path / "x.parquet"))
+    assert data.decode(loaded[1]["image"]).size == (40, 30) and isinstance(loaded.features["mask"], datasets.Image)
+
+
 def test_an_error_of_datasets_comes_with_its_cause(monkeypatch, tmp_path):
     def fails(*_, **__):
         try:
