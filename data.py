@@ -272,6 +272,8 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
         return _open_hub(name, split, streaming, known)
     except (FileNotFoundError, ConnectionError) as error:
         reason = root_cause(error)
+        if Path(name).exists():  # something else is missing, such as a cache that can be written
+            raise FileNotFoundError(f"cannot load {name}: {reason}") from None
         if known and known.hub:
             reason = f"cannot download {known.hub}: {known.hint} ({reason})"
         raise FileNotFoundError(
