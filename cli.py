@@ -121,7 +121,7 @@ OPTIONS = {  # that several commands have
     "object-ids": dict(
         type=int, nargs="+", help="values of the object in a mask column (default: understood from the masks)"
     ),
-    "object-void": dict(type=int, help="value in a mask column that counts neither as object nor as background"),
+    "object-void": dict(type=int, help="value in a mask column that is not the object, though it is not 0"),
     # optimisation
     "epochs": dict(type=int, help="passes over the training data"),
     "warmup-epochs": dict(type=int, help="epochs of linear warm-up, part of --epochs"),

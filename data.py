@@ -7,6 +7,7 @@ Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/
 grid.
 """
 
+import collections
 import contextlib
 import functools
 import glob
@@ -125,7 +126,9 @@ def load_images(
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
     image_column = _find_image_column(name_or_path, features, image_column)
     label_column = _find_label_column(name_or_path, features, label_column)
-    dataset = _rename_columns(dataset, features, image_column, label_column)
+    text_table = Path(name_or_path).suffix.lower() in (".csv", ".json", ".jsonl")
+    folder = str(Path(name_or_path).expanduser().parent) if text_table else None  # names of files count from there
+    dataset = _rename_columns(dataset, features, image_column, label_column, folder)
 
     # refuse empty splits, then shorten
     first = next(iter(dataset), None) if streaming else len(dataset) or None
@@ -233,7 +236,9 @@ def _find_label_column(name: str, features: dict, column: str | None) -> str | N
     return column
 
 
-def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_column: str | None) -> Dataset:
+def _rename_columns(
+    dataset: Dataset, features: dict, image_column: str, label_column: str | None, folder: str | None
+) -> Dataset:
     """Rename the columns to ``image`` and ``label``; drop others of these names; decode nothing."""
     names = {image_column: "image"}
     if label_column:
@@ -248,6 +253,8 @@ def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_c
         if column != image_column and isinstance(feature, dict) and _holds_images(feature):  # masks, perhaps
             dataset = dataset.cast_column(column, datasets.Image())
     dataset = dataset.rename_columns(names)
+    if folder and getattr(features[image_column], "dtype", None) in ("string", "large_string"):
+        dataset = dataset.map(_absolute_path, fn_kwargs=dict(folder=folder))
     if isinstance(features[image_column], (datasets.Array2D, datasets.Array3D)):
         return dataset
     return dataset.cast_column("image", datasets.Image(decode=False))
@@ -296,17 +303,12 @@ def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
         raise ValueError(f"a file of this kind cannot be read: expected {', '.join(FILES)}, or a folder")
     files = {split: glob.escape(str(path))}  # a name, not a pattern
     dataset = datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming)
-    if FILES[suffix] in ("csv", "json"):  # they name files
-        dataset = dataset.map(_resolve_paths, fn_kwargs=dict(folder=str(path.parent)))
     return dataset
 
 
-def _resolve_paths(record: dict, folder: str) -> dict:
-    """Make the names of files in a record of a text table absolute."""
-    return {
-        key: str(Path(folder, value)) if isinstance(value, str) and Path(folder, value).is_file() else value
-        for key, value in record.items()
-    }
+def _absolute_path(record: dict, folder: str) -> dict:
+    """Make the name of a picture in a record of a text table absolute."""
+    return {"image": str(Path(folder, record["image"]))} if isinstance(record["image"], str) else {}
 
 
 def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
@@ -338,22 +340,21 @@ def _open_folder(path: Path, split: str, streaming: bool) -> Dataset:
 def _open_tables(path: Path, tables: list[str], split: str, streaming: bool) -> Dataset:
     """Open a folder of parquet or arrow files or tar archives, whose splits ``datasets`` finds."""
     how = dict(split=split, streaming=streaming)
-    archives = [path / file for file in tables if file.endswith(".tar")]
-    broken = [file for file in archives if not tarfile.is_tarfile(file)]
-    if broken and len(broken) == len(tables):
-        raise ValueError(f"{broken[0]} is not a tar archive: perhaps its download failed")
+    broken = [file for file in tables if file.endswith(".tar") and not tarfile.is_tarfile(path / file)]
+    tables = [file for file in tables if file not in broken]
+    if not tables:
+        raise ValueError(f"{path / broken[0]} is not a tar archive: perhaps its download failed")
     if broken:
-        say_once(f"{path}: left out what is not a tar archive: {', '.join(map(str, broken[:5]))}")
-        files = {split: [glob.escape(str(file)) for file in archives if file not in broken]}
-        return datasets.load_dataset("webdataset", data_files=files, **how)
-    if glob.escape(str(path)) == str(path):
+        say_once(f"{path}: left out what is not a tar archive: {', '.join(broken[:5])}")
+    elif glob.escape(str(path)) == str(path):  # datasets would take other paths for patterns
         return datasets.load_dataset(str(path), **how)
-    kinds = {file: folders.split_of_table(file) for file in tables}  # datasets takes such a path for a pattern
+    kinds = {file: folders.split_of_table(file) for file in tables}
     chosen = [file for file in tables if kinds[file] == (folders.split_kind(split) or split)]
     if not chosen:
         raise ValueError(f"Unknown split {split!r}: expected one of {sorted(set(kinds.values()))}")
-    loader = FILES[Path(chosen[0]).suffix]
-    return datasets.load_dataset(loader, data_files={split: [glob.escape(str(path / file)) for file in chosen]}, **how)
+    suffix, _ = collections.Counter(Path(file).suffix for file in chosen).most_common(1)[0]
+    files = {split: [glob.escape(str(path / file)) for file in chosen if file.endswith(suffix)]}
+    return datasets.load_dataset(FILES[suffix], data_files=files, **how)
 
 
 def _open_hub(name: str, split: str, streaming: bool, known: Source | None) -> Dataset:
@@ -435,14 +436,14 @@ def pixel_format(dataset: Dataset, channels: int, value_range: list[str] | None 
         return PixelFormat(channels)
     if value_range == ["auto"]:
         found = pixels.measure_range(sample)
-        if found:
-            say_once(f"--pixel-range auto: {found[0]:g} to {found[1]:g}")
+        text = f"{found[0]:g} to {found[1]:g}" if found else "no pictures of more than 8 bits in a sample"
+        say_once(f"--pixel-range auto: {text}")
         return PixelFormat(channels, *(found or (None, None)))
     try:
         low, high = map(float, value_range)
     except ValueError:
         low = high = math.nan
-    if not low < high:
+    if not low < high or math.isinf(high - low):
         raise ValueError(f"--pixel-range takes LOW HIGH with LOW < HIGH, or auto, got {' '.join(value_range)}")
     return PixelFormat(channels, low, high)
 

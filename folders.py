@@ -52,13 +52,15 @@ def image_suffixes() -> frozenset[str]:
 
 def list_files(root: Path) -> Listing:
     """List the files below ``root``, symbolic links included, hidden files and our own results excluded."""
-    listing, visited = Listing([], [], [], collections.Counter()), set()
+    listing, above = Listing([], [], [], collections.Counter()), {}
     for folder, children, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in visited:  # a link that leads in a circle, or to what is listed already
+        parents = above.get(os.path.dirname(folder), frozenset())
+        if os.path.realpath(folder) in parents:  # a link that leads in a circle
             children.clear()
             continue
-        visited.add(os.path.realpath(folder))
-        is_result = bool(RESULTS & set(names))
+        above[folder] = parents | {os.path.realpath(folder)}
+        images = [name for name in names if Path(name).suffix.lower() in image_suffixes()]
+        is_result = bool(RESULTS & set(names)) and (Path(folder) == root or all(map(_is_ours, images)))
         if is_result and Path(folder) != root:
             listing.left_out["results of smae"] += len(names)
             children.clear()
@@ -69,7 +71,7 @@ def list_files(root: Path) -> Listing:
             file, suffix = os.path.relpath(os.path.join(folder, name), root), Path(name).suffix.lower()
             if _is_hidden(name):
                 listing.left_out["hidden"] += 1
-            elif is_result and name in RESULTS | RESULT_PICTURES:
+            elif is_result and (name in RESULTS or _is_ours(name)):
                 listing.left_out["results of smae"] += 1
             elif name in METADATA:
                 listing.metadata.append(file)
@@ -84,8 +86,13 @@ def list_files(root: Path) -> Listing:
     return listing
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a picture has the name of one that our commands draw."""
+    return name in RESULT_PICTURES or re.fullmatch(r"masks-.*\.png", name) is not None
+
+
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+    return name.startswith((".", "__MACOSX", "@eaDir")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def describe_left_out(listing: Listing) -> str:
@@ -211,7 +218,7 @@ def _read_metadata(place: Path, files: list[str], metadata: list[Path]) -> tuple
     named = {}
     for file in metadata:
         for row in _rows(file):
-            if not isinstance(row.get("file_name"), str):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise ValueError(f"{file} has no column file_name with the name of each picture")
             named[os.path.normpath(os.path.abspath(file.parent / row["file_name"]))] = file.parent, row
     rows, columns = [], {"image"}
@@ -222,7 +229,8 @@ def _read_metadata(place: Path, files: list[str], metadata: list[Path]) -> tuple
             record = {"image": _image(path)}
             for key, value in row.items():
                 if key.endswith("_file_name"):  # another picture, such as a mask
-                    key, value = key.removesuffix("_file_name"), _image(os.path.abspath(parent / value))
+                    key = key.removesuffix("_file_name")
+                    value = None if value is None else _image(os.path.abspath(parent / value))
                     columns.add(key)
                 if key != "file_name":
                     record[key] = value

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import data
 
-SOFT = 32  # more values than this in one mask are shades of a soft one, not classes
+SHADES = 32  # more values than this in one mask, up to 255, are shades of a soft one, not classes
 SAMPLES = 32  # masks to look at before their values are understood
 TURNS = {  # what an EXIF orientation asks for
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,9 +84,11 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
     if ids is not None:
         names = ", ".join(map(str, ids))
         return MaskRule(f"the object has the value {names}", ids=tuple(ids))
-    masks = list(masks)
-    values = np.unique(np.concatenate([np.unique(mask) for mask in masks])).tolist() if masks else [0, 255]
-    if void is None and any(len(np.unique(mask)) > SOFT for mask in masks):
+    masks = [np.asarray(mask).astype(np.int64).ravel() for mask in masks]
+    pixels = np.concatenate(masks) if masks else np.array([0, 255])
+    values = np.unique(pixels).tolist()
+    shades = max((len(np.unique(mask)) for mask in masks), default=2) > SHADES
+    if void is None and shades and 127 < values[-1] <= 255:
         return MaskRule("soft: the object is above 127", above=127)
     if 0 not in values:
         shown = ", ".join(map(str, values[:8]))
@@ -94,16 +96,21 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
         raise ValueError(
             f"the masks have no background (0), only the values {shown}: {hint}name the object's with --object-ids"
         )
-    beside = any((mask == 255).any() and ((mask > 0) & (mask < 255)).any() for mask in masks)  # 255 in one mask
     others = [value for value in values if value not in (0, void)]
-    if void is None and beside and len(others) == 2 and 100 < others[0] < 155:
-        return MaskRule(f"trimaps: 255 is the object, {others[0]} is unknown and not counted", above=254)
-    if void is None and beside and others[-1] == 255:
-        void = others.pop()
-    if (len(others) <= 1 and void is None) or others == [1, 255]:
+    white, between = int((pixels >= 250).sum()), int(((pixels > 0) & (pixels < 250)).sum())
+    if void is None and 127 < values[-1] <= 255:
+        if len(others) == 2 and others[1] == 255 and 100 < others[0] < 155:
+            return MaskRule(f"trimaps: 255 is the object, {others[0]} is unknown, taken for background", above=254)
+        if len(others) <= 1 or others == [1, 255]:
+            return MaskRule("binary: everything but 0 is the object", above=0)
+        if white > between:  # edges between black and white
+            return MaskRule("soft: the object is above 127", above=127)
+        if others[-1] == 255:
+            void = others.pop()
+    if len(others) <= 1 and void is None:
         return MaskRule("binary: everything but 0 is the object", above=0)
     named = f"{others[0]} to {others[-1]}" if len(others) > 1 else ", ".join(map(str, others))
-    ignored = "" if void is None else f", {void} is void and not counted"
+    ignored = "" if void is None else f", {void} is void, taken for background"
     return MaskRule(f"classes: {named} are the object{ignored}", above=0, void=void)
 
 

@@ -87,18 +87,21 @@ def _from_array(values: np.ndarray, form: PixelFormat) -> Picture:
 
 
 def scale(values: np.ndarray, form: PixelFormat) -> np.ndarray:
-    """Values in the range of ``form`` as uint8; missing ones (NaN) are black."""
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values.astype(np.float32))
+    """Values in the range of ``form`` as uint8; missing ones (NaN, infinite) are black."""
+    values = values.astype(np.float32 if values.dtype.itemsize <= 4 else np.float64)
+    missing = ~np.isfinite(values)
     low, high = (0, usual_top(values)) if form.low is None else (form.low, form.high)
-    return ((values.astype(np.float32) - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+    values = np.where(missing, low, values)
+    return ((values - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
 
 
 def usual_top(values: np.ndarray) -> int:
-    """The value of white: 1 for floats up to 1, 255 for others up to 255, else 65,535."""
-    if values.dtype == np.uint16 or values.max() > 255:
+    """The value of white: 1 for fractions, 255 for others up to 255, else 65,535. Missing values do not count."""
+    finite = values[np.isfinite(values)]
+    largest = finite.max() if finite.size else 0
+    if largest > 255:
         return 65535
-    return 1 if values.dtype.kind == "f" and values.max() <= 1 else 255
+    return 1 if values.dtype.kind == "f" and largest <= 1 else 255
 
 
 def _deep_grey(image: Image.Image, form: PixelFormat) -> Image.Image:
@@ -107,7 +110,7 @@ def _deep_grey(image: Image.Image, form: PixelFormat) -> Image.Image:
     if form.low is not None:
         return Image.fromarray(scale(values, form))
     if image.mode == "F":
-        values = np.nan_to_num(values)  # missing values are black
+        values = np.where(np.isfinite(values), values, np.float32(0))  # missing values are black
     top = 65535 if image.mode.startswith("I;16") else usual_top(values)
     if image.mode == "F":
         values = values.clip(0, top) * np.float32(255 / top)
@@ -125,22 +128,33 @@ def blank(form: PixelFormat = RGB) -> Picture:
 
 
 def measure_range(pictures: Iterable[Image.Image | np.ndarray]) -> tuple[float, float] | None:
-    """The range of values of deep pictures without the outer half per cent on each side; None if none is deep."""
-    values = [np.asarray(picture, np.float64).ravel() for picture in pictures if is_deep(picture)]
-    if not values:
+    """The range of values of deep pictures, without the outer half per cent on each side; None if none is deep."""
+    values = _deep_values(pictures)
+    if not values.size:
         return None
-    low, high = np.nanpercentile(np.concatenate([each[:: max(1, len(each) // 10000)] for each in values]), [0.5, 99.5])
+    low, high = np.percentile(values, [0.5, 99.5])
     return (float(low), float(high)) if high > low else None
+
+
+def _deep_values(pictures: Iterable[Image.Image | np.ndarray]) -> np.ndarray:
+    """A sample of the finite values of pictures of more than 8 bits."""
+    found = [np.empty(0)]
+    for picture in pictures:
+        if is_deep(picture):
+            values = np.asarray(picture, np.float64).ravel()
+            values = values[np.isfinite(values)]
+            found.append(values[:: max(1, len(values) // 10000)])
+    return np.concatenate(found)
 
 
 def unused_range(pictures: Iterable[Image.Image | np.ndarray]) -> str:
     """A warning if deep pictures use less than an eighth of the range that their type has; else empty."""
-    deep = [np.nan_to_num(np.asarray(picture, np.float64)) for picture in pictures if is_deep(picture)]
-    if not deep:
+    values = _deep_values(pictures)
+    if not values.size:
         return ""
-    low, high = min(values.min() for values in deep), max(values.max() for values in deep)
-    top = 1 if high <= 1 else 255 if high <= 255 else 65535
-    if low >= 0 and high - low >= top / 8:
+    low, high = np.percentile(values, [0.5, 99.5])  # an outlier is no use of the range
+    top = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
+    if values.min() >= 0 and high - low >= top / 8:
         return ""
     return (
         f"pictures of more than 8 bits have values from {low:g} to {high:g}, of 0 to {top}: few grey levels are left; "

@@ -218,7 +218,7 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=N
         config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
         config.setdefault("patch_size", 8)
         if args.channels not in (None, 1, 3) and dataset is not None:
-            form = data.PixelFormat(args.channels)
+            form = data.pixel_format(dataset, args.channels, args.pixel_range)
             config["mean"], config["std"] = data.measure_statistics(dataset, form)
         args.image_size = args.image_size or 64
     config |= cli.model_sizes(vars(args)) | dict(image_size=args.image_size)

@@ -106,7 +106,7 @@ def test_named_columns_take_the_place_of_columns_called_image_and_label(photogra
 def test_errors_of_loading_say_what_is_wrong_and_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither here nor on the Hugging Face hub"):
         data.load_images(str(tmp_path / "missing"))
-    with pytest.raises(FileNotFoundError, match="cannot load .*neither images nor parquet"):
+    with pytest.raises(FileNotFoundError, match=r"cannot load .*neither images nor parquet"):
         data.load_images(str(tmp_path))
     two = datasets.Dataset.from_dict(
         {"left": [picture()], "right": [picture()], "n": [1]},

@@ -165,7 +165,25 @@ def test_files_that_are_no_data_sets_get_advice(tmp_path):
         data.load_images("~nobody/photos")
 
 
-def test_files_are_listed_in_order_and_once(tmp_path):
+def test_files_are_listed_in_order_and_links_are_followed(tmp_path):
     write(tmp_path, ["b/2.png", "a/1.png", "b/1.png"])
     os.symlink("b", tmp_path / "c")
-    assert folders.list_files(tmp_path).images == ["a/1.png", "b/1.png", "b/2.png"]
+    assert folders.list_files(tmp_path).images == ["a/1.png", "b/1.png", "b/2.png", "c/1.png", "c/2.png"]
+
+
+def test_a_class_folder_with_a_file_called_like_ours_is_no_run(tmp_path):
+    write(tmp_path, ["a/1.png", "b/1.png", "run/masks.png", "run/masks-amt.png"])
+    for folder in ("a", "run"):
+        (tmp_path / folder / "results.json").write_text("{}")
+    assert folders.list_files(tmp_path).images == ["a/1.png", "b/1.png"]
+
+
+def test_metadata_may_lack_a_mask_and_must_hold_objects(tmp_path):
+    write(tmp_path, ["1.png", "2.png", "masks/1.png"])
+    rows = ['{"file_name": "1.png", "mask_file_name": "masks/1.png"}', '{"file_name": "2.png", "mask_file_name": null}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    loaded = data.load_images(str(tmp_path))
+    assert len(loaded) == 2 and loaded[1]["mask"] is None
+    (tmp_path / "metadata.jsonl").write_text("[1]")
+    with pytest.raises(ValueError, match="has no column file_name"):
+        data.load_images(str(tmp_path))

@@ -19,6 +19,12 @@ def rings(inner: int, rim: int, outside: int = 0) -> np.ndarray:
     return values
 
 
+def soft_edges(values: np.ndarray) -> np.ndarray:
+    """A mask that was made smaller and larger again."""
+    small = Image.fromarray(values).resize((24, 20), Image.Resampling.BILINEAR)
+    return np.asarray(small.resize((48, 40), Image.Resampling.BILINEAR)) // 16 * 17
+
+
 @pytest.mark.parametrize(
     "masks, kind, inside, on_rim",
     [
@@ -28,6 +34,8 @@ def rings(inner: int, rim: int, outside: int = 0) -> np.ndarray:
         ([rings(15, 9)], "classes: 9 to 15 are the object", True, True),
         ([rings(255, 128)], "trimaps: 255 is the object, 128 is unknown", True, False),
         ([(255 - 5 * GRID).clip(0, 255).astype(np.uint8)], "soft", True, True),
+        ([soft_edges(rings(255, 0))], "soft", True, False),
+        ([np.arange(1920).reshape(40, 48).astype(np.int64) * (GRID < 12)], "classes: ", True, False),
         ([np.zeros((40, 48), np.uint8), rings(2, 255)], "classes: 2 are the object, 255 is void", True, False),
     ],
 )

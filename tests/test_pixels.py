@@ -177,9 +177,23 @@ def test_depths_and_hounsfield_units_have_a_range(capsys):
     values = [np.linspace(-1000, 400, 1200, dtype=np.float32).reshape(30, 40) + i for i in range(3)]
     dataset = dataset_of([Image.fromarray(each) for each in values], "TIFF")
     data.pixel_format(dataset, 1)
-    assert "have values from -1000 to 402" in capsys.readouterr().err
+    assert "have values from -992.166 to 394.166, of 0 to 65535" in capsys.readouterr().err
     decoded = np.asarray(data.decode(dataset[0]["image"], data.pixel_format(dataset, 1, ["-1000", "400"])))
     assert decoded.min() == 0 and decoded.max() == 255 and levels(decoded) == 256
+
+
+def test_values_that_are_missing_or_far_out_do_not_darken_a_picture(capsys):
+    values = np.asarray(picture().convert("L"), np.float32) / 255
+    for hole in (np.nan, np.inf, -np.inf):
+        holed = values.copy()
+        holed[0, 0] = hole
+        decoded = np.asarray(pixels.convert(Image.fromarray(holed), PixelFormat(1)))
+        assert decoded[0, 0] == 0 and levels(decoded) > 50
+        ranged = np.asarray(pixels.convert(Image.fromarray(holed), PixelFormat(1, -1, 1)))
+        assert ranged[0, 0] == 0 or hole == np.inf
+    depth = np.linspace(1, 5, 1200, dtype=np.float32).reshape(30, 40)
+    depth[0, 0] = 65535
+    assert "few grey levels" in pixels.unused_range([Image.fromarray(depth)])
 
 
 def test_pictures_that_use_their_range_are_left_alone(capsys):
@@ -189,7 +203,7 @@ def test_pictures_that_use_their_range_are_left_alone(capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [["1"], ["5", "5"], ["a", "b"], ["1", "2", "3"]])
+@pytest.mark.parametrize("given", [["1"], ["5", "5"], ["a", "b"], ["1", "2", "3"], ["0", "inf"]])
 def test_a_range_is_two_numbers_in_order(given):
     with pytest.raises(ValueError, match="--pixel-range takes LOW HIGH"):
         data.pixel_format(dataset_of([picture()]), 3, given)
