@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
 
 import data
 import pixels
@@ -326,7 +326,7 @@ UNSUPPORTED = {  # what accelerate's environment can ask for, and how it is call
 
 def best_precision() -> str:
     """bf16 where the hardware computes in it; else fp16 on a GPU, float32 on a CPU."""
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     cpuinfo = Path("/proc/cpuinfo")
     return "bf16" if cpuinfo.exists() and "bf16" in cpuinfo.read_text() else "no"

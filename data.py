@@ -127,7 +127,7 @@ def load_images(
     image_column = _find_image_column(name_or_path, features, image_column)
     label_column = _find_label_column(name_or_path, features, label_column)
     text_table = Path(name_or_path).suffix.lower() in (".csv", ".json", ".jsonl")
-    folder = str(Path(name_or_path).expanduser().parent) if text_table else None  # names of files count from there
+    folder = os.path.dirname(os.path.expanduser(name_or_path)) if text_table else None  # names of files start there
     dataset = _rename_columns(dataset, features, image_column, label_column, folder)
 
     # refuse empty splits, then shorten
@@ -201,9 +201,8 @@ def _known_source(name: str) -> Source | None:
 
 
 def _find_image_column(name: str, features: dict, column: str | None) -> str:
-    encoded = ("binary", "large_binary")  # bytes that nothing calls pictures but their name
     images = [key for key, feature in features.items() if _holds_images(feature)]
-    images += [key for key in IMAGE_COLUMNS if getattr(features.get(key), "dtype", None) in encoded]
+    images += [key for key in IMAGE_COLUMNS if _is_bytes(features.get(key))]  # pictures by their name alone
     column = column or next((key for key in IMAGE_COLUMNS if key in images), None)
     if column is None and len(images) == 1:
         column = images[0]
@@ -221,9 +220,12 @@ def _find_image_column(name: str, features: dict, column: str | None) -> str:
 def _holds_images(feature) -> bool:
     """Whether a feature is that of images, or of their bytes as ``datasets`` stores them."""
     if isinstance(feature, dict):
-        encoded = getattr(feature.get("bytes"), "dtype", None) in ("binary", "large_binary")
-        return encoded and feature.keys() <= {"bytes", "path"}
+        return _is_bytes(feature.get("bytes")) and feature.keys() <= {"bytes", "path"}
     return isinstance(feature, (datasets.Image, datasets.Array2D, datasets.Array3D))
+
+
+def _is_bytes(feature) -> bool:
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
 def _find_label_column(name: str, features: dict, column: str | None) -> str | None:
@@ -253,7 +255,7 @@ def _rename_columns(
         if column != image_column and isinstance(feature, dict) and _holds_images(feature):  # masks, perhaps
             dataset = dataset.cast_column(column, datasets.Image())
     dataset = dataset.rename_columns(names)
-    if folder and getattr(features[image_column], "dtype", None) in ("string", "large_string"):
+    if folder is not None and getattr(features[image_column], "dtype", None) in ("string", "large_string"):
         dataset = dataset.map(_absolute_path, fn_kwargs=dict(folder=folder))
     if isinstance(features[image_column], (datasets.Array2D, datasets.Array3D)):
         return dataset
@@ -269,7 +271,7 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
         dataset = shapes.load_shapes(split, easy=name == "shapes:easy")
         return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
     try:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_file():
             return _open_file(path, split, streaming)
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -279,7 +281,7 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
         return _open_hub(name, split, streaming, known)
     except (FileNotFoundError, ConnectionError) as error:
         reason = root_cause(error)
-        if Path(name).exists():  # something else is missing, such as a cache that can be written
+        if path.exists():  # something else is missing, such as a cache that can be written
             raise FileNotFoundError(f"cannot load {name}: {reason}") from None
         if known and known.hub:
             reason = f"cannot download {known.hub}: {known.hint} ({reason})"
@@ -302,8 +304,7 @@ def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
     if suffix not in FILES:
         raise ValueError(f"a file of this kind cannot be read: expected {', '.join(FILES)}, or a folder")
     files = {split: glob.escape(str(path))}  # a name, not a pattern
-    dataset = datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming)
-    return dataset
+    return datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming)
 
 
 def _absolute_path(record: dict, folder: str) -> dict:

@@ -88,20 +88,18 @@ def _from_array(values: np.ndarray, form: PixelFormat) -> Picture:
 
 def scale(values: np.ndarray, form: PixelFormat) -> np.ndarray:
     """Values in the range of ``form`` as uint8; missing ones (NaN, infinite) are black."""
-    values = values.astype(np.float32 if values.dtype.itemsize <= 4 else np.float64)
-    missing = ~np.isfinite(values)
     low, high = (0, usual_top(values)) if form.low is None else (form.low, form.high)
-    values = np.where(missing, low, values)
+    values = np.where(np.isfinite(values), values.astype(np.float64), low)
     return ((values - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
 
 
 def usual_top(values: np.ndarray) -> int:
-    """The value of white: 1 for fractions, 255 for others up to 255, else 65,535. Missing values do not count."""
+    """The value of white: 65,535 for 16 bits and beyond 255, 1 for floats and booleans up to 1, else 255."""
     finite = values[np.isfinite(values)]
     largest = finite.max() if finite.size else 0
-    if largest > 255:
+    if values.dtype == np.uint16 or largest > 255:
         return 65535
-    return 1 if values.dtype.kind == "f" and largest <= 1 else 255
+    return 1 if values.dtype.kind in "fb" and largest <= 1 else 255
 
 
 def _deep_grey(image: Image.Image, form: PixelFormat) -> Image.Image:
@@ -196,7 +194,7 @@ def stretch(image: Picture, size: Size) -> Tensor:
 
 
 def center_crop(image: Picture, size: Size, ratio: float = 1.0) -> Tensor:
-    """Resize a picture so that the centre of this size is a ``ratio`` of what fits, and cut it out: (c, H, W) uint8."""
+    """Resize a picture and cut out its centre: (c, H, W) uint8. ``ratio``: side of the crop over the short side."""
     if isinstance(image, Bands):
         return torch.cat([center_crop(band, size, ratio) for band in image.bands])
     limit = 8 * min(image.size)  # a strip of 1 x 10,000 pixels would become enormous

@@ -196,6 +196,16 @@ def test_values_that_are_missing_or_far_out_do_not_darken_a_picture(capsys):
     assert "few grey levels" in pixels.unused_range([Image.fromarray(depth)])
 
 
+def test_white_follows_from_the_type_of_an_array():
+    """A dark array of 16 bits once became as bright as one of 8."""
+    for kind, white in ((np.uint16, 65535), (np.int32, 255), (np.float32, 255)):
+        values = np.array([[0, 200]]).astype(kind)
+        expected = round(200 * 255 / white)
+        assert np.asarray(pixels.convert(values, PixelFormat(1))).tolist() == [[0, expected]], kind
+    for values in (np.array([[False, True]]), np.array([[0.0, 1.0]])):
+        assert np.asarray(pixels.convert(values, PixelFormat(1))).tolist() == [[0, 255]]
+
+
 def test_pictures_that_use_their_range_are_left_alone(capsys):
     grey = np.asarray(picture().convert("L"))
     for image in (picture(), Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)):
