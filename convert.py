@@ -1,7 +1,7 @@
 """Convert checkpoints of other projects to ``smae.SMAE`` and back.
 
-Reads facebookresearch/mae, transformers' ViTMAE, and ViTs with timm's names (plain ViT, DeiT, MoCo
-v3, DINO). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts,
+Reads facebookresearch/mae, transformers' ViTMAE, ViT, DeiT and DINOv2, and ViTs with timm's names
+(plain ViT, DeiT, MoCo v3, DINO, DINOv2). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts,
 ``config`` is the JSON beside them, ``arguments`` are those of ``smae.SMAE``. Imports nothing of
 this project; ``smae.load`` and ``smae.save`` import it for every format but their own.
 
@@ -26,6 +26,7 @@ Folder = tuple[Weights, dict[str, dict]]  # tensors, and the content of JSON fil
 MAE_NAMES = {  # from our names to those of facebookresearch/mae and timm
     "embed": "patch_embed.proj",
     "positions": "pos_embed",
+    "registers": "reg_token",
     "attention.qkv": "attn.qkv",
     "attention.out": "attn.proj",
     "mlp.0": "mlp.fc1",
@@ -37,6 +38,7 @@ TRANSFORMERS_NAMES = {  # from our names to those of transformers' ViTMAE
     "embed": "vit.embeddings.patch_embeddings.projection",
     "cls_token": "vit.embeddings.cls_token",
     "positions": "vit.embeddings.position_embeddings",
+    "registers": "vit.embeddings.register_tokens",
     "blocks": "vit.encoder.layer",
     "norm1": "layernorm_before",
     "attention.query": "attention.attention.query",  # these three form our attention.qkv
@@ -54,9 +56,13 @@ TRANSFORMERS_NAMES = {  # from our names to those of transformers' ViTMAE
     "decoder_norm": "decoder.decoder_norm",
     "head": "decoder.decoder_pred",
 }
-TRANSFORMERS_5_NAMES = {  # parts of names in transformers 5: those of transformers 4
+OTHER_NAMES = {  # parts of names in transformers 5 and in its DINOv2: those of ViTMAE in transformers 4
     "vit.layers.": "vit.encoder.layer.",
     "decoder_encoder.layer.": "decoder_layers.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    ".layer_scale1.lambda1": ".ls1.gamma",
+    ".layer_scale2.lambda1": ".ls2.gamma",
     ".attention.q_proj.": ".attention.attention.query.",
     ".attention.k_proj.": ".attention.attention.key.",
     ".attention.v_proj.": ".attention.attention.value.",
@@ -64,8 +70,34 @@ TRANSFORMERS_5_NAMES = {  # parts of names in transformers 5: those of transform
     ".mlp.fc1.": ".intermediate.dense.",
     ".mlp.fc2.": ".output.dense.",
 }
-CLASSIFIER_HEADS = ("head.", "head_dist.", "pre_logits.", "classifier.", "vit.pooler.", "pooler.")
+EXTRA_TOKENS = ("dist_token", "vit.embeddings.distillation_token", "register_tokens")  # other names of registers
+CLASSIFIER_HEADS = (
+    "head.",
+    "head_dist.",
+    "pre_logits.",
+    "classifier.",
+    "cls_classifier.",
+    "distillation_classifier.",
+    "vit.pooler.",
+    "pooler.",
+)
 TOKENS, TABLES = ("cls_token", "mask_token"), ("positions", "decoder_positions")
+NO_PLAIN_VIT = {  # parts of names, and what a ViT of ours has not
+    "rel_pos": "relative positions",
+    "relative_position": "relative positions",
+    "rope": "rotary positions",
+    "norm_pre": "a norm before its blocks",
+    "pre_layrnorm": "a norm before its blocks",
+    "fc1_g": "SwiGLU",
+    "weights_in": "SwiGLU",
+    "mlp.w12": "SwiGLU",
+    "q_norm": "norms of queries and keys",
+    "lambda_q1": "differential attention",
+    "attn_pool": "attention pooling",
+    "gamma_1": "layer scale as in BEiT or DeiT III, whose positions cannot be told (timm's deit3 can be loaded)",
+}
+# timm's architectures whose activation is another one, which shows in their names alone
+OTHER_ACTIVATION = r"quickgelu|patch32_siglip|giantopt\w*siglip|large_patch16_siglip\w*512|so400m_patch16_siglip"
 
 # options under "args" in a .pth file; facebookresearch/mae writes norm_pix_loss, to_mae() all
 PTH_OPTIONS = (
@@ -160,31 +192,34 @@ def from_foreign(
     weights = unify_names(weights)
     names, prefix = recognise(weights)
     weights = select(weights, prefix)
-    weights = rename(weights, {theirs: ours for ours, theirs in names.items()})
+    weights = rename(weights, dict.fromkeys(EXTRA_TOKENS, "registers") | {names[name]: name for name in names})
     weights = join_qkv(weights)
     check_supported(weights)
+    weights = fold_layer_scale(weights)
 
     # find the sizes: by names and shapes, else by the configuration, else the usual ones
+    config = config | section(config, "vision_config")
     arguments = infer_sizes(weights) | read_options(config)
     arguments["heads"] = heads or infer_heads(config, arguments["width"], prefix)
     if width := arguments.get("decoder_width"):
         usual_heads = max(1, width // 32)
         arguments["decoder_heads"] = config.get("decoder_num_attention_heads") or usual_heads
-    weights = flatten(weights)
+    weights = rename(flatten(weights), {"fc_norm": "norm"})
     image_size = image_size or infer_image_size(weights, config, arguments["patch_size"])
     grid = patch_grid(image_size, arguments["patch_size"])
 
     # positions are fixed if all tables are, else learned
-    weights = add_class_position(weights, grid)
+    prefix = arguments["class_token"] + arguments["registers"]
+    weights = add_token_positions(weights, grid, prefix)
     tables = [weights[name] for name in TABLES if name in weights]
-    fixed = all(is_fixed(table, grid, arguments["class_token"], fixed_positions) for table in tables)
+    fixed = all(is_fixed(table, grid, prefix, fixed_positions) for table in tables)
     if fixed:
         weights = {name: tensor for name, tensor in weights.items() if name not in TABLES}
     return arguments | dict(image_size=image_size, learned_positions=not fixed), weights
 
 
 def unify_names(weights: Weights) -> Weights:
-    """Rename tensors of ViTMAE as in its pre-training model of transformers 4, without what stands before."""
+    """Rename tensors of transformers as in ViTMAE's pre-training model of transformers 4, without what stands before."""
     entry = "embeddings.patch_embeddings.projection.weight"
     places = [name.removesuffix(entry) for name in weights if name.endswith(entry)]
     if not places:
@@ -192,7 +227,7 @@ def unify_names(weights: Weights) -> Weights:
     weights = strip_prefix(weights, min(places).removesuffix("vit."))
     bare = re.compile(r"^(?=embeddings\.|encoder\.layer\.|layers\.|layernorm\.)")  # names of a ViTMAEModel
     names = {name: bare.sub("vit.", name) for name in weights}
-    for new, old in TRANSFORMERS_5_NAMES.items():
+    for new, old in OTHER_NAMES.items():
         names = {name: unified.replace(new, old) for name, unified in names.items()}
     return {names[name]: tensor for name, tensor in weights.items()}
 
@@ -213,12 +248,14 @@ def recognise(weights: Weights) -> tuple[dict[str, str], str]:
 
 
 def select(weights: Weights, prefix: str) -> Weights:
-    """The float32 tensors of encoder and decoder; ``fc_norm`` replaces a missing last norm."""
+    """The float32 tensors of encoder and decoder, without the mask token of an encoder alone."""
     weights = {name: tensor.float() for name, tensor in strip_prefix(weights, prefix).items()}
     weights = leave_out(weights, CLASSIFIER_HEADS)
-    if "norm.weight" not in weights:
-        weights = rename(weights, {"fc_norm": "norm"})
-    return leave_out(weights, ("fc_norm.",))
+    if "norm.weight" in weights:
+        weights = leave_out(weights, ("fc_norm.",))
+    if not any(name.startswith(("decoder_blocks.", "decoder.")) for name in weights):
+        weights = leave_out(weights, ("mask_token", "vit.embeddings.mask_token"))
+    return weights
 
 
 def strip_prefix(weights: Weights, prefix: str) -> Weights:
@@ -251,22 +288,35 @@ def join_qkv(weights: Weights) -> Weights:
 
 
 def check_supported(weights: Weights):
-    """Raise ValueError for ViTs with unsupported positions, patch embeddings or tokens."""
+    """Raise ValueError, with the reason, for ViTs that are not plain ones."""
+    for part, what in NO_PLAIN_VIT.items():
+        if any(part in name for name in weights):
+            raise ValueError(f"not a supported ViT: it has {what}")
     embed, positions = weights["embed.weight"], weights.get("positions", torch.empty(0))
     if embed.ndim != 4 or positions.ndim < 2:
         raise ValueError("not a supported ViT: it lacks absolute positions or a convolution of patches")
     if not embed.numel():
         raise ValueError("not a supported ViT: its patches are empty")
-    if others := {"dist_token", "reg_token"} & weights.keys():
-        raise ValueError(f"not a supported ViT: it has {', '.join(others)}")
+
+
+def fold_layer_scale(weights: Weights) -> Weights:
+    """Multiply the last matrices of attention and MLP by the layer scale behind them."""
+    weights = dict(weights)
+    for name in [name for name in weights if re.search(r"\.ls[12]\.gamma$", name)]:
+        gamma = weights.pop(name)
+        layer = name.replace("ls1.gamma", "attention.out").replace("ls2.gamma", "mlp.2")
+        for part in (f"{layer}.weight", f"{layer}.bias"):
+            if part in weights:
+                weights[part] = weights[part] * gamma.view(-1, *[1] * (weights[part].ndim - 1))
+    return weights
 
 
 def flatten(weights: Weights) -> Weights:
-    """Reshape tokens to (d,), position tables to (rows, d), the convolution to a linear layer."""
+    """Reshape tokens to (d,), registers and tables to (rows, d), the convolution to a linear layer."""
     tokens = {name: weights[name].flatten() for name in TOKENS if name in weights}
-    tables = {name: weights[name].flatten(0, -2) for name in TABLES if name in weights}
+    rows = {name: weights[name].flatten(0, -2) for name in (*TABLES, "registers") if name in weights}
     embed = rearrange(weights["embed.weight"], "d c p1 p2 -> d (p1 p2 c)")
-    return weights | tokens | tables | {"embed.weight": embed}
+    return weights | tokens | rows | {"embed.weight": embed}
 
 
 def infer_sizes(weights: Weights) -> dict:
@@ -283,6 +333,8 @@ def infer_sizes(weights: Weights) -> dict:
         channels=channels,
         mlp_ratio=mlp_width / width,
         class_token="cls_token" in weights,
+        registers=weights["registers"].shape[-2] if "registers" in weights else 0,
+        norm_after_mean="fc_norm.weight" in weights,
     )
     if sizes["decoder_depth"] and "decoder_embed.bias" in weights:
         sizes["decoder_width"] = len(weights["decoder_embed.bias"])
@@ -300,6 +352,9 @@ def read_options(config: dict) -> dict:
         norm_eps=config.get("layer_norm_eps", 1e-6),
         normalize_pixels=config.get("norm_pix_loss", True),
     )
+    if config.get("do_normalize") is False:
+        options |= dict(mean=[0.0] * 3, std=[1.0] * 3)
+        return options
     for name in ("mean", "std"):
         if given := config.get(f"image_{name}") or section(config, "pretrained_cfg").get(name):
             options[name] = given
@@ -309,28 +364,38 @@ def read_options(config: dict) -> dict:
 def check_options(config: dict):
     """Raise ValueError for options of transformers and timm that change the forward pass, and that we lack."""
     model_args = section(config, "model_args")
-    options = {"hidden_act": config.get("hidden_act"), "act_layer": model_args.get("act_layer")}
-    for name, value in options.items():
+    options = {name: config.get(name) for name in ("hidden_act", "hidden_activation")}
+    for name, value in (options | {"act_layer": model_args.get("act_layer")}).items():
         if value is not None and value not in ("gelu", "gelu_python"):
             raise ValueError(f"not a supported ViT: {name} is {str(value)[:40]!r}, and only gelu is supported")
+    architecture = str(config.get("architecture", ""))[:80]
+    if "act_layer" not in model_args and re.search(OTHER_ACTIVATION, architecture):
+        raise ValueError(f"not a supported ViT: {architecture} has another activation than gelu")
+    if "rope" in architecture:
+        raise ValueError(f"not a supported ViT: {architecture} has rotary positions")
     for name in ("norm_layer", "mlp_layer", "block_fn", "attn_layer", "embed_layer", "pos_embed"):
         if model_args.get(name) not in (None, "layernorm", "learn", ""):
             raise ValueError(f"not a supported ViT: {name} is {str(model_args[name])[:40]!r}")
     for name in ("pre_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "use_rot_pos_emb"):
         if model_args.get(name):
             raise ValueError(f"not a supported ViT: it has {name}")
+    for name in ("use_swiglu_ffn", "use_mask_token_at_test"):
+        if config.get(name):
+            raise ValueError(f"not a supported ViT: it has {name}")
     if model_args.get("final_norm") is False:
         raise ValueError("not a supported ViT: it has no final norm")
 
 
 def infer_heads(config: dict, width: int, prefix: str) -> int:
-    """The number of heads: by the configuration, else of 64 channels each, with two exceptions."""
-    heads = config.get("num_attention_heads") or section(config, "model_args").get("num_heads")
+    """The number of heads: by the configuration, else of 64 channels each, with few exceptions."""
+    if heads := config.get("num_attention_heads") or section(config, "model_args").get("num_heads"):
+        return heads
+    architecture = str(config.get("architecture", ""))
     if width == 384 and prefix.endswith("base_encoder."):  # the small ViT of MoCo v3
-        return heads or 12
-    if width == 1280:
-        return heads or 16
-    return heads or max(1, width // 64)
+        return 12
+    if width in (1152, 1280, 1408, 1664) or re.match("vit_base_patch16_gap_224|vit_giantopt", architecture):
+        return 16  # the shape-optimised, the huge and two giant ones; a base one of timm
+    return max(1, width // 64)
 
 
 def infer_image_size(weights: Weights, config: dict, p: int):
@@ -339,8 +404,9 @@ def infer_image_size(weights: Weights, config: dict, p: int):
     if image_size is not None:
         return image_size
     rows, cls = len(weights["positions"]), "cls_token" in weights
-    side = math.isqrt(rows)
-    if rows not in (side * side, side * side + cls):
+    prefix = cls + len(weights.get("registers", ()))
+    side = next((math.isqrt(rows - k) for k in (0, cls, prefix) if math.isqrt(rows - k) ** 2 == rows - k), None)
+    if not side:
         raise ValueError(f"{rows} positions do not form a square grid: pass image_size=(H, W)")
     return side * p
 
@@ -355,12 +421,14 @@ def patch_grid(image_size, p: int) -> tuple[int, int]:
     return sides[0] // p, sides[1] // p
 
 
-def add_class_position(weights: Weights, grid: tuple[int, int]) -> Weights:
-    """Add a zero position for a CLS token that has none."""
-    positions = weights["positions"]
-    if "cls_token" in weights and len(positions) == grid[0] * grid[1]:
-        positions = F.pad(positions, (0, 0, 1, 0))
-    return weights | dict(positions=positions)
+def add_token_positions(weights: Weights, grid: tuple[int, int], prefix: int) -> Weights:
+    """Add zero positions for the tokens before the patches that have none: all, or the registers."""
+    positions, cls = weights["positions"], "cls_token" in weights
+    missing = prefix + grid[0] * grid[1] - len(positions)
+    if missing not in (prefix, prefix - cls):
+        return weights
+    own, rest = positions.split([prefix - missing, grid[0] * grid[1]])
+    return weights | dict(positions=torch.cat([own, positions.new_zeros(missing, positions.shape[1]), rest]))
 
 
 def section(config: dict, name: str) -> dict:
@@ -401,8 +469,9 @@ def to_transformers(weights: Weights, arguments: dict, classifier: dict | None =
     Raises ValueError for classifiers, models without a CLS token, and images that are not square.
     """
     height, width = arguments["image_size"]
-    if classifier or not arguments["class_token"] or height != width:
-        needs = "a CLS token, a square image and no classifier"
+    plain = arguments["class_token"] and not arguments["registers"] and not arguments["norm_after_mean"]
+    if classifier or not plain or height != width:
+        needs = "a CLS token alone, a square image and no classifier"
         raise ValueError(f"the format transformers needs {needs}: use the format timm")
     weights = split_qkv(unflatten(weights, arguments["patch_size"]))
     config = transformers_config(arguments)
@@ -426,7 +495,7 @@ def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> W
         head = {name: tensor for name, tensor in weights.items() if name.startswith("head.")}
         weights = strip_prefix(weights, "encoder.")
     weights = rename(unflatten(weights, arguments["patch_size"]), MAE_NAMES)
-    if classifier and classifier["pool"] == "mean":
+    if norm_after_mean(arguments, classifier):
         weights = rename(weights, {"norm": "fc_norm"})
     return weights | head
 
@@ -434,7 +503,7 @@ def mae_weights(weights: Weights, arguments: dict, classifier: dict | None) -> W
 def unflatten(weights: Weights, p: int) -> Weights:
     """Reshape tokens to (1, 1, d), position tables to (1, rows, d), embedding to a convolution."""
     tokens = {name: weights[name][None, None] for name in TOKENS if name in weights}
-    tables = {name: weights[name][None] for name in TABLES if name in weights}
+    tables = {name: weights[name][None] for name in (*TABLES, "registers") if name in weights}
     embed = rearrange(weights["embed.weight"], "d (p1 p2 c) -> d c p1 p2", p1=p, p2=p).contiguous()
     return weights | tokens | tables | {"embed.weight": embed}
 
@@ -501,9 +570,14 @@ def timm_config(arguments: dict, classifier: dict | None) -> dict:
     return config | (dict(label_names=classifier["classes"]) if classifier else {})
 
 
+def norm_after_mean(arguments: dict, classifier: dict | None) -> bool:
+    """Whether the last norm follows the mean of the patches, as in timm's ``fc_norm``."""
+    return classifier["pool"] == "mean" if classifier else arguments["norm_after_mean"]
+
+
 def timm_arguments(arguments: dict, classifier: dict | None) -> dict:
     """The arguments of timm's VisionTransformer."""
-    mean = classifier["pool"] == "mean" if classifier else not arguments["class_token"]
+    after_mean = norm_after_mean(arguments, classifier)
     return dict(
         img_size=arguments["image_size"],
         patch_size=arguments["patch_size"],
@@ -513,7 +587,8 @@ def timm_arguments(arguments: dict, classifier: dict | None) -> dict:
         num_heads=arguments["heads"],
         mlp_ratio=arguments["mlp_ratio"],
         class_token=arguments["class_token"],
-        global_pool="avg" if mean else "token",
-        fc_norm=bool(classifier) and mean,
+        reg_tokens=arguments["registers"],
+        global_pool="avg" if after_mean or not arguments["class_token"] else "token",
+        fc_norm=after_mean,
         num_classes=len(classifier["classes"]) if classifier else 0,
     )

@@ -49,13 +49,13 @@ class ViT(nn.Module):
         self.backbone, self.layers = model, model.layers
         self.image_size = tuple(model.config["image_size"])
         self.channels, self.statistics = model.config["channels"], model.statistics
-        self.pools = ("cls", "mean") if model.prefix else ("mean",)
+        self.pools = ("cls", "mean") if model.config["class_token"] else ("mean",)
 
     def features(self, images: Tensor, layer: int | str | None = None) -> Tensor:
         return self.backbone.features(images, len(self.backbone.blocks) if layer is None else layer)
 
     def pooled(self, images: Tensor, how: str) -> Tensor:
-        return smae.pool(self.backbone.encode(images), how, self.backbone.prefix).float()
+        return self.backbone.pooled(images, how).float()
 
 
 class FineTuned(ViT):

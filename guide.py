@@ -131,7 +131,7 @@ class Guide:
             raise ValueError("--guide-debias takes the mean off features, and this --guide-from has none")
         if self.kind == "amt":
             masks.amt_mask(torch.ones(1, n), self.amt_ratio, self.throw_ratio)
-            if not self.model.prefix:
+            if not self.model.config["class_token"]:
                 raise ValueError("--mask amt needs a model with a CLS token, whose attention it follows")
             return
         if self.hint != "none" and self.hint_portion < self.hint_ratio:

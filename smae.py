@@ -47,7 +47,8 @@ class Config:
     ``image_size``, a side or (H, W) in pixels, sets the grid of the stored positions; the model
     also accepts other sizes divisible by ``patch_size``. ``normalize_pixels`` normalises each patch
     in the target of the loss by its own mean and deviation. ``decoder_depth=0`` leaves out the
-    decoder, ``class_token=False`` the CLS token. ``learned_positions`` makes the position
+    decoder, ``class_token=False`` the CLS token; ``registers`` more tokens follow it. ``norm_after_mean``
+    leaves the last norm to :meth:`SMAE.pooled` (timm's fc_norm). ``learned_positions`` makes the position
     embeddings parameters; otherwise they are computed for ``position_size`` (default: image_size).
     For any other grid they are interpolated. The caller normalises images with ``mean``
     and ``std`` (values in 0 ... 1); three of them become their average for other ``channels``.
@@ -68,6 +69,8 @@ class Config:
     norm_eps: float = accepted(0.0, 1.0, default=1e-6)
     normalize_pixels: bool = True
     class_token: bool = True
+    registers: int = accepted(-1, 2**10, default=0)
+    norm_after_mean: bool = False
     learned_positions: bool = False
     position_size: int | Sequence[int] | None = accepted(0, 2**40, default=None)
     mean: Sequence[float] = accepted(-1e6, 1e6, default=(0.485, 0.456, 0.406))
@@ -161,7 +164,7 @@ def sincos_positions(h: int, w: int, width: int) -> Tensor:
 
 
 def position_table(grid: tuple[int, int], width: int, prefix: int) -> Tensor:
-    """MAE's position embeddings (prefix + n, width): zero for a CLS token, sin-cos for patches."""
+    """MAE's position embeddings (prefix + n, width): zero for CLS token and registers, sin-cos for patches."""
     return F.pad(sincos_positions(*grid, width), (0, 0, prefix, 0))
 
 
@@ -255,14 +258,15 @@ class SMAE(nn.Module):
 
     Takes the arguments of :class:`Config` by keyword; ``config`` holds them as a dictionary.
     ``statistics`` are the mean and the deviation to normalise images with. ``prefix`` is the number
-    of tokens before the patches: 1 with a CLS token, else 0.
+    of tokens before the patches: CLS token and registers.
     """
 
     def __init__(self, **arguments):
         super().__init__()
         c = Config(**arguments)
         self.config, self.statistics = dict(vars(c)), (c.mean, c.std)
-        self.patch_size, self.normalize_pixels, self.prefix = c.patch_size, c.normalize_pixels, int(c.class_token)
+        self.patch_size, self.normalize_pixels = c.patch_size, c.normalize_pixels
+        self.prefix = c.class_token + c.registers
         grid, patch_dim = patch_grid(*c.image_size, c.patch_size), c.patch_size**2 * c.channels
         self.patch_count = grid[0] * grid[1]
 
@@ -273,6 +277,8 @@ class SMAE(nn.Module):
         self.embed = nn.Linear(patch_dim, c.width)
         if c.class_token:
             self.cls_token = nn.Parameter(torch.zeros(c.width))
+        if c.registers:
+            self.registers = nn.Parameter(torch.zeros(c.registers, c.width))
         self.blocks = build_blocks(c.depth, c.width, c.heads)
         self.norm = nn.LayerNorm(c.width, eps=c.norm_eps)
         self._add_positions("positions", grid, c.width)
@@ -298,7 +304,7 @@ class SMAE(nn.Module):
     def _initialise_weights(self):
         """Xavier-uniform weights, zero biases, tokens from N(0, 0.02) (MAE, appendix A.1)."""
         for name, parameter in self.named_parameters():
-            if name in ("cls_token", "mask_token"):
+            if name in ("cls_token", "registers", "mask_token"):
                 nn.init.normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -339,18 +345,29 @@ class SMAE(nn.Module):
         if layer is not None and not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must lie between 1 and {len(self.blocks)}, got {layer}")
         x = self.blocks[:layer](self._encoder_tokens(images, visible))
-        return x if layer else self.norm(x)
+        return x if layer or self.config["norm_after_mean"] else self.norm(x)
+
+    def pooled(self, images: Tensor, how: str) -> Tensor:
+        """Features (b, d) of whole images: the CLS token ("cls") or the "mean" of the patches.
+
+        Raises ValueError for any other ``how``, and for "cls" without a CLS token.
+        """
+        check_pool(how, self.config["class_token"])
+        x = pool(self.encode(images), how, self.prefix)
+        return self.norm(x) if self.config["norm_after_mean"] else x
 
     def _encoder_tokens(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The input of the first encoder block (b, prefix + v, d): CLS token, embedded patches."""
+        """The input of the first encoder block (b, prefix + v, d): CLS token, registers, embedded patches."""
         table = self.resize_positions(self.positions, self.grid(images))
         patches, positions = patchify(images, self.patch_size), table[None, self.prefix :]
         if visible is not None:
             patches, positions = gather_tokens(patches, visible), gather_tokens(positions, visible)
         x = self.embed(patches) + positions
         if self.prefix:
-            cls = repeat(self.cls_token + table[0], "d -> b 1 d", b=images.shape[0])
-            x = torch.cat([cls, x], dim=1)
+            first = [self.cls_token[None]] if self.config["class_token"] else []
+            first += [self.registers] if self.config["registers"] else []
+            first = torch.cat(first) + table[: self.prefix]
+            x = torch.cat([repeat(first, "k d -> b k d", b=images.shape[0]), x], dim=1)
         return x
 
     def decode(self, latent: Tensor, mask, grid: tuple[int, int]) -> Tensor:
@@ -394,11 +411,11 @@ class SMAE(nn.Module):
 
         Raises ValueError if the model has no CLS token.
         """
-        if not self.prefix:
+        if not self.config["class_token"]:
             raise ValueError("this model has no CLS token: build it with class_token=True")
         last = self.blocks[-1]
         x = self.blocks[:-1](self._encoder_tokens(images))
-        return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, 1:]
+        return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, self.prefix :]
 
     @torch.no_grad()
     def decoder_attention(self, images: Tensor, mask) -> Iterator[Tensor]:
@@ -433,16 +450,12 @@ class SMAE(nn.Module):
 
 
 def pool(tokens: Tensor, how: str, prefix: int = 1) -> Tensor:
-    """Pool tokens (b, prefix + n, d) to (b, d): the CLS token ("cls") or the "mean" of the patches.
-
-    Raises ValueError for any other ``how``, and for "cls" without a CLS token (``prefix`` 0).
-    """
-    check_pool(how, prefix)
+    """Pool tokens (b, prefix + n, d) to (b, d): the first, the CLS token ("cls"), or the "mean" of the patches."""
     return tokens[:, 0] if how == "cls" else tokens[:, prefix:].mean(dim=1)
 
 
-def check_pool(how: str, prefix: int):
-    known = ["cls", "mean"] if prefix else ["mean"]
+def check_pool(how: str, class_token: bool):
+    known = ["cls", "mean"] if class_token else ["mean"]
     if how not in known:
         raise ValueError(f"pool must be {' or '.join(known)}, got {describe(how)}")
 
@@ -462,7 +475,7 @@ class Classifier(nn.Module):
         named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
         if not named or not classes:
             raise ValueError(f"classes must be a list of names, got {describe(classes)}")
-        check_pool(pool, encoder.prefix)
+        check_pool(pool, encoder.config["class_token"])
         if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be a number from 0 to below 1, got {describe(drop_path)}")
 

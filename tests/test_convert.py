@@ -106,6 +106,11 @@ VARIANTS = {
     "no CLS token": ("vit_base_patch16_224", dict(class_token=False, global_pool="avg", fc_norm=False)),
     "no CLS token, norm after the mean": ("vit_base_patch16_224", dict(class_token=False, global_pool="avg")),
     "CLS token without position": ("vit_base_patch16_224", dict(no_embed_class=True)),
+    "DINOv2": ("vit_small_patch14_dinov2", {}),
+    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "registers without CLS token": ("vit_medium_patch16_reg4_gap_256", {}),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "MAE": ("vit_base_patch16_224.mae", {}),
 }
 
 
@@ -117,11 +122,13 @@ def test_a_vit_of_timm_gives_the_same_features(variant, images, tmp_path):
     ours = smae.load(tmp_path / "vit.safetensors", heads=4)
     assert ours.config["decoder_depth"] == 0 and ours.config["learned_positions"]
     with torch.no_grad():
-        expected = peer.fc_norm(peer.forward_features(images))  # the identity where there is no such norm
-        torch.testing.assert_close(ours.encode(images), expected, rtol=1e-5, atol=1e-5)
+        tokens, mean = peer.forward_features(images), ours.pooled(images, "mean")
+        torch.testing.assert_close(ours.encode(images), tokens, rtol=1e-5, atol=1e-5)
+        expected = peer.fc_norm(peer.pool(tokens, "avg"))  # the identity where there is no such norm
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS)[:4])
+@pytest.mark.parametrize("variant", list(VARIANTS)[:5])
 def test_timm_weights_come_back_bit_by_bit(variant, images, tmp_path):
     timm = pytest.importorskip("timm")
     name, options = VARIANTS[variant]
@@ -139,6 +146,52 @@ def test_timm_weights_come_back_bit_by_bit(variant, images, tmp_path):
     timm.models.load_checkpoint(rebuilt, str(tmp_path / "timm" / "model.safetensors"))
     with torch.no_grad():
         torch.testing.assert_close(rebuilt.forward_features(images), ours.encode(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS)[4:9])
+def test_timm_reads_what_is_written_of_registers_and_layer_scale(variant, images, tmp_path):
+    timm = pytest.importorskip("timm")
+    name, options = VARIANTS[variant]
+    peer = timm_vit(name, **options)
+    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
+    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    smae.save(ours, tmp_path / "timm", format="timm")
+    rebuilt = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert rebuilt.num_prefix_tokens == ours.prefix == peer.num_prefix_tokens
+    with torch.no_grad():
+        expected = peer.forward_features(images)
+        torch.testing.assert_close(rebuilt.forward_features(images), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rebuilt.fc_norm(rebuilt.pool(expected)), peer.fc_norm(peer.pool(expected)))
+    again = smae.load(tmp_path / "timm")
+    assert again.config == ours.config and same_weights(again, ours)
+
+
+def test_what_the_names_of_timms_architectures_imply_is_known():
+    """Of each ViT of timm that could be loaded, the configuration without arguments gives heads and activation."""
+    timm = pytest.importorskip("timm")
+    loaded = 0
+    for name in timm.list_models():
+        if timm.models.model_entrypoint(name).__module__ != "timm.models.vision_transformer":
+            continue
+        with torch.device("meta"):
+            vit = timm.create_model(name, depth=1)
+        theirs, config = vit.state_dict(), dict(architecture=name)
+        theirs |= {table: torch.zeros(theirs[table].shape) for table in theirs.keys() & {"pos_embed"}}
+        try:
+            arguments, weights = convert.from_foreign(theirs, config, smae.position_table)
+            with torch.device("meta"):
+                ours = smae.SMAE(**arguments)
+            smae.compare_weights(ours.state_dict(), weights)
+        except ValueError:
+            continue
+        block, norm = vit.blocks[0], vit.norm if hasattr(vit.norm, "eps") else vit.fc_norm
+        assert arguments["heads"] == block.attn.num_heads or name.startswith("test_"), name
+        assert type(block.mlp.act) is torch.nn.GELU and block.mlp.act.approximate == "none", name
+        assert norm.eps == arguments["norm_eps"], name
+        assert arguments["norm_after_mean"] == (norm is vit.fc_norm), name
+        assert ours.prefix == vit.num_prefix_tokens, name
+        loaded += 1
+    assert loaded > 60
 
 
 def test_learned_positions_are_interpolated_as_in_timm(tmp_path):
@@ -215,6 +268,25 @@ def test_the_encoder_alone_of_a_vitmae(images, tmp_path):
         torch.testing.assert_close(smae.gather_tokens(tokens[:, 1:], order), hidden[:, 1:], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="no decoder"):
         ours(images, masks.random_mask(2, 36))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "IJepa"])
+def test_other_vits_of_transformers_give_the_same_features(kind, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192)
+    config = getattr(transformers, f"{kind}Config")(**sizes, image_size=48, patch_size=8)
+    peer = scrambled(getattr(transformers, f"{kind}Model")(config))
+    peer.save_pretrained(tmp_path)
+    ours = smae.load(tmp_path)
+    with torch.no_grad():
+        expected = peer(images).last_hidden_state
+        torch.testing.assert_close(ours.encode(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_images_that_a_processor_does_not_normalise(tmp_path):
+    vitmae().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(do_normalize=False, image_mean=[0.5] * 3)))
+    assert smae.load(tmp_path).statistics == ([0, 0, 0], [1, 1, 1])
 
 
 def test_a_missing_key_of_a_vitmae_is_named(tmp_path):
@@ -323,10 +395,14 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
     tensors = mae_checkpoint()
     cases = [
         (change(tensors, "blocks.1.norm1.weight"), r"missing: blocks\.1\.norm1\.weight"),
-        (change(tensors, "blocks.1.ls1.gamma", torch.ones(64)), r"unexpected: blocks\.1\.ls1\.gamma"),
+        (change(tensors, "blocks.1.ls3.gamma", torch.ones(64)), r"unexpected: blocks\.1\.ls3\.gamma"),
         (change(tensors, "norm.bias", torch.ones(63)), r"another shape: norm\.bias \(63,\) instead of \(64,\)"),
-        (change(tensors, "reg_token", torch.ones(1, 4, 64)), r"it has reg_token"),
-        (change(tensors, "dist_token", torch.ones(1, 1, 64)), r"it has dist_token"),
+        (change(tensors, "blocks.0.attn.q_norm.weight", torch.ones(64)), "it has norms of queries and keys"),
+        (change(tensors, "blocks.0.attn.rel_pos_h", torch.ones(9, 64)), "it has relative positions"),
+        (change(tensors, "blocks.0.attn.rope.freqs", torch.ones(9, 64)), "it has rotary positions"),
+        (change(tensors, "blocks.0.mlp.w12.weight", torch.ones(9, 64)), "it has SwiGLU"),
+        (change(tensors, "blocks.0.gamma_1", torch.ones(64)), "DeiT III"),
+        (change(tensors, "norm_pre.weight", torch.ones(64)), "a norm before its blocks"),
         (change(tensors, "decoder_embed.bias"), "missing: .*decoder_embed.bias"),
         (change(tensors, "pos_embed"), "lacks absolute positions"),
         (change(tensors, "pos_embed", torch.zeros(1, 30, 64)), "30 positions do not form a square"),
@@ -360,6 +436,11 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
     [
         (dict(hidden_act="relu"), "hidden_act is 'relu', and only gelu"),
         (dict(hidden_act="gelu_new"), "hidden_act is 'gelu_new'"),
+        (dict(hidden_activation="relu"), "hidden_activation is 'relu'"),
+        (dict(vision_config=dict(hidden_act="quick_gelu")), "hidden_act is 'quick_gelu'"),
+        (dict(use_swiglu_ffn=True), "it has use_swiglu_ffn"),
+        (dict(architecture="vit_base_patch32_clip_quickgelu_224"), "quickgelu_224 has another activation"),
+        (dict(architecture="vit_small_patch16_rope_224"), "rope_224 has rotary positions"),
         (dict(model_args=dict(act_layer="silu")), "act_layer is 'silu'"),
         (dict(model_args=dict(norm_layer="rmsnorm")), "norm_layer is 'rmsnorm'"),
         (dict(model_args=dict(qk_norm=True)), "it has qk_norm"),
