@@ -1,9 +1,10 @@
 """Convert checkpoints of other projects to ``smae.SMAE`` and back.
 
 Reads facebookresearch/mae, transformers' ViTMAE, ViT, DeiT and DINOv2, and ViTs with timm's names
-(plain ViT, DeiT, MoCo v3, DINO, DINOv2). Writes timm, transformers and facebookresearch/mae. ``weights`` are state dicts,
-``config`` is the JSON beside them, ``arguments`` are those of ``smae.SMAE``. Imports nothing of
-this project; ``smae.load`` and ``smae.save`` import it for every format but their own.
+(plain ViT, DeiT, MoCo v3, DINO, DINOv2). Writes timm, transformers and facebookresearch/mae. ``weights``
+are state dicts, ``config`` is the JSON beside them, ``arguments`` are those of ``smae.SMAE``.
+Imports nothing of this project; ``smae.load`` and ``smae.save`` import it for every format but
+their own.
 
 Letters in shapes: ``d`` width, ``p`` patch side, ``c`` channels.
 """
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -219,7 +219,7 @@ def from_foreign(
 
 
 def unify_names(weights: Weights) -> Weights:
-    """Rename tensors of transformers as in ViTMAE's pre-training model of transformers 4, without what stands before."""
+    """Rename tensors of transformers as in ViTMAE's pre-training model of version 4, without what stands before."""
     entry = "embeddings.patch_embeddings.projection.weight"
     places = [name.removesuffix(entry) for name in weights if name.endswith(entry)]
     if not places:

@@ -17,7 +17,6 @@ import itertools
 import math
 import os
 import re
-import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from torch import Tensor
 import folders
 import pixels
 import shapes
+from folders import say_once
 from pixels import RGB, Picture, PixelFormat, Size, center_crop, pair  # noqa: F401
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE
@@ -47,6 +47,8 @@ FILES = {  # single files, and the loader of datasets that reads them
     ".zip": "imagefolder",
 }
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # preferred, where several columns hold images
+NAME_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")  # of pictures, in text tables
+TEXT_TABLES = (".csv", ".json", ".jsonl")
 ORIENTATION = 0x0112  # an EXIF tag
 ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # for pictures or their paths
 
@@ -122,13 +124,19 @@ def load_images(
     if known:
         image_column = image_column or known.image
         label_column = label_column or known.label
-    dataset = _open(name_or_path, split, streaming, known)
+    text_table = Path(name_or_path).suffix.lower() in TEXT_TABLES and Path(name_or_path).expanduser().is_file()
+    dataset = _open(name_or_path, split, streaming and not text_table, known)
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
+    if text_table and image_column is None:
+        image_column = next((name for name in NAME_COLUMNS if name in features), None)
     image_column = _find_image_column(name_or_path, features, image_column)
     label_column = _find_label_column(name_or_path, features, label_column)
-    text_table = Path(name_or_path).suffix.lower() in (".csv", ".json", ".jsonl")
-    folder = os.path.dirname(os.path.expanduser(name_or_path)) if text_table else None  # names of files start there
-    dataset = _rename_columns(dataset, features, image_column, label_column, folder)
+    dataset = _rename_columns(dataset, features, image_column, label_column)
+    if text_table:
+        dataset = _absolute_paths(dataset, folder=Path(name_or_path).expanduser().parent)
+        dataset = (
+            dataset.to_iterable_dataset(num_shards=min(64, len(dataset))) if streaming and len(dataset) else dataset
+        )
 
     # refuse empty splits, then shorten
     first = next(iter(dataset), None) if streaming else len(dataset) or None
@@ -238,9 +246,7 @@ def _find_label_column(name: str, features: dict, column: str | None) -> str | N
     return column
 
 
-def _rename_columns(
-    dataset: Dataset, features: dict, image_column: str, label_column: str | None, folder: str | None
-) -> Dataset:
+def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_column: str | None) -> Dataset:
     """Rename the columns to ``image`` and ``label``; drop others of these names; decode nothing."""
     names = {image_column: "image"}
     if label_column:
@@ -255,11 +261,18 @@ def _rename_columns(
         if column != image_column and isinstance(feature, dict) and _holds_images(feature):  # masks, perhaps
             dataset = dataset.cast_column(column, datasets.Image())
     dataset = dataset.rename_columns(names)
-    if folder is not None and getattr(features[image_column], "dtype", None) in ("string", "large_string"):
-        dataset = dataset.map(_absolute_path, fn_kwargs=dict(folder=folder))
     if isinstance(features[image_column], (datasets.Array2D, datasets.Array3D)):
         return dataset
     return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def _absolute_paths(dataset: datasets.Dataset, folder: Path) -> datasets.Dataset:
+    """Let the names of pictures in a text table start in its folder."""
+    records = dataset.data.column("image").to_pylist()
+    names = [record and record["path"] for record in records]
+    images = [dict(bytes=None, path=str(folder / name)) if name else record for name, record in zip(names, records)]
+    images = datasets.Dataset.from_dict(dict(image=images), datasets.Features(image=datasets.Image(decode=False)))
+    return datasets.concatenate_datasets([dataset.remove_columns("image"), images], axis=1)
 
 
 # --------------------------------------------------------------------------------- opening
@@ -307,11 +320,6 @@ def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
     return datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming)
 
 
-def _absolute_path(record: dict, folder: str) -> dict:
-    """Make the name of a picture in a record of a text table absolute."""
-    return {"image": str(Path(folder, record["image"]))} if isinstance(record["image"], str) else {}
-
-
 def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
     """Open a folder written by ``save_to_disk``."""
     dataset = datasets.load_from_disk(str(path))
@@ -331,6 +339,8 @@ def _open_folder(path: Path, split: str, streaming: bool) -> Dataset:
         suffixes = ", ".join(kind for kind in listing.left_out if kind.startswith(".")) or "no files"
         raise FileNotFoundError(f"{path} holds neither images nor parquet, arrow or tar files, but {suffixes}")
     if len(listing.tables) >= len(listing.images):
+        if listing.images:
+            say_once(f"{path}: read {len(listing.tables)} tables; left out: {len(listing.images)} pictures")
         return _open_tables(path, listing.tables, split, streaming)
     dataset, listing = folders.open_images(path, split, streaming)
     if left_out := folders.describe_left_out(listing):
@@ -376,13 +386,6 @@ def root_cause(error: BaseException) -> str:
     return text if cause in text else f"{text} ({cause})"
 
 
-@functools.cache
-def say_once(text: str):
-    """Print a line to standard error, once, in the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
 def one_line(error: BaseException) -> str:
     """The message of an error in one line of at most 500 characters."""
     return " ".join(str(error).split())[:500]
@@ -403,14 +406,14 @@ def decode(record, form: PixelFormat = RGB) -> Picture:
 def open_upright(record) -> Image.Image | np.ndarray:
     """The picture of a record, turned as its EXIF says, unless that is damaged; an array of an array column."""
     if record is not None and not isinstance(record, dict):
-        return np.asarray(record)
+        return _numbers(np.asarray(record))
     encoded, path = (record or {}).get("bytes"), (record or {}).get("path")
     if encoded is None and path is None:
         raise ValueError("there is no picture (null)")
     if encoded is None and "://" in path:
         return datasets.Image().decode_example(record)
     if encoded is not None and encoded.startswith(b"\x93NUMPY"):
-        return np.load(io.BytesIO(encoded))  # never an object array
+        return _numbers(np.load(io.BytesIO(encoded)))  # never an object array
     with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
         image.load()
     try:
@@ -418,6 +421,13 @@ def open_upright(record) -> Image.Image | np.ndarray:
         return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # of many kinds; the pixels are sound
         return image
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """An array, if it has real numbers. Raises ValueError."""
+    if values.dtype.kind not in "buif" or not values.size:
+        raise ValueError(f"it is an array of shape {values.shape} and type {values.dtype}, expected real numbers")
+    return values
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -434,6 +444,9 @@ def pixel_format(dataset: Dataset, channels: int, value_range: list[str] | None 
     if not value_range:
         if warning := pixels.unused_range(sample):
             say_once(f"WARNING: {warning}")
+        if (white := pixels.white_of_floats(sample)) is not None:
+            say_once(f"float pictures: black is 0, white {white} (--pixel-range)")
+            return PixelFormat(channels, 0, white)
         return PixelFormat(channels)
     if value_range == ["auto"]:
         found = pixels.measure_range(sample)

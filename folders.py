@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +24,14 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 RESULT_PICTURES = {"masks.png", "loss.png", "epochs.png", "minutes.png"}
 RESULTS = {"metrics.jsonl", "result.json", "results.json", "model.safetensors"}  # files of our own runs
 NOT_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG"}  # formats that Pillow opens, but does not decode alone
-SPLITS = {  # names of folders, whatever their case, with or without a year
-    "train": r"train(ing)?[-_]?(\d{4})?",
-    "validation": r"(val|valid|validation|dev)[-_]?(\d{4})?",
-    "test": r"test(ing)?[-_]?(\d{4})?",
+WORDS = r"([-_ ]?(set|split|data|images?|imgs?))?([-_ ]?\d{1,4})?"  # after a split: val2017, test_images, train-256
+SPLITS = {  # names of folders, whatever their case
+    "train": rf"train(ing)?{WORDS}",
+    "validation": rf"(val|valid|validation|dev|eval|evaluation){WORDS}",
+    "test": rf"test(ing)?{WORDS}",
 }
-
+PICTURE_FOLDERS = r"(jpeg)?images?|imgs?|pictures|photos"  # where splits lie beside folders of annotations
+THUMBNAILS = r"_?thumb(nail)?s?"
 
 Dataset = datasets.Dataset | datasets.IterableDataset
 
@@ -66,7 +69,9 @@ def list_files(root: Path) -> Listing:
             children.clear()
             continue
         listing.left_out["hidden"] += sum(_is_hidden(child) for child in children)
-        children[:] = sorted(child for child in children if not _is_hidden(child))
+        listing.left_out["thumbnails"] += sum(_is_thumbnails(child) for child in children)
+        children[:] = sorted(child for child in children if not (_is_hidden(child) or _is_thumbnails(child)))
+        stems = {Path(name).stem for name in images}
         for name in names:
             file, suffix = os.path.relpath(os.path.join(folder, name), root), Path(name).suffix.lower()
             if _is_hidden(name):
@@ -77,6 +82,8 @@ def list_files(root: Path) -> Listing:
                 listing.metadata.append(file)
             elif suffix in TABLE_SUFFIXES:
                 listing.tables.append(file)
+            elif suffix in image_suffixes() and _full_size(Path(name).stem) in stems:
+                listing.left_out["thumbnails"] += 1
             elif suffix in image_suffixes():
                 listing.images.append(file)
             else:
@@ -93,6 +100,23 @@ def _is_ours(name: str) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "__MACOSX", "@eaDir")) or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def _is_thumbnails(name: str) -> bool:
+    return re.fullmatch(THUMBNAILS, name, re.IGNORECASE) is not None
+
+
+def _full_size(stem: str) -> str | None:
+    """The name of the picture that a picture of this name is a thumbnail of; None if it is none."""
+    found = re.fullmatch(r"(?i)(.+)[-_.]thumb(?:nail)?|thumb(?:nail)?[-_.](.+)", stem)
+    return found and (found[1] or found[2])
+
+
+@functools.cache
+def say_once(text: str):
+    """Print a line to standard error, once, in the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe_left_out(listing: Listing) -> str:
@@ -115,13 +139,29 @@ def split_of_table(file: str) -> str:
     return next((kind for kind in kinds if kind), "train")
 
 
+def _children(root: Path) -> list[str]:
+    return sorted(child.name for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
+
+
+def _place_of_splits(root: Path) -> Path | None:
+    """The folder that holds the splits: ``root``, its only folder, or its images/ beside annotations/; else None."""
+    folders = _children(root)
+    if any(map(split_kind, folders)):
+        return root
+    if len(folders) > 1:
+        folders = [name for name in folders if re.fullmatch(PICTURE_FOLDERS, name, re.IGNORECASE)]
+    return _place_of_splits(root / folders[0]) if len(folders) == 1 else None
+
+
 def find_split(root: Path, split: str) -> Path:
     """The folder of a split of the pictures in ``root``; ``root`` itself if it has no splits.
 
-    A folder for training is a split if it is alone or beside a folder for tests, else a class. Raises
-    ValueError if there is no such split, or if several folders could be meant.
+    A folder for training is a split if it is alone or beside a folder for tests, else a class. The
+    folders may lie within the only folder of ``root``, or its images/. Raises ValueError if there is
+    no such split, or if several folders could be meant.
     """
-    folders = sorted(child.name for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
+    whole, root = root, _place_of_splits(root) or root
+    folders = _children(root)
     kinds = {name: split_kind(name) for name in folders}
     tests = [name for name in folders if kinds[name] in ("validation", "test")]
     if split in folders:
@@ -135,7 +175,9 @@ def find_split(root: Path, split: str) -> Path:
             return root / found[0]
         if folders and len(tests) == len(folders):
             raise ValueError(f"Unknown split {split!r}: there are {', '.join(folders)}, name one with --split")
-        return root
+        if found or tests:
+            say_once(f"{whole}: all its folders are read, {', '.join(folders)}: name one with --split to read it alone")
+        return whole
     if not found:
         raise ValueError(f"Unknown split {split!r}: {root} has no folder of that name")
     return root / found[0]
@@ -149,7 +191,7 @@ def open_images(root: Path, split: str, streaming: bool = False) -> tuple[Datase
 
     The label is the name of the folder that a picture lies in, if all lie at the same depth and in more
     than one folder. A metadata.csv, .jsonl or .parquet beside the pictures, or above them up to
-    ``root``, replaces it: rows with a ``file_name`` and further columns. Raises ValueError.
+    ``root``, adds columns, or another label: rows with a ``file_name``. Raises ValueError.
     """
     folder = find_split(root, split)
     listing = list_files(folder)
@@ -160,14 +202,16 @@ def open_images(root: Path, split: str, streaming: bool = False) -> tuple[Datase
     place = Path(os.path.abspath(folder))
     name = split if folder == root else folder.name
     how = dict(split=datasets.NamedSplit(re.sub(r"\W", "_", name)))
+    classes = _classes(listing.images, single=split_kind(name) in ("validation", "test"))
     if metadata:
-        rows, images = _read_metadata(place, listing.images, metadata)
+        rows, images = _read_metadata(place, listing.images, metadata, classes)
         dataset = datasets.Dataset.from_list(rows, **how)
         for column in images:
             dataset = dataset.cast_column(column, datasets.Image())
+        if classes and rows[0]["label"] in classes:
+            dataset = dataset.cast_column("label", datasets.ClassLabel(names=sorted(set(classes))))
         return dataset.to_iterable_dataset(num_shards=len(rows)) if streaming else dataset, listing
 
-    classes = _classes(listing.images, single=split_kind(name) in ("validation", "test"))
     features = datasets.Features(image=datasets.Image())
     if classes:
         features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
@@ -190,6 +234,9 @@ def _classes(files: list[str], single: bool) -> list[str] | None:
     """
     parents = [Path(file).parts[:-1] for file in files]
     depths = {len(parts) for parts in parents}
+    if len(depths) > 1:
+        outer, inner = min(files, key=_depth), max(files, key=_depth)
+        say_once(f"no labels: the pictures lie at different depths, for example {outer} and {inner}")
     if len(depths) != 1 or depths == {0}:
         return None
     for level in reversed(range(depths.pop())):
@@ -197,6 +244,10 @@ def _classes(files: list[str], single: bool) -> list[str] | None:
         if len(set(names)) > 1:
             return names
     return [parts[-1] for parts in parents] if single else None
+
+
+def _depth(file: str) -> int:
+    return len(Path(file).parts)
 
 
 def _records(folder: str, files: list[str], classes: list[str] | None) -> Iterator[dict]:
@@ -213,30 +264,47 @@ def _image(path: str) -> dict:
     return dict(bytes=None, path=path)
 
 
-def _read_metadata(place: Path, files: list[str], metadata: list[Path]) -> tuple[list[dict], list[str]]:
-    """A row for each picture that the metadata names, and the columns that hold pictures."""
-    named = {}
+def _read_metadata(
+    place: Path, files: list[str], metadata: list[Path], classes: list[str] | None
+) -> tuple[list[dict], list[str]]:
+    """A row for each picture that the metadata names, and the columns that hold pictures.
+
+    ``classes`` are the labels of the files, used if the metadata has none. What does not match is said.
+    """
+    named, twice = {}, []
     for file in metadata:
         for row in _rows(file):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 raise ValueError(f"{file} has no column file_name with the name of each picture")
-            named[os.path.normpath(os.path.abspath(file.parent / row["file_name"]))] = file.parent, row
-    rows, columns = [], {"image"}
-    for file in files:
-        path = os.path.normpath(place / file)
-        if path in named:
-            parent, row = named[path]
-            record = {"image": _image(path)}
-            for key, value in row.items():
-                if key.endswith("_file_name"):  # another picture, such as a mask
-                    key = key.removesuffix("_file_name")
-                    value = None if value is None else _image(os.path.abspath(parent / value))
-                    columns.add(key)
-                if key != "file_name":
-                    record[key] = value
-            rows.append(record)
-    if not rows:
+            path = os.path.normpath(os.path.abspath(file.parent / row["file_name"]))
+            twice += [path] if path in named else []
+            named[path] = file.parent, row
+    paths = [os.path.normpath(place / file) for file in files]
+    if not named.keys() & set(paths):
         raise ValueError(f"{metadata[0]} names none of the pictures in {place}")
+    unlabelled = not any("label" in row for _, row in named.values())
+    rows, columns = [], {"image"}
+    for number, path in enumerate(paths):
+        if path not in named:
+            continue
+        parent, row = named[path]
+        record = {"image": _image(path)} | ({"label": classes[number]} if classes and unlabelled else {})
+        for key, value in row.items():
+            if key.endswith("_file_name"):  # another picture, such as a mask
+                key = key.removesuffix("_file_name")
+                value = None if value is None else _image(os.path.abspath(parent / value))
+                columns.add(key)
+            if key != "file_name":
+                record[key] = value
+        rows.append(record)
+    inside = [path for path in named if Path(path).is_relative_to(place)]
+    for what, wrong in {
+        "names pictures that do not exist": [path for path in inside if path not in paths],
+        "names a picture more than once, the last row counts": twice,
+        "does not name pictures, which are left out": [path for path in paths if path not in named],
+    }.items():
+        if wrong:
+            say_once(f"{metadata[0]} {what}: {len(wrong)}, for example {wrong[0]}")
     return rows, sorted(columns)
 
 

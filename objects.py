@@ -19,6 +19,7 @@ import data
 
 SHADES = 32  # more values than this in one mask, up to 255, are shades of a soft one, not classes
 SAMPLES = 32  # masks to look at before their values are understood
+VOID_COLOUR = (224, 224, 192)  # of the rims in Pascal VOC
 TURNS = {  # what an EXIF orientation asks for
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,7 +61,8 @@ BY_THRESHOLD = MaskRule()
 def mask_values(mask: Image.Image) -> np.ndarray:
     """The values (H, W) of a mask picture: grey levels or palette indices.
 
-    Of a cut-out they are its transparency, of a colour picture 255 wherever it is not black.
+    Of a cut-out they are its transparency, of a colour picture 255 wherever it is neither black nor
+    Pascal VOC's void. Fractions become 0 to 255.
     """
     if mask.mode in ("LA", "RGBA", "PA"):
         alpha = np.asarray(mask.getchannel("A"))
@@ -69,10 +71,13 @@ def mask_values(mask: Image.Image) -> np.ndarray:
         mask = mask.convert("RGB")
     if mask.mode in ("L", "P", "1") or mask.mode.startswith("I"):
         return np.asarray(mask).astype(int)
+    if mask.mode == "F":
+        values = np.nan_to_num(np.asarray(mask), posinf=0, neginf=0)
+        return np.rint(values * 255 if values.max() <= 1 else values).astype(int)
     colours = np.asarray(mask.convert("RGB"))
     if (colours == colours[..., :1]).all():
         return colours[..., 0]
-    return np.where(colours.any(axis=-1), 255, 0)
+    return np.where(colours.any(axis=-1) & (colours != VOID_COLOUR).any(axis=-1), 255, 0)
 
 
 def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, void: int | None = None) -> MaskRule:
@@ -97,13 +102,12 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
             f"the masks have no background (0), only the values {shown}: {hint}name the object's with --object-ids"
         )
     others = [value for value in values if value not in (0, void)]
-    white, between = int((pixels >= 250).sum()), int(((pixels > 0) & (pixels < 250)).sum())
     if void is None and 127 < values[-1] <= 255:
         if len(others) == 2 and others[1] == 255 and 100 < others[0] < 155:
             return MaskRule(f"trimaps: 255 is the object, {others[0]} is unknown, taken for background", above=254)
         if len(others) <= 1 or others == [1, 255]:
             return MaskRule("binary: everything but 0 is the object", above=0)
-        if white > between:  # edges between black and white
+        if _have_soft_edges(masks):
             return MaskRule("soft: the object is above 127", above=127)
         if others[-1] == 255:
             void = others.pop()
@@ -112,6 +116,13 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
     named = f"{others[0]} to {others[-1]}" if len(others) > 1 else ", ".join(map(str, others))
     ignored = "" if void is None else f", {void} is void, taken for background"
     return MaskRule(f"classes: {named} are the object{ignored}", above=0, void=void)
+
+
+def _have_soft_edges(masks: list[np.ndarray]) -> bool:
+    """Whether most masks with shades between black and white have more white than shades."""
+    counts = [((mask >= 250).sum(), ((mask > 0) & (mask < 250)).sum()) for mask in masks]
+    shaded = [white > between for white, between in counts if between]
+    return 2 * sum(shaded) > len(shaded)
 
 
 def understand_column(
@@ -151,6 +162,11 @@ def _turn_of(picture: dict, mask_size: tuple[int, int]) -> Image.Transpose | Non
             orientation = image.getexif().get(data.ORIENTATION, 1)
             if orientation > 4 and image.size == mask_size and image.width != image.height:
                 return TURNS.get(orientation)
+            if orientation in TURNS and (orientation < 5 or image.width == image.height):
+                data.say_once(
+                    "WARNING: some pictures are turned or mirrored by their EXIF, and the size of their masks does not "
+                    "tell whether these are too: they are taken as they are"
+                )
     return None
 
 

@@ -134,6 +134,12 @@ def measure_range(pictures: Iterable[Image.Image | np.ndarray]) -> tuple[float, 
     return (float(low), float(high)) if high > low else None
 
 
+def white_of_floats(pictures: Iterable[Image.Image | np.ndarray]) -> int | None:
+    """The value of white in data whose deep pictures are floats: 1, 255 or 65,535; None for any other data."""
+    kinds = {np.asarray(picture).dtype.kind for picture in pictures if is_deep(picture)}
+    return usual_top(_deep_values(pictures)) if kinds == {"f"} else None
+
+
 def _deep_values(pictures: Iterable[Image.Image | np.ndarray]) -> np.ndarray:
     """A sample of the finite values of pictures of more than 8 bits."""
     found = [np.empty(0)]

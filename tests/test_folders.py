@@ -78,6 +78,12 @@ def test_a_name_that_is_not_utf_8_is_a_name(tmp_path):
         (["Testing/1.png", "val2017/1.png"], "train", "there are Testing, val2017, name one with --split"),
         (["cat/1.png", "dog/1.png", "test/1.png"], "train", 3),  # a class, as far as anyone can tell
         (["train/1.png", "val/1.png"], "test", "Unknown split 'test'"),
+        (["train_images/1.png", "test_images/1.png"], "train", 1),
+        (["training_set/a/1.png", "test_set/a/1.png", "test_set/b/1.png"], "test", 2),
+        (["train_256/1.png", "eval/1.png"], "train", 1),
+        (["images/train/1.png", "images/val/1.png", "annotations/train/1.png", "annotations/val/1.png"], "train", 1),
+        (["data/images/train/1.png", "data/images/val/1.png"], "validation", 1),
+        (["photos/cat/1.png", "photos/train/1.png"], "train", 2),  # two classes
     ],
 )
 def test_folders_named_like_splits_are_splits(names, split, expected, tmp_path):
@@ -87,6 +93,48 @@ def test_folders_named_like_splits_are_splits(names, split, expected, tmp_path):
     else:
         with pytest.raises(ValueError, match=expected):
             data.load_images(str(tmp_path), split)
+
+
+def test_that_a_folder_called_train_is_read_with_its_neighbours_is_said(tmp_path, capsys):
+    write(tmp_path, ["train/1.png", "unlabeled/1.png"])
+    assert len(data.load_images(str(tmp_path))) == 2
+    assert "all its folders are read, train, unlabeled: name one with --split" in capsys.readouterr().err
+
+
+def test_pictures_at_different_depths_have_no_labels_which_is_said(tmp_path, capsys):
+    write(tmp_path, ["cat/1.png", "dog/1.png", "cover.png"])
+    assert "label" not in data.load_images(str(tmp_path)).features
+    assert (
+        "no labels: the pictures lie at different depths, for example cover.png and cat/1.png"
+        in capsys.readouterr().err
+    )
+
+
+def test_thumbnails_are_left_out(tmp_path, capsys):
+    write(tmp_path, ["cat/1.png", "cat/1_thumb.png", "cat/thumbs/1.png", "Thumbnails/9.png", "dog/thumb-2.png"])
+    loaded = data.load_images(str(tmp_path))
+    assert labels(loaded) == ["cat", "dog"]  # thumb-2 has no picture beside it
+    assert "3 thumbnails" in capsys.readouterr().err
+
+
+def test_metadata_without_labels_leaves_those_of_the_folders_and_says_what_does_not_match(tmp_path, capsys):
+    write(tmp_path, ["cat/1.png", "dog/1.png", "dog/2.png"])
+    rows = ["cat/1.png,a", "dog/1.png,b", "dog/1.png,c", "Dog/3.png,d"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
+    loaded = data.load_images(str(tmp_path))
+    assert labels(loaded) == ["cat", "dog"] and loaded["caption"][:] == ["a", "c"]
+    said = capsys.readouterr().err
+    for what in ("that do not exist: 1, for example", "more than once, the last row counts: 1", "are left out: 1"):
+        assert what in said
+
+
+def test_tables_beside_as_many_pictures_are_read_and_the_pictures_counted(tmp_path, capsys):
+    write(tmp_path, ["cover.png"])
+    table = {"image": [dict(bytes=image_bytes(picture()), path=None)] * 3}
+    features = datasets.Features(image=datasets.Image(decode=False))
+    datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / "train.parquet")
+    assert len(data.load_images(str(tmp_path))) == 3
+    assert "read 1 tables; left out: 1 pictures" in capsys.readouterr().err
 
 
 def test_a_test_set_may_lack_classes(tmp_path):
@@ -143,6 +191,16 @@ def test_a_failed_download_called_tar_is_named(tmp_path):
         info.size = len(blob)
         tar.addfile(info, io.BytesIO(blob))
     assert len(data.load_images(str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("column", ["image", "file_name"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_names_of_pictures_in_a_text_table_are_found(column, streaming, tmp_path):
+    write(tmp_path, ["a/1.png", "a/2.png"])
+    (tmp_path / "list.csv").write_text(f"{column},label\na/1.png,0\na/2.png,1\n")
+    records = list(data.load_images(str(tmp_path / "list.csv"), label_column="label", streaming=streaming))
+    assert [record["label"] for record in records] == [0, 1]
+    assert all(data.decode(record["image"]).size == (40, 30) for record in records)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

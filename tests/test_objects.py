@@ -37,6 +37,7 @@ def soft_edges(values: np.ndarray) -> np.ndarray:
         ([soft_edges(rings(255, 0))], "soft", True, False),
         ([np.arange(1920).reshape(40, 48).astype(np.int64) * (GRID < 12)], "classes: ", True, False),
         ([np.zeros((40, 48), np.uint8), rings(2, 255)], "classes: 2 are the object, 255 is void", True, False),
+        ([rings(255, 255), rings(2, 0)], "classes: 2 are the object, 255 is void", True, False),  # void elsewhere
     ],
 )
 def test_values_of_masks_are_understood_from_a_sample(masks, kind, inside, on_rim):
@@ -64,6 +65,11 @@ def test_cut_outs_and_colours_and_palettes_have_values():
     assert np.array_equal(objects.mask_values(opaque), np.asarray(disc))
     coloured = Image.merge("RGB", [disc, Image.new("L", disc.size), Image.new("L", disc.size)])
     assert np.array_equal(objects.mask_values(coloured), np.asarray(disc))
+    voc = np.zeros((40, 48, 3), np.uint8)
+    voc[GRID < 12], voc[(GRID >= 12) & (GRID < 14)] = (128, 0, 0), (224, 224, 192)
+    assert np.array_equal(objects.mask_values(Image.fromarray(voc)), np.asarray(disc))
+    shares = Image.fromarray((rings(255, 128) / 255).astype(np.float32))
+    assert set(np.unique(objects.mask_values(shares))) == {0, 128, 255}
     palette = Image.fromarray(rings(3, 255))
     palette.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
     assert set(np.unique(objects.mask_values(palette))) == {0, 3, 255}
@@ -81,6 +87,15 @@ def test_a_mask_is_turned_with_the_picture_that_its_exif_turns():
         assert np.array_equal(np.asarray(objects.object_mask(mask, picture=record)) > 0, upright), orientation
         turned = Image.fromarray((upright * 255).astype(np.uint8))
         assert np.array_equal(np.asarray(objects.object_mask(turned, picture=record)) > 0, upright)
+
+
+def test_a_turn_that_sizes_do_not_show_is_warned_of(capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    record = dict(bytes=image_bytes(picture(48, 40), "JPEG", exif=exif), path=None)
+    mask = Image.fromarray(rings(255, 0))
+    assert np.array_equal(np.asarray(objects.object_mask(mask, picture=record)), np.asarray(mask))
+    assert "turned or mirrored by their EXIF" in capsys.readouterr().err
 
 
 def test_the_column_of_masks_counts_classes_and_leaves_the_void_out():

@@ -207,6 +207,23 @@ def test_white_follows_from_the_type_of_an_array():
         assert np.asarray(pixels.convert(values, PixelFormat(1))).tolist() == [[0, 255]]
 
 
+def test_float_pictures_of_one_data_set_share_their_white(capsys):
+    values = [np.full((30, 40), top, np.float32) for top in (0.9, 1.0, 0.5)]
+    form = data.pixel_format(dataset_of([Image.fromarray(each) for each in values], "TIFF"), 1)
+    assert "white 1" in capsys.readouterr().err
+    bright = pixels.convert(Image.fromarray(np.array([[0.5, 1.1]], np.float32)), form)
+    assert np.asarray(bright).tolist() == [[128, 255]]  # 1.1 does not make 0.5 black
+
+
+@pytest.mark.parametrize("values", [np.empty((0, 4)), np.array([["a"]]), np.ones((4, 4), complex)])
+def test_arrays_that_are_no_pictures_are_broken_pictures(values):
+    sound = np.full((4, 4), 0.5)
+    with pytest.raises(ValueError, match="expected real numbers"):
+        data.decode(values, PixelFormat(1))
+    _, label, bad = data.decode_or_next([dict(image=values, label=1), dict(image=sound, label=2)], 0, 2, PixelFormat(1))
+    assert label == 2 and [each.index for each in bad] == [0]
+
+
 def test_pictures_that_use_their_range_are_left_alone(capsys):
     grey = np.asarray(picture().convert("L"))
     for image in (picture(), Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)):
