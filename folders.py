@@ -143,14 +143,14 @@ def _children(root: Path) -> list[str]:
     return sorted(child.name for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
 
 
-def _place_of_splits(root: Path) -> Path | None:
+def _place_of_splits(root: Path, levels: int = 4) -> Path | None:
     """The folder that holds the splits: ``root``, its only folder, or its images/ beside annotations/; else None."""
     folders = _children(root)
     if any(map(split_kind, folders)):
         return root
     if len(folders) > 1:
         folders = [name for name in folders if re.fullmatch(PICTURE_FOLDERS, name, re.IGNORECASE)]
-    return _place_of_splits(root / folders[0]) if len(folders) == 1 else None
+    return _place_of_splits(root / folders[0], levels - 1) if levels and len(folders) == 1 else None
 
 
 def find_split(root: Path, split: str) -> Path:
