@@ -50,6 +50,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # preferred, where several colum
 NAME_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")  # of pictures, in text tables
 TEXT_TABLES = (".csv", ".json", ".jsonl")
 ORIENTATION = 0x0112  # an EXIF tag
+DEMO = ("shapes", "shapes:easy")
 ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # for pictures or their paths
 
 Dataset = datasets.Dataset | datasets.IterableDataset
@@ -188,6 +189,14 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
     return hashes
 
 
+def hub_id(name_or_path: str) -> str | None:
+    """The id of a data set on the Hugging Face hub; None if it is not from there."""
+    known = _known_source(name_or_path)
+    if known or Path(name_or_path).expanduser().exists() or name_or_path in DEMO:
+        return known.hub if known else None
+    return name_or_path.partition(":")[0]
+
+
 def length_of(dataset: Dataset, limit: int | None = None) -> int | None:
     """The number of pictures; of a stream: ``limit``, or the number it declares, or None."""
     if isinstance(dataset, datasets.Dataset):
@@ -280,7 +289,7 @@ def _absolute_paths(dataset: datasets.Dataset, folder: Path) -> datasets.Dataset
 
 def _open(name: str, split: str, streaming: bool, known: Source | None) -> Dataset:
     """Open the data set with ``datasets``. Raises FileNotFoundError or ValueError, in one line."""
-    if name in ("shapes", "shapes:easy"):
+    if name in DEMO:
         dataset = shapes.load_shapes(split, easy=name == "shapes:easy")
         return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
     try:

@@ -340,7 +340,7 @@ def fit(
             description = dict(model=dict(probe=args.checkpoint, classes=classes, pool=args.pool))
         options = cli.batch_options(args, accelerator)
         batches = TrainBatches(training, **options, labels=True, augment=augment, form=test_batches.form)
-        seen = dict(images=batches.length, pictures=data.fingerprint(training))
+        seen = dict(images=batches.length, pictures=data.fingerprint(training), hub=data.hub_id(args.dataset))
         config = description | {args.command: cli.plain(vars(args)), "data": seen}
         if state:
             ignored = IGNORED | (set() if args.streaming else {"workers", "preload"})

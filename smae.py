@@ -533,23 +533,25 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     classifier for ``timm.create_model("local-dir:" + folder, pretrained=True)`` (without that
     argument the weights are random), whose norms always have an epsilon of 1e-6; "transformers", a
     folder for ``ViTMAEForPreTraining.from_pretrained``; "mae", a ``.pth`` file like those of
-    facebookresearch/mae. Raises ValueError if the format cannot hold the model.
+    facebookresearch/mae. With ``hub.py``, folders also get a model card (README.md) for the hub.
+    Raises ValueError if the format cannot hold the model.
     """
     path, description = Path(path), describe_model(model)
+    content = description | (config or {})
     if format == "smae":
-        return write_folder(path, tensors_of(model), {"config.json": description | (config or {})})
+        return write_folder(path, tensors_of(model), {"config.json": content}, card_of(model, path, content, format))
 
     import convert
 
     if format not in convert.WRITERS:
         raise ValueError(f"unknown format {format!r}: expected smae, {', '.join(convert.WRITERS)}")
     tensors = tensors_of(model, positions=True)
-    content = convert.WRITERS[format](tensors, model.config, description.get("classifier"))
+    written = convert.WRITERS[format](tensors, model.config, description.get("classifier"))
     if format != "mae":
-        return write_folder(path, *content)
+        return write_folder(path, *written, card_of(model, path, content, format))
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part, open(part, "wb") as file:  # with a path, torch.save hides a full disk
-        torch.save(content, file)
+        torch.save(written, file)
 
 
 def describe_model(model: SMAE | Classifier) -> dict:
@@ -565,10 +567,19 @@ def tensors_of(model: nn.Module, positions: bool = False) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def write_folder(folder: Path, weights: dict[str, Tensor], texts: dict[str, dict]):
-    """Write tensors and JSON files; they get their names after all are on the disk."""
+def card_of(model: SMAE | Classifier, folder: Path, config: dict, format: str) -> dict[str, str]:
+    """The model card (README.md) that the folder is published with; nothing without ``hub.py``."""
+    try:
+        import hub
+    except ModuleNotFoundError:
+        return {}
+    return {"README.md": hub.card(folder, config, sum(tensor.numel() for tensor in model.parameters()), format)}
+
+
+def write_folder(folder: Path, weights: dict[str, Tensor], contents: dict[str, dict], texts: dict[str, str]):
+    """Write tensors, JSON files and texts; they get their names after all are on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in texts.items()}
+    texts = texts | {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
     with contextlib.ExitStack() as files:
         part = files.enter_context(whole_file(folder / "model.safetensors"))
         safetensors.torch.save_file(weights, part, metadata={"format": "pt"})
@@ -631,17 +642,18 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
     """Load the model of a checkpoint, in evaluation mode, on ``device``.
 
     Reads checkpoints of :func:`save` and ``train.py``. With ``convert.py``, also reads the encoder,
-    and the decoder if any, of facebookresearch/mae ``.pth`` files, transformers' ViTMAE folders,
-    and ViTs with timm's names (plain ViT, DeiT, MoCo v3, DINO) as ``.safetensors``, ``.pth`` or a
-    folder. ``heads`` and ``image_size`` (H, W) describe files without a configuration;
-    ``convert.from_foreign`` documents the defaults.
+    and the decoder if any, of facebookresearch/mae ``.pth`` files, folders of transformers' ViTMAE,
+    ViT, DeiT and DINOv2, and ViTs with timm's names (plain ViT, DeiT, MoCo v3, DINO, DINOv2) as
+    ``.safetensors``, ``.pth`` or a folder. With ``hub.py``, ``path`` may be the name of any of these
+    on the Hugging Face hub: user/model or user/model@revision. ``heads`` and ``image_size`` (H, W)
+    describe files without a configuration; ``convert.from_foreign`` documents the defaults.
 
     Runs no code from a file. Memory and time are proportional to the size of JSON and safetensors
     files, even of hostile ones; a hostile ``.pth`` can make torch's unpickler take more. Raises
     FileNotFoundError if the checkpoint does not exist, ValueError for all other errors, with the
     names of tensors that do not fit.
     """
-    path = Path(path)
+    path = find(path)
     try:
         config, weights = read_checkpoint(path)
         if "model" not in config:
@@ -659,6 +671,18 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
         text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:1000])
         raise ValueError(text) from (error if kind else None)
     return model.eval().to(device)
+
+
+def find(path: str | os.PathLike) -> Path:
+    """The checkpoint at ``path``; if nothing is there, that of this name on the hub, fetched into its cache."""
+    name = Path(path).as_posix()
+    if not Path(path).exists():
+        with contextlib.suppress(ModuleNotFoundError):  # without hub.py, names are paths
+            import hub
+
+            if hub.is_name(name):
+                return hub.fetch(name)
+    return Path(path)
 
 
 def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -> SMAE | Classifier:

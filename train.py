@@ -317,7 +317,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         mask_name = mask_column(args.guide_from) or "mask"
         samples, objects = sample_pictures(dataset, 32, args.image_size, mask_name, rule, form)
         optimizer = optim.adamw(model, args.lr, args.weight_decay, accelerator.device.type)
-        seen = dict(images=batches.length, pictures=data.fingerprint(dataset))
+        seen = dict(images=batches.length, pictures=data.fingerprint(dataset), hub=data.hub_id(args.dataset))
         config = dict(model=model.config, train=cli.plain(vars(args)), data=seen)
         changes = []
         if state:

@@ -12,9 +12,9 @@ SHELVES = [  # from top to bottom; reproduce drives other commands
     {"run", "encoders", "pictures"},
     {"cli", "guide", "checkpoint"},
     {"batches", "readers", "cropping", "data", "folders", "objects", "pixels", "shapes"},
-    {"smae", "convert", "masks", "measures", "probes", "optim"},
+    {"smae", "convert", "masks", "measures", "probes", "optim", "hub"},
 ]
-ALONE = {"smae": {"convert"}, "masks": set(), "convert": set(), "measures": set(), "optim": set()}
+ALONE = {"smae": {"convert", "hub"}, "hub": set(), "masks": set(), "convert": set(), "measures": set(), "optim": set()}
 
 
 def imports(file: Path) -> set[str]:

@@ -344,7 +344,11 @@ def test_a_saved_model_comes_back_bit_by_bit(small_model, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.encode(images), small_model.encode(images))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"] == {"epochs": 3}
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_smae_works_alone_in_an_empty_folder(tmp_path):
