@@ -212,12 +212,11 @@ def batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
 
 
 def eval_batch_options(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """The arguments of ``batches.EvalBatches`` that follow from the data options."""
+    """The arguments of ``batches.EvalBatches`` that follow from data and model options."""
     world = accelerator.num_processes
     return dict(
         size=args.image_size,
         batch_size=max(1, min(256, args.batch_size // world)),
-        crop_ratio=args.crop_ratio,
         workers=args.workers,
         device=accelerator.device,
         share=Share(accelerator.process_index, world),

@@ -167,7 +167,7 @@ def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:
         except ValueError as error:
             if not re.search("(?i)unknown split|is empty", str(error)):
                 raise
-    raise ValueError(f"{name_or_path} has no split validation, val or test: name its test split with --test-split")
+    raise ValueError(f"{name_or_path} has no split validation, val or test: name its test split (eval.py --test-split)")
 
 
 def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:

@@ -5,8 +5,8 @@ Also what encoders are judged by: something computed for every picture once, ove
 Letters in shapes: ``b`` batch, ``n`` patches, ``d`` width, ``k`` pictures.
 """
 
-import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoint
 import cli
 import data
 import probes
@@ -120,9 +121,9 @@ class Rows(NamedTuple):
 
 
 def compute_rows(
-    batches: EvalBatches, accelerator: Accelerator, statistics: tuple, compute: Callable[[Tensor], Tensor]
+    batches: EvalBatches, accelerator: Accelerator, statistics: tuple, compute: Callable[[Tensor, Tensor], Tensor]
 ) -> Iterator[Rows]:
-    """``compute`` for normalised images, batch by batch, gathered in every process, in the order of their indices.
+    """``compute`` for normalised images and their indices, gathered batch by batch, in the order of the indices.
 
     Processes with fewer pictures take part until all are done, so that each picture comes exactly
     once. Names the broken pictures and leaves them out. Raises TooManyBadImages at the end, in the
@@ -141,7 +142,7 @@ def compute_rows(
             batch, mine = next(iterator, None), None
         if batch is not None:
             with torch.no_grad(), accelerator.autocast():
-                values = compute(data.normalize(batch.images, *statistics)).cpu()
+                values = compute(data.normalize(batch.images, *statistics), batch.indices).cpu()
             mine = (values, batch.labels, batch.indices, batch.names, batch.bad)
         everyone = [parts for parts in gather_object([mine]) if parts is not None]
         if not everyone:
@@ -174,7 +175,10 @@ def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, po
     Raises ValueError if a label is hidden.
     """
     parts, labels = [], []
-    pooled = functools.partial(encoder.pooled, how=pool)
+
+    def pooled(images: Tensor, indices: Tensor) -> Tensor:
+        return encoder.pooled(images, pool)
+
     for rows in compute_rows(batches, accelerator, encoder.statistics, pooled):
         check_labels(rows.labels)
         if accelerator.is_main_process:
@@ -191,6 +195,48 @@ def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, po
     return probes.Features(values, torch.cat(labels))
 
 
+def knn(
+    encoder: Encoder,
+    training: EvalBatches,
+    tests: EvalBatches,
+    accelerator: Accelerator,
+    classes: int,
+    pool: str | None = None,
+    ks: Sequence[int] = (20,),
+    temperature: float = 0.07,
+) -> dict:
+    """The accuracy of kNN with an encoder's features (:func:`probes.evaluate_knn`); {} outside the main process."""
+    features = [extract(encoder, part, accelerator, pool or encoder.pools[0]) for part in (training, tests)]
+    if not accelerator.is_main_process:
+        return {}
+    how = dict(ks=list(ks), classes=classes, temperature=temperature, device=accelerator.device)
+    return probes.evaluate_knn(*features, **how)
+
+
+class Watch:
+    """kNN accuracy of a model's encoder now and then in its training, always on the same pictures.
+
+    The training does not notice: random states and the mode of the model stay as they are.
+    """
+
+    def __init__(
+        self, model: smae.SMAE, training: EvalBatches, tests: EvalBatches, accelerator: Accelerator, classes: int
+    ):
+        self.encoder, self.batches, self.accelerator, self.classes = ViT(model), (training, tests), accelerator, classes
+
+    def measure(self) -> dict:
+        """``knn``, in per cent, and the ``knn_seconds`` that it took; {} outside the main process."""
+        start, states, model = time.perf_counter(), checkpoint.random_states(), self.encoder.backbone
+        training = model.training
+        model.eval()
+        try:
+            found = knn(self.encoder, *self.batches, self.accelerator, self.classes)
+        finally:
+            model.train(training)
+            checkpoint.set_random_states(states)
+        return dict(knn=found["top1"], knn_seconds=time.perf_counter() - start) if found else {}
+
+
 def accuracy(classifier: nn.Module, batches: EvalBatches, accelerator: Accelerator) -> dict:
     """Top-1 and top-5 accuracy in per cent, and the number of images.
 
@@ -201,7 +247,7 @@ def accuracy(classifier: nn.Module, batches: EvalBatches, accelerator: Accelerat
     hits, count, top = torch.zeros(2, dtype=torch.float64), 0, probes.top(len(classifier.classes))
     classifier.eval()
 
-    def most_likely(images: Tensor) -> Tensor:  # (b, top)
+    def most_likely(images: Tensor, indices: Tensor) -> Tensor:  # (b, top)
         return classifier(images).topk(top).indices
 
     for rows in compute_rows(batches, accelerator, classifier.statistics, most_likely):

@@ -6,6 +6,7 @@
     accelerate launch eval.py finetune --checkpoint runs/pretrain --out runs/finetune
     accelerate launch eval.py predict --checkpoint runs/finetune --dataset FOLDER  # file, class, probability
     accelerate launch eval.py embed --checkpoint runs/pretrain --dataset FOLDER    # features to a parquet file
+    accelerate launch eval.py reconstruct --checkpoint runs/pretrain --dataset FOLDER  # input, mask, reconstruction
 
 --checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm,
 ``random`` (an untrained encoder, the floor of every comparison) or ``pixels`` (no encoder at all).
@@ -15,7 +16,6 @@ import argparse
 import csv
 import functools
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import RandomErasing, v2
 
@@ -35,13 +36,16 @@ import checkpoint
 import cli
 import data
 import encoders
+import masks
 import optim
+import pictures
 import pixels
 import probes
 import smae
 from batches import EvalBatches, TrainBatches
 from cropping import RandomStream, uniform
-from encoders import Encoder, Rows, accuracy, compute_rows, extract
+from encoders import Encoder, Rows, accuracy, compute_rows, extract, knn
+from labelled import load_labelled
 from run import Folder, ProcessLost, Run, Schedule, all_processes_or_none, compare_configurations, find_checkpoint
 
 RESULT_FILES = {  # what each command leaves in --out
@@ -50,6 +54,7 @@ RESULT_FILES = {  # what each command leaves in --out
     "finetune": ("result.json", "metrics.jsonl", "model.safetensors", "config.json"),
     "predict": ("result.json", "predictions.csv"),
     "embed": ("result.json", "features.parquet"),
+    "reconstruct": ("result.json", "reconstruction.png"),
 }
 RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
     "mae": dict(epochs=90, warmup_epochs=10, batch_size=16384, blr=0.1, weight_decay=0.0),
@@ -110,6 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add(sub, "batch-size", batch_size=256)
     sub = command("embed", "features of pictures, to features.parquet", tests=False)
     cli.add(sub, "batch-size", batch_size=256)
+    sub = command("reconstruct", "pictures masked and rebuilt by a masked autoencoder, to PNG files", tests=False)
+    sub.set_defaults(crop_ratio=1.0)
+    sub.add_argument(
+        "--mask", choices=["random", "selfguided"], default="random", help="selfguided: by the model's own clusters"
+    )
+    cli.add(sub, "mask-ratio", "batch-size", batch_size=64)
     return parser
 
 
@@ -187,71 +198,10 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         raise ValueError(f"{args.checkpoint} was fine-tuned with --pool {encoder.pools[0]}")
     if args.command == "predict" and not isinstance(encoder, encoders.FineTuned):
         raise ValueError(f"{args.checkpoint} is no classifier: make one with eval.py finetune")
+    if args.command == "reconstruct" and not (encoder.backbone and encoder.backbone.config["decoder_depth"]):
+        raise ValueError(f"{args.checkpoint} has no decoder to reconstruct with")
     encoder.pooled(image, args.pool)  # or raise
     return encoder
-
-
-def load_labelled(
-    name: str,
-    split: str,
-    test_split: str | None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    streaming: bool = False,
-    max_images: int | None = None,
-    skip_unlabelled: bool = False,
-) -> tuple[datasets.Dataset, datasets.Dataset, list[str]]:
-    """Training and test pictures with labels of the same classes, and the names of these.
-
-    ``max_images`` limits the training pictures, taken from all over the data.
-    ``skip_unlabelled`` leaves out pictures whose label is hidden (-1) or missing. Raises ValueError
-    if there are no labels, or labels of the test that the training does not have.
-    """
-    columns = image_column, label_column, streaming
-    training = data.load_images(name, split, *columns, max_images, spread=True)
-    tests = data.load_test_images(name, test_split, *columns)
-    for dataset in (training, tests):
-        label = (dataset.features or {}).get("label")
-        if label is None:
-            raise ValueError(f"{name} has no labels; name a column with --label-column")
-        if not re.match("u?int|bool|string|large_string", getattr(label, "dtype", "")):
-            raise ValueError(f"labels of {name} must be classes, numbered or named, not {label}")
-    if streaming:
-        names = [getattr(dataset.features["label"], "names", None) for dataset in (training, tests)]
-        if names[0] is None or names[0] != names[1]:
-            raise ValueError("the labels of a stream must be of a ClassLabel type: drop --streaming")
-        return training, tests, names[0]
-
-    if skip_unlabelled:
-        training, tests = _labelled_only(training), _labelled_only(tests)
-    label, test_label = _labels_by_name(training), _labels_by_name(tests)
-    classes = getattr(training.features["label"], "names", None) or sorted(set(label) - {None, -1})
-    number = {name: i for i, name in enumerate(classes)}
-    for dataset, labels in ((training, label), (tests, test_label)):
-        hidden = sum(name in (None, -1) for name in labels)
-        where = f"labels of split {dataset.split!s} of {name}"
-        if hidden:
-            raise ValueError(f"{hidden} of {len(labels)} {where} are hidden (-1 or none): add --skip-unlabelled")
-        unknown = sorted(map(str, {name for name in labels if name not in number}))
-        if unknown:
-            raise ValueError(f"{where} are not of the training data: {unknown[:5]}")
-    training = training.remove_columns("label").add_column("label", [number[name] for name in label])
-    tests = tests.remove_columns("label").add_column("label", [number[name] for name in test_label])
-    return training, tests, [str(name) for name in classes]
-
-
-def _labelled_only(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The pictures that have a label."""
-    kept = [index for index, label in enumerate(dataset["label"]) if label not in (None, -1)]
-    if len(kept) < len(dataset):
-        left_out = len(dataset) - len(kept)
-        data.say_once(f"split {dataset.split!s}: left out {left_out} of {len(dataset)} pictures, which have no label")
-    return dataset.select(kept)
-
-
-def _labels_by_name(dataset: datasets.Dataset) -> list:
-    names = getattr(dataset.features["label"], "names", None)
-    return [names[i] if names and i is not None and i >= 0 else i for i in dataset["label"]]
 
 
 # ------------------------------------------------------------------------------ training with labels
@@ -440,9 +390,57 @@ def write_features(path: Path, rows: Iterator[Rows]) -> int:
     return count
 
 
-def probability_and_class(classifier: nn.Module, images: Tensor) -> Tensor:
+def pooled_features(encoder: Encoder, pool: str, images: Tensor, indices: Tensor) -> Tensor:
+    """The features of normalised images: (b, d)."""
+    return encoder.pooled(images, pool)
+
+
+def probability_and_class(classifier: nn.Module, images: Tensor, indices: Tensor) -> Tensor:
     """The most likely class of normalised images, and its probability before it: (b, 2)."""
     return torch.stack(classifier(images).float().softmax(dim=1).max(dim=1), dim=1)
+
+
+def reconstruct(model: smae.SMAE, kind: str, ratio: float, seed: int, images: Tensor, indices: Tensor) -> Tensor:
+    """Mask normalised images at random or by the model's own patch clusters, and rebuild them.
+
+    A row for each image: the values (H, 3 W, 3) of input, mask and reconstruction side by side, and
+    the mean loss of its masked patches. What is random in a mask is a function of seed and index.
+    """
+    grid = model.grid(images)
+    noise = uniform((seed, RandomStream.MASK), indices.numpy(), grid[0] * grid[1])
+    noise = data.to_device(noise, images.device)
+    if kind == "random":
+        mask = masks.random_mask(*noise.shape, ratio, noise=noise)
+    else:
+        features = model.features(images, max(1, len(model.blocks) - 1))
+        mask = masks.self_guided_mask(features, grid, ratio, noise=noise)
+    masked = torch.zeros_like(noise).scatter(1, mask.masked, 1).bool().unflatten(1, grid)
+    before, after = (
+        pictures.displayable(data.denormalize(each.float(), *model.statistics))
+        for each in (images, model.reconstruct(images, mask))
+    )
+    strips = np.concatenate([before, pictures.hide(before, ~masked, masked), after], axis=2)
+    losses = model.errors(images, mask).mean(dim=1, keepdim=True).cpu()
+    return torch.cat([torch.from_numpy(strips).float().flatten(1), losses], dim=1)
+
+
+def write_reconstructions(out: Path, rows: Iterator[Rows], size: tuple[int, int], note: str = "") -> dict:
+    """Write a picture for each row of :func:`reconstruct`, and one of the first eight; the mean loss."""
+    folder, first, losses = out / "reconstructions", [], []
+    folder.mkdir(exist_ok=True)
+    for part in rows:
+        strips = part.values[:, :-1].unflatten(1, (size[0], 3 * size[1], 3)).numpy()
+        for index, name, strip in zip(part.indices.tolist(), part.names, strips):
+            picture = Image.fromarray((strip * 255).round().astype(np.uint8))
+            picture.save(folder / f"{index:05d}-{Path(name).stem if '.' in name else 'picture'}.png")
+        first += list(strips)[: 8 - len(first)]
+        losses += part.values[:, -1].tolist()
+    columns = dict(zip(("input", "masked", "reconstruction"), np.split(np.stack(first), 3, axis=2)))
+    loss = float(np.mean(losses))
+    sheet = pictures.contact_sheet(columns, f"mean loss of {len(losses)} pictures: {loss:.4f}{note}")
+    with smae.whole_file(out / "reconstruction.png") as part:
+        sheet.savefig(part, format="png")
+    return dict(images=len(losses), loss=loss, file="reconstruction.png")
 
 
 # ------------------------------------------------------------------------------ command line
@@ -487,7 +485,7 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         parts = [data.load_images(args.dataset, args.split, *columns)]
         if "int" not in getattr((parts[0].features or {}).get("label"), "dtype", ""):  # names of files say more
             parts = [parts[0].select_columns(["image"])]
-    options, device = cli.eval_batch_options(args, accelerator), accelerator.device
+    options, device = cli.eval_batch_options(args, accelerator) | dict(crop_ratio=args.crop_ratio), accelerator.device
     form = data.pixel_format(parts[0], encoder.channels, args.pixel_range)
     batches = [EvalBatches(part, **options, keep=trains and bool(args.preload), form=form) for part in parts]
 
@@ -495,9 +493,7 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         folder = Folder(args.out, lock, files, save_every_steps=args.save_every_steps, keep=args.keep)
         result = fit(args, accelerator, folder, encoder, training, batches[1], classes)
     elif args.command == "knn":
-        features = [extract(encoder, part, accelerator, args.pool) for part in batches]
-        how = dict(ks=args.k, classes=len(classes), temperature=args.temperature, device=device)
-        result = probes.evaluate_knn(*features, **how) if accelerator.is_main_process else {}
+        result = knn(encoder, *batches, accelerator, len(classes), args.pool, args.k, args.temperature)
     elif args.command == "linear":
         features = [extract(encoder, part, accelerator, args.pool) for part in batches]
         how = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay)
@@ -507,8 +503,16 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         compute = functools.partial(probability_and_class, encoder.classifier)
         write = functools.partial(write_predictions, classes=encoder.classifier.classes)
         result = write_table(args.out / "predictions.csv", batches[0], accelerator, encoder.statistics, compute, write)
+    elif args.command == "reconstruct":
+        compute = functools.partial(reconstruct, encoder.backbone, args.mask, args.mask_ratio, args.seed)
+        rows = compute_rows(batches[0], accelerator, encoder.statistics, compute)
+        note = "\n(rebuilt patches have the input's brightness and contrast)" * encoder.backbone.normalize_pixels
+        if accelerator.is_main_process:
+            result = write_reconstructions(args.out, rows, pixels.pair(args.image_size), note)
+        else:
+            result = dict(images=sum(len(part.names) for part in rows))
     else:
-        compute = functools.partial(encoder.pooled, how=args.pool)
+        compute = functools.partial(pooled_features, encoder, args.pool)
         file = args.out / "features.parquet"
         result = write_table(file, batches[0], accelerator, encoder.statistics, compute, write_features)
 
@@ -526,7 +530,7 @@ def write_table(
     batches: EvalBatches,
     accelerator: Accelerator,
     statistics: tuple,
-    compute: Callable[[Tensor], Tensor],
+    compute: Callable[[Tensor, Tensor], Tensor],
     write: Callable[[Path, Iterator[Rows]], int],
 ) -> dict:
     """Compute something for every picture and let the main process ``write`` it to ``file``."""
@@ -546,6 +550,7 @@ def report(command: str, out: Path, options: dict, result: dict) -> dict:
         part.write_text(json.dumps(content, indent=2) + "\n")
     titles = dict(top1="top-1", top5="top-5", best_top1="best top-1")
     figures = [f"{title} {result[name]:.2f} %" for name, title in titles.items() if name in result]
+    figures += [f"mean loss {result['loss']:.4f}"] if command == "reconstruct" else []
     if "top1_by_k" in result:
         figures += ["k " + ", ".join(f"{k}: {top1:.2f}" for k, top1 in result["top1_by_k"].items())]
     figures += [f"{result['images']} images"]

@@ -169,11 +169,13 @@ def outline_patches(axis, cells: Tensor, p: int):
 
 
 def loss_curve(metrics: str | os.PathLike) -> Figure:
-    """Draw loss (coloured by kind of mask) and exploitation by epoch from a ``metrics.jsonl``."""
+    """Draw loss (coloured by kind of mask), exploitation and any kNN accuracy, by epoch, from a ``metrics.jsonl``."""
     with open(metrics) as file:
         records = [json.loads(line) for line in file]
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    loss, rates = figure.subplots(2, sharex=True, height_ratios=[3, 2])
+    probed = [record for record in records if "knn" in record]
+    figure = Figure(figsize=(6, 7 if probed else 5), layout="constrained")
+    axes = figure.subplots(3 if probed else 2, sharex=True, height_ratios=[3, 2, 2][: 3 if probed else 2])
+    loss, rates = axes[:2]
     for phase in dict.fromkeys(record["phase"] for record in records):
         epochs, losses = zip(*((r["epoch"], r["loss"]) for r in records if r["phase"] == phase))
         loss.plot(epochs, losses, marker=".", label=f"{phase} masks")
@@ -181,8 +183,12 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
     for name, tokens in (("mask", "masked"), ("visible", "visible")):
         shares = [np.mean(record[f"exploitation_{tokens}"]) for record in records]
         rates.plot([record["epoch"] for record in records], shares, marker=".", label=f"{name} tokens")
-    rates.set(xlabel="epoch", ylabel="exploitation by\nthe decoder of", ylim=(0, 1))
-    for axis in (loss, rates):
+    rates.set(ylabel="exploitation by\nthe decoder of", ylim=(0, 1))
+    if probed:
+        axes[2].plot([r["epoch"] for r in probed], [r["knn"] for r in probed], marker=".", label="kNN (k = 20)")
+        axes[2].set(ylabel="top-1 accuracy, %")
+    axes[-1].set(xlabel="epoch")
+    for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
     return figure

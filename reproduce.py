@@ -40,6 +40,7 @@ import probes
 import smae
 import train
 from batches import EvalBatches
+from labelled import load_labelled
 
 ROOT = Path(__file__).resolve().parent
 ARMS = {  # options of train.py
@@ -412,7 +413,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
     accelerator = cli.make_accelerator(cli.choose_precision(linear.precision))
     columns = linear.image_column, linear.label_column, linear.streaming, linear.max_images
     where = linear.dataset, linear.split, linear.test_split
-    training, tests, classes = judge.load_labelled(*where, *columns, linear.skip_unlabelled)
+    training, tests, classes = load_labelled(*where, *columns, linear.skip_unlabelled)
     if experiment.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
     judge.fill_recipe(linear, len(training), 1)
@@ -422,7 +423,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
         encoder = encoders.load(str(folder)).to(accelerator.device)
         linear.image_size = size = data.pair(size_wanted or encoder.image_size)
         if size not in crops:
-            options = cli.eval_batch_options(linear, accelerator)
+            options = cli.eval_batch_options(linear, accelerator) | dict(crop_ratio=linear.crop_ratio)
             form = data.pixel_format(training, encoder.channels, linear.pixel_range)
             crops[size] = [EvalBatches(part, **options, keep=True, form=form) for part in (training, tests)]
         seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[size]]

@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -264,7 +266,7 @@ class Run:
             seconds=progress.seconds,
             bad_images=self.batches.bad.count,
         )
-        accelerator.log(record, step=epoch)
+        self.track(dict(epoch=epoch) | record | metrics)
         phase = dict(phase=self.phase) if self.phase else {}
         progress.records.append(dict(epoch=epoch) | phase | record | metrics)
         speed = f"{record['images_per_second']:.0f} images/s"
@@ -295,6 +297,40 @@ class Run:
             )
             self.accelerator.print(text)
             cli.leave(128 + self.stopped_by, KeyboardInterrupt(text))
+
+    # -------------------------------------------------------------------------- trackers
+
+    def start_trackers(self, options: dict):
+        """Start the trackers of Accelerate. A resumed run forgets there what came after its checkpoint."""
+        self.accelerator.init_trackers(
+            "smae",
+            config={key: str(value) for key, value in options.items()},
+            init_kwargs=dict(
+                tensorboard=dict(purge_step=self.progress.step + 1) if self.progress.step else {},
+                wandb=dict(id=self.progress.name, resume="allow"),
+            ),
+        )
+
+    def track(self, values: dict):
+        """Log numbers, and lists of them (name/1, name/2, ...), at the present step."""
+        numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
+        for name, listed in values.items():
+            if isinstance(listed, list):
+                numbers |= {f"{name}/{i}": value for i, value in enumerate(listed, start=1)}
+        self.accelerator.log(numbers, step=self.progress.step)
+
+    def track_picture(self, file: Path):
+        """Log a picture, under its name, to the trackers that take any."""
+        for tracker in self.accelerator.trackers:
+            pixels, step = np.asarray(Image.open(file).convert("RGB")), self.progress.step
+            if tracker.name == "tensorboard":
+                tracker.log_images({file.stem: pixels[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "trackio":
+                import trackio
+
+                tracker.log({file.stem: trackio.Image(pixels)}, step=step)
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({file.stem: pixels[None]}, step=step)
 
     # -------------------------------------------------------------------------- checks
 
@@ -340,6 +376,8 @@ class Run:
             speed = self.progress.seen / (time.perf_counter() - self.clock)
             words = [self.phase, f"loss {values[-1]:.4f}", f"lr {self.lr:.2e}", f"{speed:.0f} images/s"]
             self.bar.set_postfix_str(", ".join(word for word in words if word), refresh=False)
+            steps = dict(loss=sum(values) / len(values), lr=self.lr, images_per_second=speed)
+            self.track({f"step/{name}": value for name, value in steps.items()})
         self.unchecked.clear()
 
     def _of_phase(self) -> str:

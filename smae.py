@@ -434,6 +434,12 @@ class SMAE(nn.Module):
         return target
 
     @torch.no_grad()
+    def errors(self, images: Tensor, mask) -> Tensor:
+        """The loss of each masked patch, (b, m) float32, whose mean is that of :meth:`forward`."""
+        prediction = self.decode(self.encode(images, mask.visible), mask, self.grid(images))
+        return (prediction.float() - self.target(images, mask.masked)).square().mean(dim=-1)
+
+    @torch.no_grad()
     def reconstruct(self, images: Tensor, mask) -> Tensor:
         """Images (b, c, H, W) with the masked patches replaced by the model's prediction.
 
@@ -576,10 +582,12 @@ def card_of(model: SMAE | Classifier, folder: Path, config: dict, format: str) -
     return {"README.md": hub.card(folder, config, sum(tensor.numel() for tensor in model.parameters()), format)}
 
 
-def write_folder(folder: Path, weights: dict[str, Tensor], contents: dict[str, dict], texts: dict[str, str]):
+def write_folder(
+    folder: Path, weights: dict[str, Tensor], contents: dict[str, dict], texts: dict[str, str] | None = None
+):
     """Write tensors, JSON files and texts; they get their names after all are on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = texts | {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
+    texts = (texts or {}) | {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
     with contextlib.ExitStack() as files:
         part = files.enter_context(whole_file(folder / "model.safetensors"))
         safetensors.torch.save_file(weights, part, metadata={"format": "pt"})

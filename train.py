@@ -13,6 +13,7 @@ step, with a checkpoint and exit code 128 + signal; a second signal ends it at o
 
 import argparse
 import contextlib
+import json
 import math
 import os
 from pathlib import Path
@@ -32,8 +33,9 @@ import optim
 import pictures
 import pixels
 import smae
-from batches import TrainBatches
+from batches import EvalBatches, TrainBatches
 from guide import Guide, check_source, find_source, mask_column
+from labelled import load_labelled
 from objects import BY_THRESHOLD, sample_pictures
 from run import (
     Folder,
@@ -58,8 +60,10 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     blr=1.5e-4,
     save_every=5,
 )
+NOT_REPEATED = {"config", "preset", "out", "overwrite", "resume", "help"}
 MAPS = "relevance.npy"  # of whole pictures, as long as --guide cached needs it
 IGNORED = {"out", "overwrite", "resume", "save_every", "save_every_steps", "keep", "log_with", "max_bad_images"}
+IGNORED |= {"config", "probe_every", "probe_dataset", "probe_images"}
 IGNORED |= {"preset", "init_from", "fresh_decoder", "model", *smae.PRESETS["base"], "image_size", "patch_size"}
 RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "loss.png")
 
@@ -67,6 +71,7 @@ RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Pre-train a self-guided masked autoencoder.", formatter_class=cli.HelpFormatter)
     parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
+    parser.add_argument("--config", metavar="RUN", help="repeat this run: its options become the defaults")
     cli.add_data_options(parser)
 
     group = cli.add_model_options(parser)
@@ -150,15 +155,48 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add(group, "resume", "save-every-steps", "keep")
     group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
-
+    group.add_argument(
+        "--probe-every",
+        type=int,
+        help="epochs between two measurements of kNN accuracy, on a fixed part of the data, which takes a forward pass "
+        "over that (default: never)",
+    )
+    group.add_argument("--probe-dataset", help="labelled data for it (default: the training data and its test split)")
+    group.add_argument(
+        "--probe-images", type=int, nargs=2, default=(5000, 2000), help="its training and test pictures, from all over"
+    )
     return parser
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, with the defaults of --config or else of --preset."""
     parser = build_parser()
-    if parser.parse_known_args(arguments)[0].preset == "paper":
+    known, _ = parser.parse_known_args(arguments)
+    if known.preset == "paper":
         parser.set_defaults(**PAPER)
+    if known.config:
+        parser.set_defaults(**options_of_run(known.config, parser))
     return parser.parse_args(arguments)
+
+
+def options_of_run(run: str, parser: argparse.ArgumentParser) -> dict:
+    """The options that a run was started with, from its folder or its config.json, except where it wrote."""
+    file = Path(run) / "config.json" if Path(run).is_dir() else Path(run)
+    with cli.one_line_errors(ValueError):
+        options = smae.read_json(file).get("options")
+        if not isinstance(options, dict):
+            raise ValueError(f"--config {run}: {file} holds no options of a run of train.py")
+    names = {action.dest for action in parser._actions} - NOT_REPEATED
+    return {name: value for name, value in options.items() if name in names}
+
+
+def describe_repeat(run: str, options: dict) -> str:
+    """Which options of ``run`` are not repeated, in a line."""
+    then, now = options_of_run(run, build_parser()), json.loads(json.dumps(options))
+    changed = [
+        f"--{name.replace('_', '-')} {now[name]} (there {old})" for name, old in then.items() if now[name] != old
+    ]
+    return f"repeating {run}, " + (f"but with {', '.join(changed)}" if changed else "with the same options")
 
 
 # ------------------------------------------------------------------------------ set-up
@@ -192,7 +230,9 @@ def fill_defaults(args: argparse.Namespace):
         args.lr = args.blr * args.batch_size / 256
     if args.save_every is None:
         args.save_every = math.ceil(args.epochs / 10)
-    for name in ("save_every", "save_every_steps", "keep"):
+    if min(args.probe_images) < 1:
+        raise ValueError(f"--probe-images takes two numbers of pictures, got {args.probe_images}")
+    for name in ("save_every", "save_every_steps", "keep", "probe_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     args.precision = cli.choose_precision(args.precision)
@@ -290,6 +330,7 @@ def main(arguments: list | None = None) -> Path:
 
 def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     """The recipe: model, data, guide, optimizer, loop."""
+    options = cli.plain(vars(args))  # as they were given
     with cli.one_line_errors(ValueError, OSError):
         fill_defaults(args)
         accelerator = cli.make_accelerator(
@@ -316,9 +357,10 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         rule = getattr(guide.source, "rule", BY_THRESHOLD)
         mask_name = mask_column(args.guide_from) or "mask"
         samples, objects = sample_pictures(dataset, 32, args.image_size, mask_name, rule, form)
+        watch = build_watch(args, model, accelerator) if args.probe_every else None
         optimizer = optim.adamw(model, args.lr, args.weight_decay, accelerator.device.type)
         seen = dict(images=batches.length, pictures=data.fingerprint(dataset), hub=data.hub_id(args.dataset))
-        config = dict(model=model.config, train=cli.plain(vars(args)), data=seen)
+        config = dict(model=model.config, train=cli.plain(vars(args)), options=options, data=seen)
         changes = []
         if state:
             ignored, world = IGNORED | (set() if args.streaming else {"workers"}), accelerator.num_processes
@@ -330,6 +372,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         smae.save(model, args.out, config)
         with accelerator.autocast():
             draw(args.out, epoch, guide, samples, objects)
+        run.track_picture(args.out / "masks.png")
 
     # The run, where it was left.
     run = Run(
@@ -347,7 +390,9 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     if state:
         run.restore(state, resumed_from)
         restore_relevance(run, guide, state["guide"], resumed_from)
-    start_trackers(run, config["train"], resumed=bool(state))
+    run.start_trackers(config["train"])
+    if args.config:
+        accelerator.print(describe_repeat(args.config, options))
     announce(args, accelerator, guide, batches)
     if state:
         accelerator.print(
@@ -369,7 +414,9 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
                 mask = guide.mask_batch(images, batch, epoch, accelerator)
                 run.step(run.trained(images, mask), batch)
             measure_exploitation(run, guide, samples, trained_before)
-            run.end_epoch(**guide.history[-1])
+            found = watch.measure() if watch and (epoch % args.probe_every == 0 or epoch == args.epochs) else {}
+            note = f"kNN {found['knn']:.2f} % ({found['knn_seconds']:.0f} s)" if found else ""
+            run.end_epoch(note, **guide.history[-1], **found)
     run.finish()
 
     if accelerator.is_main_process:
@@ -390,15 +437,30 @@ def prepare_kernels(model: smae.SMAE, device: torch.device, compile: bool):
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
 
-def start_trackers(run: Run, options: dict, resumed: bool):
-    """Start the trackers of Accelerate; when resuming, they forget what came after the checkpoint."""
-    run.accelerator.init_trackers(
-        "smae",
-        config={key: str(value) for key, value in options.items()},
-        init_kwargs=dict(
-            tensorboard=dict(purge_step=run.progress.epoch) if resumed else {},
-            wandb=dict(id=run.progress.name, resume="allow"),
-        ),
+def build_watch(args: argparse.Namespace, model: smae.SMAE, accelerator: Accelerator) -> encoders.Watch | None:
+    """What --probe-every measures; None, with a word, if the training data has no labels or no test split."""
+    source = args.probe_dataset or args.dataset
+    counts = args.probe_images
+    try:
+        if args.streaming and not args.probe_dataset:
+            raise ValueError("a stream is read once: name other pictures with --probe-dataset")
+        columns = (None, None) if args.probe_dataset else (args.image_column, args.label_column)
+        where = "train" if args.probe_dataset else args.split
+        training, tests, classes = load_labelled(source, where, None, *columns, False, counts[0], skip_unlabelled=True)
+    except (ValueError, FileNotFoundError) as error:
+        if args.probe_dataset:
+            raise
+        accelerator.print(f"--probe-every is left out: {data.one_line(error)}")
+        return None
+    tests = tests.select(data.evenly_spaced(len(tests), counts[1]))
+    form = data.pixel_format(training, model.config["channels"], args.pixel_range)
+    options = cli.eval_batch_options(args, accelerator) | dict(keep=bool(args.preload), form=form)
+    accelerator.print(
+        f"every {args.probe_every} epochs: kNN on {len(training)} and {len(tests)} pictures of {source}, which takes a "
+        "forward pass over them"
+    )
+    return encoders.Watch(
+        model, *(EvalBatches(part, **options) for part in (training, tests)), accelerator, len(classes)
     )
 
 

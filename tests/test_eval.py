@@ -21,6 +21,7 @@ import data
 import eval as judge
 import smae
 import train
+from labelled import load_labelled
 
 TINY = ["--precision", "no", "--workers", "0"]
 CLASSES = {"blue": (40, 60, 200), "green": (60, 180, 60), "red": (200, 50, 40)}
@@ -460,7 +461,7 @@ def labelled(monkeypatch, splits: dict[str, datasets.Dataset], *arguments):
     args = judge.build_parser().parse_args(["knn", *arguments])
     columns = args.image_column, args.label_column
     where = args.dataset, args.split, args.test_split
-    return judge.load_labelled(*where, *columns, skip_unlabelled=args.skip_unlabelled), asked
+    return load_labelled(*where, *columns, skip_unlabelled=args.skip_unlabelled), asked
 
 
 def test_a_data_set_of_the_paper_goes_by_its_name(monkeypatch):
@@ -514,7 +515,7 @@ def test_pictures_without_a_label_can_be_left_out(monkeypatch, capsys):
 
 
 def test_a_limit_on_sorted_data_takes_pictures_of_all_classes(folder):
-    training, tests, classes = judge.load_labelled(str(folder), "train", None, max_images=6)
+    training, tests, classes = load_labelled(str(folder), "train", None, max_images=6)
     assert sorted(set(training["label"])) == [0, 1, 2]
     assert len(training) == 6 and len(tests) == 15 and len(classes) == 3
 
@@ -592,3 +593,36 @@ def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folde
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "knn", tmp_path / "out", "--checkpoint", "pixels", "--dataset", tmp_path / "flat")
     assert "has no labels; name a column with --label-column" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- reconstruction
+
+
+@pytest.mark.parametrize("mask", ["random", "selfguided"])
+def test_pictures_are_masked_and_rebuilt(mask, monkeypatch, checkpoint, folder, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--mask", mask, "--mask-ratio", 0.5]
+    result = evaluate(monkeypatch, "reconstruct", tmp_path / "a", *arguments, "--max-images", 10)
+    assert result["images"] == 10 and result["loss"] > 0
+    strips = sorted((tmp_path / "a" / "reconstructions").iterdir())
+    assert len(strips) == 10 and Image.open(tmp_path / "a" / "reconstruction.png").width > 300
+    strip = np.asarray(Image.open(strips[0])).astype(int)
+    assert strip.shape == (32, 96, 3)
+    before, covered, after = np.split(strip, 3, axis=1)
+
+    def unchanged(other: np.ndarray) -> np.ndarray:  # patches of 8 x 8
+        return (np.abs(other - before) <= 1).reshape(4, 8, 4, 8, 3).all((1, 3, 4))
+
+    assert unchanged(covered).sum() == 8 and (unchanged(after) >= unchanged(covered)).all()
+    assert not unchanged(after).all()
+    again = evaluate(monkeypatch, "reconstruct", tmp_path / "b", *arguments, "--max-images", 10, "--batch-size", 3)
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-5)  # masks are those of the pictures
+    assert np.abs(np.asarray(Image.open(tmp_path / "b" / "reconstructions" / strips[0].name)) - strip).max() <= 1
+
+
+def test_without_a_decoder_nothing_is_rebuilt(monkeypatch, folder, tmp_path, capsys):
+    sizes = dict(width=32, depth=1, heads=2, decoder_depth=0, image_size=32, patch_size=8)
+    smae.save(smae.SMAE(**sizes), tmp_path / "encoder")
+    for name in (tmp_path / "encoder", "pixels"):
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, "reconstruct", tmp_path / "out", "--checkpoint", name, "--dataset", folder)
+        assert "has no decoder to reconstruct with" in capsys.readouterr().err

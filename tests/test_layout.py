@@ -11,7 +11,7 @@ SHELVES = [  # from top to bottom; reproduce drives other commands
     {"train", "eval", "analyze", "bench"},
     {"run", "encoders", "pictures"},
     {"cli", "guide", "checkpoint"},
-    {"batches", "readers", "cropping", "data", "folders", "objects", "pixels", "shapes"},
+    {"batches", "readers", "cropping", "data", "folders", "objects", "pixels", "shapes", "labelled"},
     {"smae", "convert", "masks", "measures", "probes", "optim", "hub"},
 ]
 ALONE = {"smae": {"convert", "hub"}, "hub": set(), "masks": set(), "convert": set(), "measures": set(), "optim": set()}

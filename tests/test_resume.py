@@ -612,20 +612,41 @@ def test_a_run_that_started_from_another_goes_on_without_it(quick_drawing, monke
     assert "another model: it had depth 2, now 5" in capfd.readouterr().err
 
 
-def test_trackers_go_on_where_the_run_does(quick_drawing, monkeypatch, tmp_path):
+def test_trackers_show_steps_epochs_and_masks_and_go_on_where_the_run_does(monkeypatch, tmp_path):
+    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = [*BRIEF, "--log-with", "tensorboard", "--out", tmp_path / "run"]
     train_here(monkeypatch, *arguments)
     resume = ["--resume", tmp_path / "run" / "checkpoint-00000013", "--overwrite"]
     train_here(monkeypatch, *arguments, *resume)
-    events = EventAccumulator(str(tmp_path / "run" / "smae"))
+    events = EventAccumulator(str(tmp_path / "run" / "smae"), size_guidance=dict(images=0))
     events.Reload()
-    scalars = events.Scalars("loss")
-    assert [scalar.step for scalar in scalars] == [1, 2, 3, 4]
-    assert [scalar.value for scalar in scalars] == pytest.approx(
-        [record["loss"] for record in records(tmp_path / "run")]
-    )
+    expected = records(tmp_path / "run")
+    steps = [record["epoch"] * expected_steps(tmp_path / "run") for record in expected]
+
+    def values(name: str) -> list:
+        return [scalar.value for scalar in events.Scalars(name)]
+
+    for name in ("loss", "lr", "epoch"):
+        assert [scalar.step for scalar in events.Scalars(name)] == steps, name
+        assert values(name) == pytest.approx([record[name] for record in expected]), name
+    blocks = len(expected[0]["exploitation_masked"])
+    for block in range(blocks):
+        wanted = [record["exploitation_masked"][block] for record in expected]
+        assert values(f"exploitation_masked/{block + 1}") == pytest.approx(wanted)
+    of_steps = [scalar.step for scalar in events.Scalars("step/loss")]
+    assert set(range(10, steps[-1] + 1, 10)) <= set(of_steps) and of_steps == sorted(set(of_steps))
+    assert min(values("step/images_per_second")) > 0 and len(values("step/lr")) == len(of_steps)
+    with Image.open(tmp_path / "run" / "masks.png") as sheet:
+        last = events.Images("masks")[-1]
+        assert (last.width, last.height, last.step) == (*sheet.size, steps[-1])
+
+
+def expected_steps(out) -> int:
+    """The steps of an epoch of a run."""
+    config = json.loads((out / "config.json").read_text())
+    return config["data"]["images"] // config["train"]["batch_size"]
 
 
 # ------------------------------------------------------------------------------------------- numbers

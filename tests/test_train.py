@@ -22,7 +22,7 @@ def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
     result = run(*QUICK, "--guide-start", 1, "--out", out)
     assert result.returncode == 0, result.stderr
     checkpoints = ["checkpoint-00000002", "checkpoint-00000004"]
-    assert sorted(file.name for file in out.iterdir()) == sorted([*train.RUN_FILES, *checkpoints])
+    assert sorted(file.name for file in out.iterdir()) == sorted([*train.RUN_FILES, "README.md", *checkpoints])
     first, second = records(out)
     assert {"epoch", "phase", "loss", "lr", "images_per_second", "seconds"} <= set(first)
     assert (first["epoch"], first["phase"], second["epoch"], second["phase"]) == (1, "random", 2, "selfguided")
@@ -126,6 +126,93 @@ def test_options_run(extra, monkeypatch, tmp_path):
     assert records(tmp_path / "run")[1]["phase"] == mask
     if "tensorboard" in extra:
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+# ------------------------------------------------------------------------------------------- watching
+
+
+def test_probing_changes_nothing_in_the_training_and_agrees_with_eval(quick_drawing, monkeypatch, tmp_path, capfd):
+    arguments = [*QUICK, "--epochs", 3, "--guide-start", 1]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "plain")
+    probe = ["--probe-every", 2, "--probe-images", 60, 40, "--workers", 2]
+    train_here(monkeypatch, *arguments, *probe, "--out", tmp_path / "probed")
+    assert same_weights(*(smae.load(tmp_path / name) for name in ("plain", "probed")))
+    plain, probed = records(tmp_path / "plain"), records(tmp_path / "probed")
+    assert [r["loss"] for r in plain] == [r["loss"] for r in probed]
+    assert ["knn" in record for record in probed] == [False, True, True]  # every second, and the last
+    said = capfd.readouterr().out
+    assert "every 2 epochs: kNN on 60 and 40 pictures of shapes" in said
+    assert f"kNN {probed[-1]['knn']:.2f} %" in said
+
+    limits = dict(training=60, tests=40)  # eval.py tests on all: give it the same pictures
+    load = judge.load_labelled
+
+    def load_few(*arguments, **options):
+        training, tests, classes = load(*arguments[:6], limits["training"])
+        return training, tests.select(judge.data.evenly_spaced(len(tests), limits["tests"])), classes
+
+    monkeypatch.setattr(judge, "load_labelled", load_few)
+    command = ["knn", "--checkpoint", tmp_path / "probed", "--out", tmp_path / "knn", "--precision", "no"]
+    assert judge.main([*command, "--workers", 0])["top1"] == probed[-1]["knn"]
+
+
+def test_a_resumed_run_is_probed_like_an_uninterrupted_one(quick_drawing, monkeypatch, tmp_path):
+    arguments = [*QUICK, "--epochs", 3, "--probe-every", 1, "--probe-images", 60, 40, "--save-every", 1]
+    train_here(monkeypatch, *arguments, "--keep", 3, "--out", tmp_path / "whole")
+    resume = ["--resume", tmp_path / "whole" / "checkpoint-00000002"]
+    train_here(monkeypatch, *arguments, *resume, "--out", tmp_path / "resumed")
+    found = [[record["knn"] for record in records(tmp_path / name)] for name in ("whole", "resumed")]
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_without_labels_the_probe_is_left_out_with_a_word(quick_drawing, monkeypatch, tmp_path, capfd):
+    from helpers import picture
+
+    (tmp_path / "photos").mkdir()
+    for i in range(16):
+        picture(seed=i).save(tmp_path / "photos" / f"{i}.png")
+    arguments = [*QUICK, "--dataset", tmp_path / "photos", "--probe-every", 1]
+    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
+    assert "--probe-every is left out: " in capfd.readouterr().out
+    assert "knn" not in records(tmp_path / "run")[-1]
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *arguments, "--probe-dataset", tmp_path / "photos", "--out", tmp_path / "other")
+    assert "has no split validation, val or test" in capfd.readouterr().err
+
+
+def test_the_loss_curve_shows_the_accuracy_where_there_is_one(monkeypatch, tmp_path):
+    line = dict(phase="random", loss=1.0, exploitation_masked=[0.5], exploitation_visible=[0.5])
+    lines = [dict(epoch=1, **line), dict(epoch=2, knn=40.0, **line)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    axes = train.pictures.loss_curve(tmp_path / "metrics.jsonl").axes
+    assert len(axes) == 3 and axes[2].lines[0].get_xydata().tolist() == [[2, 40]]
+
+
+def test_a_run_is_repeated_and_what_is_given_beside_it_overrides(quick_drawing, monkeypatch, tmp_path, capfd):
+    train_here(monkeypatch, *QUICK, "--mask-ratio", 0.5, "--out", tmp_path / "first")
+    capfd.readouterr()
+    for place in (tmp_path / "first", tmp_path / "first" / "config.json"):
+        out = tmp_path / f"again-{place.name}"
+        train_here(monkeypatch, "--config", place, "--out", out)
+        assert same_weights(smae.load(out), smae.load(tmp_path / "first"))
+        assert f"repeating {place}, with the same options" in capfd.readouterr().out
+    train_here(
+        monkeypatch, "--config", tmp_path / "first", "--batch-size", 8, "--epochs", 3, "--out", tmp_path / "other"
+    )
+    assert "but with --epochs 3 (there 2), --batch-size 8 (there 16)" in capfd.readouterr().out
+    config = json.loads((tmp_path / "other" / "config.json").read_text())["train"]
+    assert (config["epochs"], config["batch_size"], config["mask_ratio"]) == (3, 8, 0.5)
+    assert config["lr"] == config["blr"] * 8 / 256  # what follows from other options follows anew
+
+
+def test_what_is_no_run_cannot_be_repeated(monkeypatch, tmp_path, capfd):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, "--config", tmp_path, "--out", tmp_path / "run")
+    assert "holds no options of a run of train.py" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- optimisation
 
 
 def test_clipping_limits_the_gradient(quick_drawing, monkeypatch, tmp_path):
