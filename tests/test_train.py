@@ -10,6 +10,7 @@ import torch
 from foreign import mae_checkpoint, same_weights, timm_vit
 from helpers import QUICK, ROOT, SMALL, contents, records, run, train_here
 
+import checkpoint
 import eval as judge
 import smae
 import train
@@ -137,6 +138,9 @@ def test_probing_changes_nothing_in_the_training_and_agrees_with_eval(quick_draw
     probe = ["--probe-every", 2, "--probe-images", 60, 40, "--workers", 2]
     train_here(monkeypatch, *arguments, *probe, "--out", tmp_path / "probed")
     assert same_weights(*(smae.load(tmp_path / name) for name in ("plain", "probed")))
+    states = [checkpoint.read(checkpoint.folders(tmp_path / name)[-1]) for name in ("plain", "probed")]
+    plain, probed = (state["processes"][0]["random"] for state in states)
+    assert torch.equal(plain["torch"], probed["torch"]) and plain["python"] == probed["python"]
     plain, probed = records(tmp_path / "plain"), records(tmp_path / "probed")
     assert [r["loss"] for r in plain] == [r["loss"] for r in probed]
     assert ["knn" in record for record in probed] == [False, True, True]  # every second, and the last
