@@ -13,12 +13,12 @@ MARK = "<!-- Written by smae, and anew with every save: remove this line before 
 
 
 def is_name(name: str) -> bool:
-    """Whether ``name`` may be a repository, user/model or user/model@revision; never if it is a path that exists.
+    """Whether ``name`` may be a repository, user/model or user/model@revision.
 
-    Neither is what would lie in runs/, or in another folder that exists here.
+    What would lie in runs/, or in another folder that exists here, is a path.
     """
     found = NAME.fullmatch(name)
-    if not found or Path(name).exists() or Path(name).suffix in (".pth", ".pt", ".safetensors", ".ckpt", ".bin"):
+    if not found or Path(name).suffix in (".pth", ".pt", ".safetensors", ".ckpt", ".bin"):
         return False
     return found[1] != "runs" and not Path(found[1]).is_dir()
 

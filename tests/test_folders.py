@@ -128,6 +128,13 @@ def test_metadata_without_labels_leaves_those_of_the_folders_and_says_what_does_
         assert what in said
 
 
+def test_a_label_that_metadata_lacks_for_one_picture_is_not_that_of_its_folder(tmp_path):
+    write(tmp_path, ["cat/1.png", "dog/1.png"])
+    lines = ['{"file_name": "cat/1.png", "label": "tiger"}', '{"file_name": "dog/1.png"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert data.load_images(str(tmp_path))["label"][:] == ["tiger", None]
+
+
 def test_tables_beside_as_many_pictures_are_read_and_the_pictures_counted(tmp_path, capsys):
     write(tmp_path, ["cover.png"])
     table = {"image": [dict(bytes=image_bytes(picture()), path=None)] * 3}

@@ -49,6 +49,7 @@ def test_a_checkpoint_is_fetched_by_its_name_once(ask, run_folder):
         assert ask(LOAD.format("user/run"), served.address) == expected
         fetched = {name for name in served.requests if name.startswith("GET /user")}
         assert sorted(name.rpartition("/")[2] for name in fetched) == ["config.json", "model.safetensors"]
+        assert f"GET /user/run/resolve/{small_hub.COMMIT}/model.safetensors" in fetched  # of the commit of config.json
         served.requests.clear()
         assert ask(LOAD.format("user/run"), served.address) == expected
         assert not [name for name in served.requests if name.startswith("GET /user")]  # only asks what is newest

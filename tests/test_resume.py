@@ -1,5 +1,6 @@
 """A run that is interrupted, by whatever, and resumed ends as one that never was: to the bit."""
 
+import io
 import json
 import os
 import random
@@ -641,6 +642,8 @@ def test_trackers_show_steps_epochs_and_masks_and_go_on_where_the_run_does(monke
     with Image.open(tmp_path / "run" / "masks.png") as sheet:
         last = events.Images("masks")[-1]
         assert (last.width, last.height, last.step) == (*sheet.size, steps[-1])
+        logged = Image.open(io.BytesIO(last.encoded_image_string))
+        assert np.array_equal(np.asarray(logged), np.asarray(sheet.convert("RGB")))
 
 
 def expected_steps(out) -> int:

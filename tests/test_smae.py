@@ -468,3 +468,30 @@ def test_the_errors_of_patches_have_the_loss_as_their_mean(small_model):
         errors, loss = small_model.errors(images, mask), small_model(images, mask)
     assert errors.shape == (3, 12)
     torch.testing.assert_close(errors.mean(), loss)
+
+
+def test_registers_are_tokens_between_cls_and_patches(small_model):
+    model = smae.SMAE(**small_model.config | dict(registers=3, learned_positions=True)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert model.prefix == 4 and model.encode(images).shape == (2, 20, 32)
+    seen = []
+    weights = type(model.blocks[-1].attention).weights
+    model.blocks[-1].attention.weights = lambda *a: seen.append(weights(model.blocks[-1].attention, *a)) or seen[-1]
+    attention = model.class_attention(images)
+    assert attention.shape == (2, 2, 16) and torch.equal(attention, seen[0][:, :, 0, 4:])
+    mask = masks.random_mask(2, 16)
+    model(images, mask).backward()
+    assert model.registers.grad.abs().sum() > 0 and model.features(images, "decoder-1").shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize("class_token, registers", [(False, 2), (True, 0), (False, 0)])
+def test_the_first_token_is_pooled_only_if_it_is_a_cls_token(class_token, registers, small_model):
+    sizes = dict(class_token=class_token, registers=registers)
+    model, images = smae.SMAE(**small_model.config | sizes), torch.randn(1, 3, 32, 32)
+    tokens = model.encode(images)
+    torch.testing.assert_close(model.pooled(images, "mean"), tokens[:, class_token + registers :].mean(1))
+    if class_token:
+        assert torch.equal(model.pooled(images, "cls"), tokens[:, 0])
+    else:
+        with pytest.raises(ValueError, match="pool must be mean"):
+            model.pooled(images, "cls")
