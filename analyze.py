@@ -1,216 +1,323 @@
-"""Measure what a masked autoencoder has learned.
+"""Look at what encoders have learned: the tables and figures of the paper's analysis, on any checkpoints.
 
-    python analyze.py masks --checkpoint runs/pretrain  # the test pictures of shapes
-    python analyze.py masks --checkpoint runs/pretrain --dataset PATH_OR_HUB_NAME  # needs masks
+    python analyze.py report --checkpoint random ours=runs/pretrain dino=facebook/dinov2-small --dataset PHOTOS
+    python analyze.py attention --checkpoint ours=runs/pretrain mae=facebook/vit-mae-base  # or another command
+    python analyze.py masks --checkpoint runs/pretrain  # masks against known objects, beside floors
 
-``masks`` measures how well masks find known objects, compared with baselines, and how well the
-model reconstructs object and background. Writes result.json and masks.png to --out.
+--checkpoint takes NAME=PATH, several times: run folders, checkpoints of others and their names on the
+hub, ``random`` and ``pixels``. Each writes its figures and result.json to --out; ``report`` all of
+them, and report.html. What an encoder has not (a decoder, a CLS token) is left out and said.
 """
 
 import argparse
-import itertools
 import json
-from collections.abc import Iterator
-from typing import NamedTuple
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from einops import reduce
-from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
+import contest
 import data
 import encoders
+import looks
 import masks
 import measures
 import pictures
+import report
 import smae
-from cropping import RandomStream, uniform
-from objects import BY_THRESHOLD, MaskRule, object_mask, understand_column
+from looks import Subject
+from objects import BY_THRESHOLD, sample_pictures, understand_column
+from report import Finding
 
-MEASURES = {
-    "iou": "IoU of the foreground side with the object",
-    "auc": "rank-AUC of relevance against the object",
-    "object": "share of the object that is masked",
-    "background": "share of the background that is masked",
+
+@dataclass
+class How:
+    """What the commands share: options that change what is measured or drawn."""
+
+    ratio: float
+    seed: int
+    layers: list[int | str] | None
+    foreground: str
+    relevance: str
+    clusters: int
+    drawn: int  # pictures in figures
+    checkpoints: int  # of a run, in ``progress``
+
+
+# --------------------------------------------------------------------------------- the paper's figures
+
+
+def layers(subjects: list[Subject], how: How) -> Finding:
+    """Cut, relevance and mask of several blocks (figure VIII), and how well they find known objects."""
+    found, figures = Finding(), {}
+    for subject in with_model(subjects, found):
+        depth, decoder = len(subject.model.blocks), subject.model.config["decoder_depth"]
+        usual = [-(-depth // 4), depth // 2, depth - 1, *[f"decoder-{decoder}"] * bool(decoder)]
+        chosen = [layer for layer in how.layers or dict.fromkeys(usual) if layer in subject.layers]
+        shown, x = few(subject, how.drawn)
+        columns = {"input": shown}
+        for layer in chosen:
+            relevance, side = masks.find_object(subject.features(x, layer), subject.grid, how.foreground, how.relevance)
+            mask = masks.informed_mask(relevance, how.ratio, "none").masked
+            mask, side, relevance = (on_grid(subject, each) for each in (chosen_patches(mask, side), side, relevance))
+            columns |= {
+                f"{layer}: cut": pictures.tint(shown, side),
+                "relevance" + " " * len(columns): pictures.glow(shown, relevance),
+            }
+            columns["mask" + " " * len(columns)] = pictures.hide(shown, ~mask, mask)
+        figures[subject.name] = pictures.contact_sheet(columns, f"{subject.name}: cut, relevance and mask by layer")
+    if any(subject.objects is not None for subject in subjects):
+        curves = {s.name: looks.objects_found(s, how.foreground, how.relevance) for s in subjects if s.model}
+        titles = {"iou": "IoU of the cut with the object", "auc": "rank-AUC of the relevance"}
+        panels = {title: pick(curves, key) for key, title in titles.items()}
+        figures["objects"] = pictures.by_layer(panels, order=names(subjects))
+        found.numbers = {name: summary(by) for name, by in curves.items()}
+    return found.with_figures(figures)
+
+
+def relations(subjects: list[Subject], how: How) -> Finding:
+    """The relations of patches in the last block (figure 2)."""
+    found, shown, maps = Finding(), few(subjects[0], how.drawn)[0], [{} for _ in range(how.drawn)]
+    for subject in subjects:
+        _, x = few(subject, how.drawn)
+        tokens = subject.features(x)
+        similarity, mean = masks.similarity(tokens), tokens.mean(dim=1, keepdim=True)
+        to_mean = torch.cosine_similarity(tokens.float(), mean.float(), dim=-1)
+        attention = None
+        if subject.model and subject.model.config["class_token"]:
+            attention = on_grid(subject, subject.model.class_attention(x).mean(dim=1))
+        elif subject.model:
+            found.left_out.append(f"{subject.name} has no CLS token, so no attention of it")
+        for row, picture_maps in enumerate(maps[: len(x)]):
+            picture_maps[f"{subject.name}:\nsimilarity"] = similarity[row].cpu().numpy()
+            picture_maps["to the mean patch" + " " * len(picture_maps)] = on_grid(subject, to_mean)[row].cpu().numpy()
+            if attention is not None:
+                picture_maps["CLS attention" + " " * len(picture_maps)] = attention[row].cpu().numpy()
+    return found.with_figures({"relations": pictures.relation_sheet(shown, maps[: len(shown)])})
+
+
+def variance(subjects: list[Subject], how: How) -> Finding:
+    """Variance of features and of similarities, in encoder and decoder (table 1)."""
+    found, panels = Finding(), {}
+    for subject in subjects:
+        places = {"encoder": None} | (
+            {"decoder": f"decoder-{subject.model.config['decoder_depth']}"} if subject.has_decoder else {}
+        )
+        if len(places) == 1:
+            found.left_out.append(f"{subject.name} has no decoder")
+        for place, layer in places.items():
+            for what, values in looks.variances(subject, layer).items():
+                panels.setdefault(f"{place}: σ of {what}", {})[subject.name] = spread(values)
+    found.numbers = panels
+    return found.with_figures({"variance": pictures.points(panels, names(subjects))})
+
+
+def progress(subjects: list[Subject], how: How) -> Finding:
+    """How the patch clusters of a run came about (figures 3, 4 and V)."""
+    found, figures = Finding(), {}
+    for subject in subjects:
+        run = Path(subject.path)
+        if not (run.is_dir() and list(run.glob("checkpoint-*"))):
+            found.left_out.append(f"{subject.name} is no run with checkpoints")
+            continue
+        seen = looks.progress(subject, run, how.checkpoints, how.ratio, how.seed)
+        epochs = seen["epochs"]
+        panels = {
+            f"μintra − μinter, by {way}": {f"{cut} cut": (epochs, values) for cut, values in cuts.items()}
+            for way, cuts in seen["gaps"].items()
+        }
+        panels["KL from the last checkpoint, nats"] = {f"layer {k}": (epochs, v) for k, v in seen["divergence"].items()}
+        blocks = len(seen["exploited"]["mask"][0]) if seen["exploited"]["mask"] else 0
+        panels["exploitation rate"] = {
+            f"{kind} tokens, block {block + 1}": (epochs, [rates[block] for rates in seen["exploited"][kind]])
+            for block in range(blocks)
+            for kind in ("mask", "visible")
+        }
+        figures[subject.name] = pictures.over_epochs({k: v for k, v in panels.items() if v}, subject.name)
+        found.numbers[subject.name] = seen
+    return found.with_figures(figures)
+
+
+def attention(subjects: list[Subject], how: How) -> Finding:
+    """Attention distance and normalised mutual information by layer (figures 6 and 7a)."""
+    found = Finding()
+    scans = {s.name: looks.scan(s, how.ratio, how.seed) for s in with_model(subjects, found)}
+    titles = {"distance": "attention distance, pixels", "information": "normalised mutual information"}
+    panels = {title: {name: scanned[key] for name, scanned in scans.items()} for key, title in titles.items()}
+    found.numbers = {name: {key: means(scanned[key]) for key in titles} for name, scanned in scans.items()}
+    return found.with_figures(
+        {"attention": pictures.by_layer(panels, dots=True, order=names(subjects))} if scans else {}
+    )
+
+
+def fourier(subjects: list[Subject], how: How) -> Finding:
+    """Relative log amplitudes of the tokens by frequency and layer (figure 7b)."""
+    found = Finding()
+    scans = {s.name: looks.scan(s, how.ratio, how.seed)["spectrum"] for s in with_model(subjects, found)}
+    if not scans:
+        return found
+    highest = {name: {layer: values[-1] for layer, values in by.items()} for name, by in scans.items()}
+    found.numbers = {name: means(by) for name, by in highest.items()}
+    panel = {"Δ log amplitude of the highest frequency": highest}
+    return found.with_figures(
+        {"fourier": pictures.by_layer(panel, order=names(subjects)), "spectra": pictures.spectra(scans)}
+    )
+
+
+def tokens(subjects: list[Subject], how: How) -> Finding:
+    """Variance of the mask tokens by decoder block (figure 7c)."""
+    found, scans = Finding(), {}
+    for subject in with_model(subjects, found):
+        if subject.has_decoder:
+            scans[subject.name] = looks.scan(subject, how.ratio, how.seed)["tokens"]
+        else:
+            found.left_out.append(f"{subject.name} has no decoder")
+    found.numbers = {name: summary({layer: dict(variance=v) for layer, v in by.items()}) for name, by in scans.items()}
+    panel = {"variance of the mask tokens": scans}
+    return found.with_figures({"tokens": pictures.by_layer(panel, order=names(subjects))} if scans else {})
+
+
+def clusters(subjects: list[Subject], how: How) -> Finding:
+    """Clusters of patches, painted and by t-SNE (figures III and VII)."""
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
+    found, reference, shown = Finding(), None, few(subjects[0], how.drawn)[0]
+    columns, clouds, scores = {"input": shown}, [{} for _ in shown], {}
+    for subject in subjects:
+        _, x = few(subject, how.drawn)
+        features = subject.features(x).float().cpu()
+        labels = masks.cluster(features, min(how.clusters, features.shape[1]))
+        cells = on_grid(subject, labels)
+        reference = cells if reference is None else reference
+        for row in range(len(x)):
+            cells[row] = matched(cells[row], reference[row], how.clusters)
+            flat, points = cells[row].flatten(), torch.nn.functional.normalize(features[row], dim=-1).numpy()
+            places = TSNE(perplexity=min(20, len(points) - 1), init="pca", random_state=how.seed).fit_transform(points)
+            clouds[row][subject.name] = places, flat.numpy()
+            if len(flat.unique()) > 1:
+                scores.setdefault(subject.name, []).append(silhouette_score(points, flat.numpy(), metric="cosine"))
+        columns[subject.name] = pictures.paint(
+            pictures.displayable(subject.images[few_rows(subject, how.drawn)]), cells
+        )
+    found.numbers = {name: dict(silhouette=spread(torch.tensor(v))) for name, v in scores.items()}
+    sheet = pictures.contact_sheet(
+        same_size(columns), f"{how.clusters} clusters by recursive normalized cut, last block"
+    )
+    return found.with_figures({"clusters": sheet, "tsne": pictures.scatter_sheet(clouds)})
+
+
+def reconstruction(subjects: list[Subject], how: How) -> Finding:
+    """The loss of several models under the same random masks, and under their own (table III)."""
+    found, figures = Finding(), {}
+    for subject in with_model(subjects, found):
+        if not subject.has_decoder:
+            found.left_out.append(f"{subject.name} has no decoder")
+            continue
+        rows = found.numbers[subject.name] = {}
+        for kind in ("random", "own", "own, no hints"):
+            errors, masked = looks.reconstruction_errors(subject, kind, how.ratio, how.seed)
+            rows[kind] = dict(loss=spread(errors.mean(dim=1)))
+            if subject.share is not None:
+                of_object = subject.share.gather(1, masked)
+                for part, weights in (("object", of_object), ("background", 1 - of_object)):
+                    rows[kind][part] = ((errors * weights).sum() / weights.sum()).item()
+        shown, x = few(subject, how.drawn)
+        mask = subject.random_mask(slice(0, len(x)), how.ratio, how.seed)
+        hidden = on_grid(subject, chosen_patches(mask.masked, torch.zeros(len(x), subject.model.patch_count)))
+        rebuilt = pictures.displayable(
+            data.denormalize(subject.model.reconstruct(x, mask).float(), *subject.encoder.statistics)
+        )
+        columns = {"input": shown, "masked": pictures.hide(shown, ~hidden, hidden), "reconstruction": rebuilt}
+        figures[subject.name] = pictures.contact_sheet(columns, subject.name)
+    return found.with_figures(figures)
+
+
+FIGURES: dict[str, Callable[[list[Subject], How], Finding]] = {
+    function.__name__: function
+    for function in (layers, relations, variance, progress, attention, fourier, tokens, clusters, reconstruction)
 }
 
-
-# --------------------------------------------------------------------------------- pictures
-
-
-class Pictures:
-    """Pictures with known objects: ``images`` (N, 3, H, W) uint8 and their ``groups``.
-
-    ``truth`` (N, H, W) is the share of object in each pixel. ``units`` (N,) numbers the independent
-    units: pictures, or the videos they are from. ``skipped`` counts broken pictures and those where
-    the object covers less than 1 % or more than 99 %.
-    """
-
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        mask_column: str,
-        group_column: str,
-        unit_column: str,
-        size: data.Size,
-        rule: MaskRule = BY_THRESHOLD,
-        form: data.PixelFormat = data.RGB,
-    ):
-        # collect pictures with an object
-        images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
-        for record in tqdm(dataset, desc="pictures", disable=None):
-            try:
-                image = data.decode(record["image"], form)
-                mask = object_mask(record[mask_column], rule, record["image"])
-            except Exception as error:  # a broken file
-                tqdm.write(data.describe_bad(len(images) + self.skipped, record["image"], error).description)
-                self.skipped += 1
-                continue
-            if image.size != mask.size:
-                raise ValueError(
-                    f"a picture of {image.width}x{image.height} pixels has a mask of {mask.width}x{mask.height}"
-                )
-            image, mask = data.center_crop(image, size), data.center_crop(mask, size)[0] / 255
-            if not 0.01 <= mask.mean() <= 0.99:
-                self.skipped += 1
-                continue
-            images.append(image)
-            truth.append(mask)
-            self.groups.append(_name(dataset, group_column, record))
-            units.setdefault(str(record.get(unit_column, len(images))), []).append(len(images) - 1)
-        if not images:
-            raise ValueError("none of the pictures shows an object")
-
-        # number the units
-        self.images, self.truth = torch.stack(images), torch.stack(truth)
-        self.units = torch.empty(len(images), dtype=torch.int64)
-        for number, members in enumerate(units.values()):
-            self.units[members] = number
-
-    def subsets(self) -> dict[str, Tensor]:
-        """Subsets (N,) bool to report separately: all, each group, objects off centre."""
-        subsets = {"all": torch.ones(len(self.images), dtype=torch.bool)}
-        names = sorted(set(self.groups))
-        for name in names if len(names) > 1 else []:
-            subsets[name] = torch.tensor([group == name for group in self.groups])
-        return subsets | {"off-centre": measures.off_centre(self.truth)}
+# --------------------------------------------------------------------------------- what they share
 
 
-def _name(dataset: datasets.Dataset, column: str, record: dict) -> str:
-    """The value of a column as a name; "all" without such a column."""
-    value, feature = record.get(column, "all"), dataset.features.get(column)
-    return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value)
+def names(subjects: list[Subject]) -> list[str]:
+    return [subject.name for subject in subjects]
 
 
-# --------------------------------------------------------------------------------- contestants
+def with_model(subjects: list[Subject], found: Finding) -> list[Subject]:
+    """The subjects that have blocks; the others are named as left out."""
+    found.left_out += [f"{subject.name} has no blocks" for subject in subjects if not subject.model]
+    return [subject for subject in subjects if subject.model]
 
 
-class Contestant(NamedTuple):
-    """A source of masks to compare: patch features (N, n, d), or only relevance (N, n)."""
-
-    name: str
-    features: Tensor | None = None
-    relevance: Tensor | None = None
+def few_rows(subject: Subject, count: int) -> Tensor:
+    """The indices of ``count`` pictures from all over."""
+    return torch.from_numpy(data.evenly_spaced(len(subject.images), count))
 
 
-class Guess(NamedTuple):
-    """Relevance (N, n) and foreground side (N, n) of a contestant, and ``how`` they were found."""
-
-    relevance: Tensor
-    side: Tensor
-    how: dict
+def few(subject: Subject, count: int) -> tuple[np.ndarray, Tensor]:
+    """A few pictures, to show (k, H, W, 3) and normalised on the device (k, c, H, W)."""
+    images = subject.images[few_rows(subject, count)]
+    return pictures.displayable(images), data.normalize(images.to(subject.device), *subject.encoder.statistics)
 
 
-def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed: int) -> Iterator[Contestant]:
-    """The baselines, then the model's layers, on uint8 images (N, 3, H, W)."""
-    count, (h, w) = len(images), model.grid(images)
-    generator = torch.Generator().manual_seed(seed)
-    yield Contestant("random mask", relevance=torch.rand(count, h * w, generator=generator))
-    yield Contestant("centre prior", relevance=masks.centrality((h, w)).expand(count, -1))
-    yield Contestant("raw pixels", raw_patches(model, images))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        untrained = smae.SMAE(**model.config).to(model.positions.device).eval()
-    last_but_one = max(1, len(model.blocks) - 1)
-    yield Contestant(f"untrained, {last_but_one}", features_of(untrained, images, last_but_one))
-    for layer in layers:
-        yield Contestant(f"model, {layer}", features_of(model, images, layer))
+def on_grid(subject: Subject, values: Tensor) -> Tensor:
+    """Values of patches (k, n) as (k, h, w), on the host."""
+    return values.cpu().unflatten(1, subject.grid)
 
 
-def raw_patches(model: smae.SMAE, images: Tensor) -> Tensor:
-    """The normalised pixels of each patch (N, n, p * p * c) of uint8 images (N, c, H, W)."""
-    statistics = (data.MEAN, data.STD) if images.shape[1] == 3 else model.statistics
-    return smae.patchify(data.normalize(images, *statistics), model.patch_size)
+def chosen_patches(indices: Tensor, like: Tensor) -> Tensor:
+    """Indices (k, m) as (k, n) bool."""
+    return torch.zeros(like.shape, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
 
 
-@torch.no_grad()
-def features_of(model: smae.SMAE, images: Tensor, layer: int | str) -> Tensor:
-    """Features (N, n, d) of uint8 images (N, 3, H, W), batch by batch, on the host."""
-    device, statistics = model.positions.device, (model.config["mean"], model.config["std"])
-    parts = []
-    for part in images.split(64):
-        part = data.normalize(part.to(device), *statistics)
-        parts.append(model.features(part, layer).float().cpu())
-    return torch.cat(parts)
+def matched(labels: Tensor, reference: Tensor, k: int) -> Tensor:
+    """Labels (h, w), renumbered below ``k`` so that they agree with a reference on as much area as possible."""
+    from scipy.optimize import linear_sum_assignment
+
+    if labels.shape != reference.shape:
+        reference = torch.nn.functional.interpolate(reference[None, None].float(), labels.shape)[0, 0].long()
+    overlap = torch.zeros(k, k).index_put((labels.flatten(), reference.flatten()), torch.ones(()), accumulate=True)
+    return torch.from_numpy(linear_sum_assignment(overlap.numpy(), maximize=True)[1])[labels]
 
 
-def guesses(contestant: Contestant, grid: tuple[int, int]) -> Iterator[Guess]:
-    """Guess the object in every way: debiased or not, by each foreground rule and scoring.
-
-    A contestant without features has one guess: its relevance, the upper half as foreground.
-    """
-    if contestant.features is None:
-        relevance = contestant.relevance
-        yield Guess(relevance, relevance > relevance.median(dim=1, keepdim=True).values, {})
-        return
-    ways = list(itertools.product((False, True), ("border", "small", "peak"), ("foreground", "contrast")))
-    found = {way: [] for way in ways}
-    mean = contestant.features.mean(dim=0)
-    for part in contestant.features.split(64):
-        for debias, group in itertools.groupby(ways, key=lambda way: way[0]):
-            affinity = masks.similarity(part - mean if debias else part)
-            y = masks.normalized_cut(affinity)
-            for way in group:
-                side = masks.foreground_side(y, grid, way[1])
-                found[way].append((masks.relevance(affinity, side, way[2]), side))
-    for way, parts in found.items():
-        relevance, side = map(torch.cat, zip(*parts))
-        yield Guess(relevance, side, dict(zip(("debias", "foreground", "relevance"), way)))
+def same_size(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of pictures, enlarged or reduced to the size of the largest."""
+    height, width = max(column.shape[1:3] for column in columns.values())
+    return {
+        name: column[:, np.arange(height) * column.shape[1] // height][
+            :, :, np.arange(width) * column.shape[2] // width
+        ]
+        for name, column in columns.items()
+    }
 
 
-# --------------------------------------------------------------------------------- measuring
+def pick(curves: dict[str, dict], key: str) -> dict[str, dict]:
+    return {name: {layer: values[key] for layer, values in by.items()} for name, by in curves.items()}
 
 
-def measure(guess: Guess, share: Tensor, ratio: float) -> dict[str, Tensor]:
-    """The MEASURES (N,) of a guess against an object that covers ``share`` (N, n) of each patch."""
-    noise = torch.rand(share.shape, generator=torch.Generator().manual_seed(0)).to(share.device)
-    masked = masks.informed_mask(guess.relevance, ratio, "none", noise=noise).masked
-    of_object, of_background = measures.masked_shares(masked, share)
-    iou, auc = measures.iou(guess.side, share), measures.rank_auc(guess.relevance, share)
-    return {"iou": iou, "auc": auc, "object": of_object, "background": of_background}
+def spread(values: Tensor) -> dict[str, float]:
+    """Mean and standard deviation over pictures, without those that have no value."""
+    values = values[~values.isnan()].float()
+    return dict(mean=values.mean().item(), deviation=values.std().item() if len(values) > 1 else 0.0)
 
 
-@torch.no_grad()
-def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: int) -> dict[str, float]:
-    """The model's losses under random masks, on object and background.
+def means(by: dict) -> dict[str, float]:
+    return {str(layer): values.float().mean().item() for layer, values in by.items()}
 
-    Takes uint8 images (N, 3, H, W) with an object that covers ``share`` (N, n) of each patch.
-    The masks depend on ``seed``, not on the model.
-    """
-    noise = torch.from_numpy(uniform((seed, RandomStream.MASK), range(len(images)), share.shape[1]))
-    sums, device = torch.zeros(2, 2), model.positions.device  # of errors and of areas; object, background
-    for some_images, some_share, some_noise in zip(images.split(64), share.split(64), noise.split(64)):
-        x = data.normalize(some_images.to(device), model.config["mean"], model.config["std"])
-        mask = masks.random_mask(*some_share.shape, ratio, noise=some_noise.to(device))
-        prediction = model.decode(model.encode(x, mask.visible), mask, model.grid(x)).float()
-        errors = (prediction - model.target(x, mask.masked)).pow(2).mean(dim=-1).cpu()
-        areas = some_share.gather(1, mask.masked.cpu())
-        areas = torch.stack([areas, 1 - areas])
-        sums += torch.stack([(areas * errors).sum(dim=(1, 2)), areas.sum(dim=(1, 2))])
-    return dict(zip(("object", "background"), (sums[0] / sums[1]).tolist()))
+
+def summary(by: dict[int | str, dict[str, Tensor]]) -> dict[str, dict]:
+    """Mean and deviation over pictures of each value of each layer."""
+    return {str(layer): {name: spread(v) for name, v in values.items()} for layer, values in by.items()}
 
 
 # --------------------------------------------------------------------------------- masks
@@ -223,165 +330,191 @@ def analyze_masks(args: argparse.Namespace):
         cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = encoders.backbone(args.checkpoint, device)
-        layers, size = choose_layers(model, args.layers), args.image_size or model.config["image_size"]
+        layers, size = contest.choose_layers(model, args.layers), args.image_size or model.config["image_size"]
         h, w = grid = model.grid(torch.empty(0, model.config["channels"], *data.pair(size)))
         masks.masked_count(h * w, args.mask_ratio)
         columns = args.image_column, args.mask_column
-        dataset = load_with_masks(args.dataset, args.split, *columns, args.max_images)
+        dataset = contest.load_with_masks(args.dataset, args.split, *columns, args.max_images)
         rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)
         print(f"masks of column {args.mask_column}: {rule.kind}")
         form = data.pixel_format(dataset, model.config["channels"], args.pixel_range)
         columns = args.mask_column, args.group_column, args.unit_column
-        seen = Pictures(dataset, *columns, size, rule, form)
+        seen = contest.Pictures(dataset, *columns, size, rule, form)
     share = reduce(seen.truth, "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
-    subsets, pixels = seen.subsets(), raw_patches(model, seen.images)
+    subsets, pixels = seen.subsets(), contest.raw_patches(model, seen.images)
 
     # measure every guess, keep those to draw
     wanted = dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)
     last_but_one = max(1, len(model.blocks) - 1)
     drawn_layer = last_but_one if last_but_one in layers else layers[0]  # draw one layer only
     rows, drawn, variance = [], {}, {}
-    for contestant in contestants(model, seen.images, layers, args.seed):
+    for contestant in contest.contestants(model, seen.images, layers, args.seed):
         name = contestant.name
         if contestant.features is not None and name != "raw pixels":
             variance[name] = measures.variance_shares(contestant.features, pixels)
-        for guess in guesses(contestant, grid):
-            values = measure(guess, share, args.mask_ratio)
-            rows.append(dict(source=name, **guess.how, **summaries(values, subsets, seen.units)))
+        for guess in contest.guesses(contestant, grid):
+            values = contest.measure(guess, share, args.mask_ratio)
+            rows.append(dict(source=name, **guess.how, **contest.summaries(values, subsets, seen.units)))
             if guess.how in ({}, wanted) and (not name.startswith("model") or name == f"model, {drawn_layer}"):
                 drawn[name] = guess, contestant.features
 
     # print the results
     counts = {name: int(members.sum()) for name, members in subsets.items()}
     print(f"{args.dataset}: {len(share)} pictures with an object of {share.mean():.0%} area, {seen.skipped} left out")
-    print(table(rows, counts), "\n\nwhere the variance of the features comes from")
+    print(contest.table(rows, counts), "\n\nwhere the variance of the features comes from")
     for name, shares in variance.items():
         print(f"{name:18}" + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
-    loss = losses(model, seen.images, share, args.mask_ratio, args.seed) if model.config["decoder_depth"] else {}
+    loss = (
+        contest.losses(model, seen.images, share, args.mask_ratio, args.seed) if model.config["decoder_depth"] else {}
+    )
     if loss:
         print(f"loss under random masks: object {loss['object']:.4f}, background {loss['background']:.4f}")
 
     # write result.json and masks.png
     args.out.mkdir(parents=True, exist_ok=True)
     arguments = {name: str(value) for name, value in vars(args).items()}
-    result = dict(arguments=arguments, pictures=counts, measures=MEASURES, rows=rows, made_of=variance, loss=loss)
+    result = dict(
+        arguments=arguments, pictures=counts, measures=contest.MEASURES, rows=rows, made_of=variance, loss=loss
+    )
     with smae.whole_file(args.out / "result.json") as part:
         part.write_text(json.dumps(result, indent=1))
     how = f"{args.foreground}, {args.relevance}{', debiased' if args.guide_debias else ''}"
-    sheet(seen, grid, drawn, args.mask_ratio, how).savefig(args.out / "masks.png")
+    contest.sheet(seen, grid, drawn, args.mask_ratio, how).savefig(args.out / "masks.png")
     print(f"wrote result.json and masks.png to {args.out}")
-
-
-def choose_layers(model: smae.SMAE, layers: list[int | str] | None) -> list[int | str]:
-    """``layers``, by default up to four. Raises ValueError for a layer that the model lacks."""
-    depth, decoder = len(model.blocks), model.config["decoder_depth"]
-    usual = [max(1, depth // 2), max(1, depth - 1), depth, *[f"decoder-{decoder}"] * bool(decoder)]
-    layers = list(dict.fromkeys(layers or usual))
-    for layer in layers:
-        if layer not in model.layers:
-            raise ValueError(f"--layers {layer}: expected one of {', '.join(map(str, model.layers))}")
-    return layers
-
-
-def load_with_masks(name: str, split: str | None, image_column: str | None, mask_column: str, max_images: int | None):
-    """Load a data set with its column of masks, undecoded. Raises ValueError if missing."""
-    split = split or ("test" if name.startswith("shapes") else "train")
-    dataset = data.load_images(name, split, image_column, "", max_images=max_images)
-    if mask_column not in dataset.column_names:
-        names = ", ".join(dataset.column_names)
-        raise ValueError(f"{name} has no column {mask_column!r}; name one with --mask-column: {names}")
-    if not isinstance(dataset.features[mask_column], datasets.Image):
-        raise ValueError(f"column {mask_column!r} of {name} does not hold masks")
-    return dataset.cast_column(mask_column, datasets.Image(decode=False))  # some may be broken
-
-
-def summaries(values: dict[str, Tensor], subsets: dict[str, Tensor], units: Tensor) -> dict[str, dict]:
-    """Mean and standard error of each measure (N,) over each subset that is not empty."""
-    found = {}
-    for subset, members in subsets.items():
-        if members.any():
-            found[subset] = {
-                name: list(measures.mean_and_error(value[members], units[members])) for name, value in values.items()
-            }
-    return found
-
-
-def table(rows: list[dict], counts: dict[str, int]) -> str:
-    """A table for each subset: the four measures in per cent, mean ± standard error."""
-    titles = "".join(f"{name:>12}" for name in ("IoU", "rank-AUC", "object", "background"))
-    lines = []
-    for subset, count in counts.items():
-        lines += ["", f"{subset}: {count} pictures", f"{'':48}{titles}"]
-        for row in rows if count else []:
-            how = ["debiased"] * row.get("debias", False) + [row.get("foreground", ""), row.get("relevance", "")]
-            values = "".join(f"{100 * mean:7.1f} ±{100 * error:3.1f}" for mean, error in row[subset].values())
-            lines.append(f"{row['source']:18}{' '.join(how):30}{values}")
-    return "\n".join(lines)
-
-
-def sheet(seen: Pictures, grid: tuple[int, int], drawn: dict, ratio: float, how: str) -> Figure:
-    """Draw the mask of each contestant, and the model's cut, relevance and clusters."""
-    chosen = torch.linspace(0, len(seen.images) - 1, min(10, len(seen.images))).long()
-    pixels = pictures.displayable(seen.images[chosen])
-    h, w = grid
-    columns = {"input": pixels}
-    for name, (guess, features) in drawn.items():
-        relevance = guess.relevance[chosen]
-        if features is not None and name.startswith("model"):
-            columns[f"{name}\ncut"] = pictures.tint(pixels, guess.side[chosen].view(-1, h, w))
-            columns[f"{name}\nrelevance"] = pictures.glow(pixels, relevance.view(-1, h, w))
-            clusters = masks.cluster(features[chosen], min(4, h * w)).view(-1, h, w)
-            columns[f"{name}\n4 clusters"] = pictures.paint(pixels, clusters)
-        masked = masks.informed_mask(relevance, ratio, "none").masked
-        masked = torch.zeros(len(chosen), h * w).scatter(1, masked, 1).bool().view(-1, h, w)
-        columns[f"{name}\nmask" if features is not None else name] = pictures.hide(pixels, ~masked, masked)
-    truth = dict.fromkeys(columns, seen.truth[chosen] > 0.5)
-    title = f"green: the object; hatched: masked, the most relevant {ratio:.0%} of {h} x {w} patches ({how})"
-    labels = [seen.groups[int(i)] for i in chosen]
-    return pictures.contact_sheet(columns, title, outlined=truth, labels=labels)
 
 
 # --------------------------------------------------------------------------------- command line
 
 
+def open_subjects(args: argparse.Namespace) -> list[Subject]:
+    """The encoders of --checkpoint and the pictures of --dataset. Raises ValueError or OSError."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    split = args.split or ("test" if args.dataset.startswith("shapes") else "train")
+    dataset = data.load_images(args.dataset, split, args.image_column)
+    rule = BY_THRESHOLD
+    if isinstance(dataset.features.get(args.mask_column), datasets.Image):
+        rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)
+        print(f"objects of column {args.mask_column}: {rule.kind}")
+    named = {}
+    for text in args.checkpoint:
+        given = re.match(r"[^/=]+=", text) and not Path(text).exists()
+        name, path = text.split("=", 1) if given else (label_of(text), text)
+        if name in named:
+            raise ValueError(f"two checkpoints are called {name}: name them apart with NAME=PATH")
+        named[name] = path
+    loaded = {name: encoders.load(path) for name, path in named.items() if path not in ("random", "pixels")}
+    like = next((encoder.backbone.config for encoder in loaded.values()), {})  # for encoders without a size
+    if args.image_size:
+        like = like | dict(image_size=args.image_size)
+    torch.manual_seed(args.seed)
+
+    found, crops = [], {}
+    for name, path in named.items():
+        encoder = loaded.get(name) or encoders.load(path, untrained=like)
+        size = args.image_size or encoder.image_size
+        key = *data.pair(size), encoder.channels
+        if key not in crops:
+            form = data.pixel_format(dataset, encoder.channels, args.pixel_range)
+            crops[key] = sample_pictures(dataset, args.max_images, size, args.mask_column, rule, form)
+        subject = Subject(name, encoder.to(device).eval(), *crops[key], device=device, path=path)
+        subject.grid  # noqa: B018  # or raise
+        found.append(subject)
+    if len({each.images.shape[2:] for each in found}) > 1:
+        print("the encoders see pictures of different sizes: compare distances in pixels with that in mind")
+    return found
+
+
+def label_of(path: str) -> str:
+    return path if path in ("random", "pixels") else Path(path.partition("@")[0]).name
+
+
+def look(args: argparse.Namespace):
+    """Run one of the commands of :data:`FIGURES`, or all of them."""
+    with cli.one_line_errors(ValueError, OSError):
+        files = ("result.json", "report.html") if args.command == "report" else ("result.json",)
+        cli.check_folder(args.out, args.overwrite, files)
+        subjects = open_subjects(args)
+        how = How(
+            args.mask_ratio,
+            args.seed,
+            args.layers,
+            args.foreground,
+            args.relevance,
+            args.clusters,
+            args.drawn,
+            args.checkpoints,
+        )
+        args.out.mkdir(parents=True, exist_ok=True)
+        findings, result = {}, dict(arguments=cli.plain(vars(args)), pictures=len(subjects[0].images))
+        for name, command in FIGURES.items():
+            if args.command in (name, "report"):
+                start = time.perf_counter()
+                findings[name] = command(subjects, how)
+                print(
+                    findings[name].text(name, command.__doc__), f"\n({time.perf_counter() - start:.0f} s)", flush=True
+                )
+                for title, figure in findings[name].figures.items():
+                    file = re.sub(r"[^\w-]+", "-", f"{name}-{title}" if title != name else name)
+                    with smae.whole_file(args.out / f"{file}.png") as part:
+                        figure.savefig(part, format="png")
+                result[name] = dict(findings[name].numbers, left_out=findings[name].left_out)
+        with smae.whole_file(args.out / "result.json") as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
+        if args.command == "report":
+            abouts = {name: function.__doc__ for name, function in FIGURES.items()}
+            rows = few_rows(subjects[0], 2 * how.drawn)
+            explorer = report.explore(
+                subjects, rows, how.layers, how.foreground, how.relevance, how.ratio, how.clusters
+            )
+            with smae.whole_file(args.out / "report.html") as part:
+                part.write_text(report.write(findings, abouts, result["arguments"], explorer))
+    print(f"wrote {', '.join(files)} and figures to {args.out}")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure what a masked autoencoder has learned.")
+    parser = argparse.ArgumentParser(description="Look at what encoders have learned.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "masks", help="how well masks find known objects, compared with baselines", formatter_class=cli.HelpFormatter
+
+    def command(name: str, help: str, checkpoint: dict) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
+        sub.add_argument("--checkpoint", required=True, **checkpoint)
+        cli.add(sub, "dataset", "split", "image-column", "max-images", "pixel-range", "image-size", split=None)
+        sub.add_argument(
+            "--mask-column",
+            default="mask",
+            help="column of the masks; the log says what is taken for the object in them",
+        )
+        sub.add_argument(
+            "--layers", type=cli.block, nargs="+", help="blocks: numbers, decoder-1, ... (default: up to 4)"
+        )
+        cli.add(sub, "object-ids", "object-void", "mask-ratio", "foreground", "relevance", "seed", "out", "overwrite")
+        sub.set_defaults(out=Path("runs") / name)
+        return sub
+
+    several = dict(nargs="+", metavar="NAME=PATH", help="encoders to look at, with a name for each")
+    helps = {name: function.__doc__ for name, function in FIGURES.items()} | dict(
+        report="All of these, in report.html."
     )
-    command.add_argument("--checkpoint", required=True, help="run folder, or foreign checkpoint")
-    cli.add(command, "dataset", "split", "image-column", "max-images", "pixel-range", "image-size", split=None)
-    command.add_argument(
-        "--mask-column",
-        default="mask",
-        help="column of the masks; the log says what is taken for the object in them",
+    for name, help in helps.items():
+        sub = command(name, help, several)
+        sub.set_defaults(max_images=256)
+        sub.add_argument("--clusters", type=int, default=8, help="clusters of patches in a picture")
+        sub.add_argument("--drawn", type=int, default=6, help="pictures in a figure")
+        sub.add_argument("--checkpoints", type=int, default=12, help="checkpoints of a run, at most, in progress")
+    sub = command(
+        "masks", "How well masks find known objects, beside baselines.", dict(help="run folder, or foreign checkpoint")
     )
-    command.add_argument("--group-column", default="source", help="column of groups to report separately, if it exists")
-    command.add_argument(
+    sub.add_argument("--group-column", default="source", help="column of groups to report separately, if it exists")
+    sub.add_argument(
         "--unit-column", default="group", help="column of videos, or other correlated pictures, for standard errors"
     )
-    command.add_argument(
-        "--layers", type=cli.block, nargs="+", help="blocks to measure: numbers, decoder-1, ... (default: up to 4)"
-    )
-    cli.add(
-        command,
-        "object-ids",
-        "object-void",
-        "mask-ratio",
-        "guide-debias",
-        "foreground",
-        "relevance",
-        "seed",
-        "out",
-        "overwrite",
-    )
-    command.set_defaults(out=cli.Path("runs/masks"))
+    cli.add(sub, "guide-debias")
     return parser
 
 
 def main(arguments: list[str] | None = None):
-    analyze_masks(build_parser().parse_args(arguments))
+    args = build_parser().parse_args(arguments)
+    analyze_masks(args) if args.command == "masks" else look(args)
 
 
 if __name__ == "__main__":

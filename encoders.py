@@ -95,7 +95,7 @@ def load(name: str, *, heads: int | None = None, untrained: dict | None = None) 
     """
     untrained = dict(image_size=64, patch_size=8) | smae.PRESETS["tiny"] | (untrained or {})
     if name == "pixels":
-        return Pixels(untrained["image_size"], channels=untrained.get("channels", 3))
+        return Pixels(untrained["image_size"], untrained["patch_size"], untrained.get("channels", 3))
     if name == "random":
         return ViT(smae.SMAE(**untrained).eval())
     model = smae.load(name, heads=heads)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # --------------------------------------------------------------------------------- known objects
@@ -85,7 +86,109 @@ def variance_shares(features: Tensor, pixels: Tensor) -> dict[str, float]:
     return {"position": 1 - beside_position, "own pixels": beside_position - context, "context": context}
 
 
+def feature_variance(features: Tensor) -> Tensor:
+    """σF (b,): the variance of L2-normalised features (b, n, d) over the patches, averaged over d.
+
+    Our reading of the paper's table 1; the squared deviations are divided by n.
+    """
+    return F.normalize(features.float(), dim=-1).var(dim=1, correction=0).mean(dim=-1)
+
+
+def similarity_variance(similarity: Tensor) -> Tensor:
+    """σs (b,): the variance of the similarities (b, n, n) of different patches (our reading of table 1)."""
+    return off_diagonal(similarity).var(dim=1, correction=0)
+
+
+def off_diagonal(matrices: Tensor) -> Tensor:
+    """The entries (b, n * (n - 1)) of matrices (b, n, n) beside their diagonals."""
+    n = matrices.shape[-1]
+    others = ~torch.eye(n, dtype=torch.bool, device=matrices.device)
+    return matrices[:, others]
+
+
+def cluster_gap(weights: Tensor, side: Tensor) -> Tensor:
+    """μintra − μinter (b,): mean weight of edges within the two clusters less that of edges between them.
+
+    ``weights`` (b, n, n) are similarities, or attention averaged over heads; ``side`` (b, n) bool.
+    Edges join different patches. NaN for an image whose patches are all on one side.
+    """
+    n = weights.shape[-1]
+    same = side[:, :, None] == side[:, None, :]
+    within = same & ~torch.eye(n, dtype=torch.bool, device=weights.device)
+    mean = [(weights * edges).sum(dim=(1, 2)) / edges.sum(dim=(1, 2)) for edges in (within, ~same)]
+    return mean[0] - mean[1]
+
+
+def relation_divergence(last: Tensor, similarity: Tensor) -> Tensor:
+    """KL (b,) of token relations from those of the ``last`` checkpoint, in nats.
+
+    Both are similarities (b, n, n). The relations of a patch are the softmax of its row; the result
+    is KL(last ‖ this), averaged over rows (our reading of the paper's figure 3b).
+    """
+    p, q = last.float().log_softmax(dim=-1), similarity.float().log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1).mean(dim=-1)
+
+
+def spectrum(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Relative log amplitudes (k,) of features (b, n, d) of an (h, w) grid, from frequency 0 to the highest.
+
+    The mean over images and channels of log |FFT|, along the diagonal from the centre outwards, less
+    its first entry (Park & Kim, ICLR 2022). Frequencies are fractions i / (k - 1) of the highest, π.
+    """
+    (h, w), image = grid, features.float().unflatten(1, grid)  # (b, h, w, d)
+    amplitude = torch.fft.fftshift(torch.fft.fft2(image, dim=(1, 2)), dim=(1, 2)).abs()
+    logs = (amplitude + 1e-6).log().mean(dim=(0, 3))  # (h, w), frequency 0 at (h // 2, w // 2)
+    k = min(h, w) // 2 + 1
+    steps = torch.arange(k)
+    diagonal = logs[h // 2 - steps, w // 2 - steps]  # towards the corner that even grids have
+    return diagonal - diagonal[0]
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+def patch_attention(attention: Tensor, prefix: int) -> Tensor:
+    """Attention (b, heads, n, n) among patches alone; rows without the first ``prefix`` tokens sum to 1 again."""
+    attention = attention[:, :, prefix:, prefix:]
+    return attention / attention.sum(dim=-1, keepdim=True)
+
+
+def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Mean distance (b, heads) in pixels between the patches that attend and those attended to.
+
+    ``attention`` (b, heads, n, n) among the patches of an (h, w) grid, rows summing to 1; averaged
+    over queries (Dosovitskiy et al., ICLR 2021, D.8).
+    """
+    y, x = torch.meshgrid(*(torch.arange(side, device=attention.device) for side in grid), indexing="ij")
+    places = torch.stack([y.flatten(), x.flatten()], dim=1).float()
+    distance = patch_size * (places[:, None] - places[None]).norm(dim=-1)
+    return (attention * distance).sum(dim=-1).mean(dim=-1)
+
+
+def attention_information(attention: Tensor) -> Tensor:
+    """Normalised mutual information (b, heads) of queries and keys: 0 if all queries attend alike.
+
+    ``attention`` (b, heads, n, n), rows summing to 1. With p(q) = 1/n and p(k) the mean over queries,
+    it is I(q; k) / √(H(q) H(k)) (Park et al., ICLR 2023, section 2).
+    """
+    p_key = attention.mean(dim=-2)
+    logs = (attention.clamp(min=1e-30) / p_key.clamp(min=1e-30)[:, :, None]).log()
+    information = (attention * logs).sum(dim=-1).mean(dim=-1)
+    entropy = -(p_key * p_key.clamp(min=1e-30).log()).sum(dim=-1)
+    both = (math.log(attention.shape[-1]) * entropy).sqrt()
+    return torch.where(both > 1e-12, information / both.clamp(min=1e-12), torch.zeros_like(both))
+
+
 # --------------------------------------------------------------------------------- decoder
+
+
+def token_variance(tokens: Tensor, masked: Tensor) -> Tensor:
+    """Variance (b,) of the mask tokens of an image, averaged over channels (our reading of figure 7c).
+
+    Of patch tokens (b, n, d) in the order of the grid, ``masked`` (b, m) are mask tokens.
+    """
+    index = masked[:, :, None].expand(-1, -1, tokens.shape[-1])
+    return tokens.float().gather(1, index).var(dim=1, correction=0).mean(dim=-1)
 
 
 def exploitation(attentions: Iterable[Tensor], v: int, m: int, residual: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import statistics
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import torch
 from einops import rearrange, repeat
@@ -18,6 +19,9 @@ from guide import Guide
 
 matplotlib.rcParams["savefig.dpi"] = 100
 ORANGE, GREEN = "#ff7f0e", "#39ff14"
+# of Okabe and Ito, told apart by colour-blind eyes
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999933"]
+MARKERS = "osD^vP*X"
 
 
 @torch.no_grad()
@@ -216,3 +220,119 @@ def accuracy_curves(records: list[dict], x: str, label: str) -> Figure:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+# ------------------------------------------------------------------------------ what encoders have learned
+
+
+def style(number: int) -> dict:
+    """Colour and marker of the ``number``-th encoder, the same in all figures."""
+    return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=4)
+
+
+def by_layer(panels: dict[str, dict[str, dict]], dots: bool = False, order: list[str] | None = None) -> Figure:
+    """Draw values by layer: panels by their axis label, in them curves by encoder and layer.
+
+    Values are tensors whose mean is drawn; ``dots`` adds the mean over pictures (N, heads) of each
+    head. The decoder follows the encoder after a dotted line. ``order`` has the names of all
+    encoders, which settle the colours.
+    """
+    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, subjects) in zip(axes, panels.items()):
+        for name, layers in subjects.items():
+            look = style((order or list(subjects)).index(name))
+            depth = sum(isinstance(layer, int) for layer in layers)
+            places = [layer if isinstance(layer, int) else depth + int(layer.split("-")[1]) for layer in layers]
+            means = [values.float().nanmean().item() for values in layers.values()]
+            for part in (slice(0, depth), slice(depth, None)):
+                if places[part]:
+                    axis.plot(places[part], means[part], label=name if part.start == 0 or not depth else None, **look)
+            if dots:
+                for place, values in zip(places, layers.values()):
+                    heads = values.float().mean(dim=0)
+                    axis.scatter([place] * len(heads), heads, s=8, alpha=0.5, color=look["color"], linewidths=0)
+            if depth and len(places) > depth:
+                axis.axvline(depth + 0.5, linestyle=":", color=look["color"], linewidth=1)
+        axis.set(xlabel="layer (after the dotted line: of the decoder)", ylabel=label)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def spectra(subjects: dict[str, dict]) -> Figure:
+    """Draw relative log amplitudes (k,) by frequency, a curve for each layer, a panel for each encoder."""
+    figure = Figure(figsize=(4 * len(subjects), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(subjects), squeeze=False, sharey=True)[0]
+    for axis, (name, layers) in zip(axes, subjects.items()):
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
+        for (layer, values), colour in zip(layers.items(), colours):
+            axis.plot(np.linspace(0, 1, len(values)), values, color=colour, label=f"{layer}", linewidth=1.2)
+        axis.set(xlabel="frequency, in parts of π", title=name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6, title="layer", title_fontsize=7, ncols=2)
+    axes[0].set_ylabel("relative log amplitude")
+    return figure
+
+
+def over_epochs(panels: dict[str, dict[str, tuple[list, list]]], title: str) -> Figure:
+    """Draw curves over epochs: panels by their axis label, in them (epochs, values) by name."""
+    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, curves) in zip(axes, panels.items()):
+        for number, (name, (epochs, values)) in enumerate(curves.items()):
+            axis.plot(epochs, values, label=name, **style(number))
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def points(panels: dict[str, dict[str, dict]], order: list[str]) -> Figure:
+    """Draw means with a deviation, by panel and encoder."""
+    figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
+    for axis, (label, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for number, (name, value) in enumerate(values.items()):
+            axis.errorbar([number], [value["mean"]], [value["deviation"]], capsize=4, **style(order.index(name)))
+        axis.set_xticks(range(len(values)), values, rotation=30, ha="right")
+        axis.set(title=label, ylim=(0, None))
+        axis.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def relation_sheet(pixels: np.ndarray, rows: list[dict[str, np.ndarray]]) -> Figure:
+    """Draw, for each picture, named maps of any size beside it, each in its own range of colours."""
+    names = list(rows[0])
+    figure = Figure(figsize=(1.6 * (1 + len(names)), 1.6 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), 1 + len(names), squeeze=False)
+    for row, (picture, maps) in enumerate(zip(pixels, rows)):
+        axes[row, 0].imshow(picture, interpolation="nearest")
+        for column, name in enumerate(names, start=1):
+            axes[row, column].imshow(maps[name], cmap="inferno", interpolation="nearest")
+            if row == 0:
+                axes[row, column].set_title(name, fontsize=7)
+        for axis in axes[row]:
+            axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def scatter_sheet(rows: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
+    """Draw, for each picture, points (n, 2) of named encoders in the colours of their clusters (n,)."""
+    names = list(rows[0])
+    figure = Figure(figsize=(2.2 * len(names), 2.2 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(names), squeeze=False)
+    for row, clouds in enumerate(rows):
+        for column, (name, (places, labels)) in enumerate(clouds.items()):
+            axis = axes[row, column]
+            axis.scatter(*places.T, c=[cluster_colour(label) for label in labels], s=9)
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(name, fontsize=8)
+    return figure
+
+
+def cluster_colour(label: int) -> tuple:
+    """The colour of a cluster, as in :func:`paint`."""
+    return matplotlib.colormaps["tab10"](int(label))

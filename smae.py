@@ -425,6 +425,29 @@ class SMAE(nn.Module):
             yield block.attention.weights(block.norm1(x))
             x = block(x)
 
+    @torch.no_grad()
+    def trace(self, images: Tensor, mask=None) -> Iterator[tuple[int | str, Tensor, Tensor]]:
+        """The name of each block, its output (b, t, d) and its attention (b, heads, t, t), float32.
+
+        The encoder sees whole images; t = prefix + n tokens. With a ``mask`` the decoder follows, which
+        sees the visible patches and mask tokens. The patches of both are in the order of the grid.
+        """
+        x = self._encoder_tokens(images)
+        for i, block in enumerate(self.blocks, start=1):
+            attention = block.attention.weights(block.norm1(x))
+            x = block(x)
+            yield i, x, attention
+        if mask is None or not self.config["decoder_depth"]:
+            return
+        x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
+        order = torch.cat([mask.visible, mask.masked], dim=1).argsort(dim=1) + self.prefix
+        order = torch.cat([torch.arange(self.prefix, device=x.device).expand(len(x), -1), order], dim=1)
+        x = gather_tokens(x, order)  # the decoder does not mind the order of its tokens
+        for i, block in enumerate(self.decoder_blocks, start=1):
+            attention = block.attention.weights(block.norm1(x))
+            x = block(x)
+            yield f"decoder-{i}", x, attention
+
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
         """Pixels (b, m, p * p * c) of masked patches, normalised per patch if the model does so."""
         target = gather_tokens(patchify(images, self.patch_size), masked).float()

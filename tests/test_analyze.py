@@ -8,6 +8,7 @@ from helpers import QUICK, image_bytes, picture, train_here
 from PIL import Image
 
 import analyze
+import contest
 import data
 import masks
 import smae
@@ -28,9 +29,9 @@ def test_loss_of_object_and_background_add_up_to_the_loss_that_is_trained(small_
     noise = torch.from_numpy(uniform((3, RandomStream.MASK), range(70), 16))
     with torch.no_grad():
         whole = small_model(data.normalize(images), masks.random_mask(70, 16, 0.75, noise=noise)).item()
-    everything = analyze.losses(small_model, images, torch.ones(70, 16), 0.75, seed=3)
+    everything = contest.losses(small_model, images, torch.ones(70, 16), 0.75, seed=3)
     assert everything["object"] == pytest.approx(whole, rel=1e-5)
-    parts = analyze.losses(small_model, images, share, 0.75, seed=3)
+    parts = contest.losses(small_model, images, share, 0.75, seed=3)
     area = share.gather(1, masks.random_mask(70, 16, 0.75, noise=noise).masked).mean().item()
     assert area * parts["object"] + (1 - area) * parts["background"] == pytest.approx(whole, rel=1e-5)
 
@@ -41,7 +42,7 @@ def test_loss_of_object_and_background_add_up_to_the_loss_that_is_trained(small_
     torch.nn.init.zeros_(small_model.head.weight)
     torch.nn.init.zeros_(small_model.head.bias)
     upper = (torch.arange(16) < 8).float().expand(70, -1)
-    parts = analyze.losses(small_model, images, upper, 0.75, seed=3)
+    parts = contest.losses(small_model, images, upper, 0.75, seed=3)
     assert parts["object"] < 1e-4 and parts["background"] > 1
 
 
@@ -76,9 +77,9 @@ def test_masks_are_judged_beside_their_floors(monkeypatch, tmp_path, capsys):
 
 def test_the_contact_sheet_shows_the_way_that_was_asked_for(monkeypatch, tmp_path, capsys, small_model):
     smae.save(small_model, tmp_path / "model")
-    sheets, drawn = [], analyze.pictures.contact_sheet
+    sheets, drawn = [], contest.pictures.contact_sheet
     monkeypatch.setattr(
-        analyze.pictures, "contact_sheet", lambda *a, **k: sheets.append((a, drawn(*a, **k))) or sheets[-1][1]
+        contest.pictures, "contact_sheet", lambda *a, **k: sheets.append((a, drawn(*a, **k))) or sheets[-1][1]
     )
     arguments = [
         "--checkpoint",

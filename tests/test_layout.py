@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHELVES = [  # from top to bottom; reproduce drives other commands
     {"reproduce"},
     {"train", "eval", "analyze", "bench"},
-    {"run", "encoders", "pictures"},
+    {"run", "encoders", "pictures", "looks", "contest", "report"},
     {"cli", "guide", "checkpoint"},
     {"batches", "readers", "cropping", "data", "folders", "objects", "pixels", "shapes", "labelled"},
     {"smae", "convert", "masks", "measures", "probes", "optim", "hub"},
