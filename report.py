@@ -116,7 +116,8 @@ def write(findings: dict[str, Finding], abouts: dict[str, str], arguments: dict,
             parts.append(
                 f"<details><summary>numbers (mean ± deviation over pictures)</summary><pre>{text}</pre></details>"
             )
-    options = ", ".join(f"{key} {value}" for key, value in arguments.items() if value not in (None, False))
+    private = ("command", "checkpoint", "out", "overwrite")  # paths concern nobody
+    options = ", ".join(f"{k} {v}" for k, v in arguments.items() if v not in (None, False) and k not in private)
     page = TEMPLATE.read_text()
     for mark, content in {
         "<!--FINDINGS-->": "\n".join(parts),
