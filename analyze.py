@@ -124,11 +124,11 @@ def progress(subjects: list[Subject], how: How) -> Finding:
     """How the patch clusters of a run came about (figures 3, 4 and V)."""
     found, figures = Finding(), {}
     for subject in subjects:
-        run = Path(subject.path)
-        if not (run.is_dir() and list(run.glob("checkpoint-*"))):
-            found.left_out.append(f"{subject.name} is no run with checkpoints")
+        try:
+            seen = looks.progress(subject, Path(subject.path), how.checkpoints, how.ratio, how.seed)
+        except (ValueError, OSError) as error:  # not a run, or one without its checkpoints
+            found.left_out.append(f"{subject.name}: {error}")
             continue
-        seen = looks.progress(subject, run, how.checkpoints, how.ratio, how.seed)
         epochs = seen["epochs"]
         panels = {
             f"μintra − μinter, by {way}": {f"{cut} cut": (epochs, values) for cut, values in cuts.items()}
@@ -324,7 +324,16 @@ def summary(by: dict[int | str, dict[str, Tensor]]) -> dict[str, dict]:
 
 
 def analyze_masks(args: argparse.Namespace):
-    """Run the command ``masks``."""
+    """Run the command ``masks``: for several checkpoints, each in a folder of its own."""
+    with cli.one_line_errors(ValueError):
+        named = named_checkpoints(args.checkpoint)
+    for name, path in named.items():
+        out = args.out / name if len(named) > 1 else args.out
+        contest_of(argparse.Namespace(**vars(args) | dict(checkpoint=path, out=out)))
+
+
+def contest_of(args: argparse.Namespace):
+    """Masks of one checkpoint against known objects, beside baselines."""
     # check the options, load model and pictures
     with cli.one_line_errors(ValueError, OSError):
         cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
@@ -395,13 +404,7 @@ def open_subjects(args: argparse.Namespace) -> list[Subject]:
     if isinstance(dataset.features.get(args.mask_column), datasets.Image):
         rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)
         print(f"objects of column {args.mask_column}: {rule.kind}")
-    named = {}
-    for text in args.checkpoint:
-        given = re.match(r"[^/=]+=", text) and not Path(text).exists()
-        name, path = text.split("=", 1) if given else (label_of(text), text)
-        if name in named:
-            raise ValueError(f"two checkpoints are called {name}: name them apart with NAME=PATH")
-        named[name] = path
+    named = named_checkpoints(args.checkpoint)
     loaded = {name: encoders.load(path) for name, path in named.items() if path not in ("random", "pixels")}
     like = next((encoder.backbone.config for encoder in loaded.values()), {})  # for encoders without a size
     if args.image_size:
@@ -424,8 +427,16 @@ def open_subjects(args: argparse.Namespace) -> list[Subject]:
     return found
 
 
-def label_of(path: str) -> str:
-    return path if path in ("random", "pixels") else Path(path.partition("@")[0]).name
+def named_checkpoints(texts: list[str]) -> dict[str, str]:
+    """Paths by name, from NAME=PATH or PATH, whose last part is the name then. Raises ValueError for doubles."""
+    named = {}
+    for text in texts:
+        given = re.match(r"[^/=]+=", text) and not Path(text).exists()
+        name, path = text.split("=", 1) if given else (Path(text.partition("@")[0]).name, text)
+        if name in named:
+            raise ValueError(f"two checkpoints are called {name}: name them apart with NAME=PATH")
+        named[name] = path
+    return named
 
 
 def look(args: argparse.Namespace):
@@ -501,9 +512,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--clusters", type=int, default=8, help="clusters of patches in a picture")
         sub.add_argument("--drawn", type=int, default=6, help="pictures in a figure")
         sub.add_argument("--checkpoints", type=int, default=12, help="checkpoints of a run, at most, in progress")
-    sub = command(
-        "masks", "How well masks find known objects, beside baselines.", dict(help="run folder, or foreign checkpoint")
-    )
+    sub = command("masks", "How well masks find known objects, beside baselines.", several)
     sub.add_argument("--group-column", default="source", help="column of groups to report separately, if it exists")
     sub.add_argument(
         "--unit-column", default="group", help="column of videos, or other correlated pictures, for standard errors"

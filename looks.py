@@ -4,7 +4,6 @@ Each function runs one pass over the pictures, in parts small enough for their a
 Letters in shapes: ``N`` pictures, ``n`` patches, ``d`` width.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,13 +188,12 @@ def reconstruction_errors(subject: Subject, masked_by: str, ratio: float, seed: 
 
 def checkpoints_over_time(run: Path, most: int) -> dict[float, Path]:
     """Up to ``most`` checkpoints of a run by epochs done, denser at the start. Raises ValueError for fewer than two."""
-    with open(run / "config.json") as file:
-        config = json.load(file)
+    config = smae.read_json(run / "config.json")
     options = config.get("train", {})
     images, batch = config.get("data", {}).get("images"), options.get("batch_size")
     found = {checkpoint.number(folder): folder for folder in reversed(checkpoint.folders(run))}
     if len(found) < 2 or not images or not batch:
-        raise ValueError(f"{run} has {len(found)} checkpoints: train with --keep 999 --save-every 1 to see progress")
+        raise ValueError(f"{run} has {len(found)} checkpoints of a run: train with --keep 999 --save-every 1")
     steps = sorted(found)
     chosen = {steps[round((len(steps) - 1) * (i / (most - 1)) ** 1.5)] for i in range(most)}
     return {step / max(1, images // batch): found[step] for step in sorted(chosen)}

@@ -107,5 +107,5 @@ def test_progress_follows_a_run_and_ends_at_no_divergence(quick_drawing, monkeyp
 
 def test_a_run_without_its_checkpoints_has_no_progress(small_model, tmp_path):
     smae.save(small_model, tmp_path)
-    with pytest.raises(ValueError, match="has 0 checkpoints: train with --keep 999 --save-every 1"):
+    with pytest.raises(ValueError, match="has 0 checkpoints of a run: train with --keep 999 --save-every 1"):
         looks.checkpoints_over_time(tmp_path, 12)

@@ -92,7 +92,7 @@ def test_progress_is_that_of_a_run(quick_drawing, monkeypatch, tmp_path):
     train_here(monkeypatch, *QUICK, "--epochs", 3, "--save-every", 1, "--keep", 9, "--out", tmp_path / "run")
     result = see("progress", tmp_path / "seen", tmp_path / "run", "random")
     assert result["progress"]["run"]["epochs"] == [1, 2, 3]
-    assert "random is no run with checkpoints" in result["progress"]["left_out"]
+    assert result["progress"]["left_out"][0].startswith("random: random has 0 checkpoints of a run")
     assert (tmp_path / "seen" / "progress-run.png").exists()
 
 
@@ -111,6 +111,13 @@ def test_wrong_calls_give_one_line_and_leave_results_alone(arguments, message, t
     with pytest.raises(SystemExit):
         analyze.main(["attention", "--checkpoint", "random", "--out", str(tmp_path)])
     assert "holds another run" in capsys.readouterr().err
+
+
+def test_masks_of_several_checkpoints_lie_in_folders_of_their_own(checkpoints, tmp_path):
+    both = [f"{name}={checkpoints / 'mae'}" for name in "ab"]
+    analyze.main(["masks", "--checkpoint", *both, "--max-images", "6", "--out", str(tmp_path)])
+    rows = [json.loads((tmp_path / name / "result.json").read_text())["rows"] for name in "ab"]
+    assert rows[0] == rows[1] and len(rows[0]) > 12
 
 
 def test_clusters_are_renumbered_to_agree():
