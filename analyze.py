@@ -152,7 +152,7 @@ def attention(subjects: list[Subject], how: How) -> Finding:
     scans = {s.name: looks.scan(s, how.ratio, how.seed) for s in with_model(subjects, found)}
     titles = {"distance": "attention distance, pixels", "information": "normalised mutual information"}
     panels = {title: {name: scanned[key] for name, scanned in scans.items()} for key, title in titles.items()}
-    found.numbers = {name: {key: means(scanned[key]) for key in titles} for name, scanned in scans.items()}
+    found.numbers = {name: {key: spreads(scanned[key]) for key in titles} for name, scanned in scans.items()}
     return found.with_figures(
         {"attention": pictures.by_layer(panels, dots=True, order=names(subjects))} if scans else {}
     )
@@ -164,8 +164,8 @@ def fourier(subjects: list[Subject], how: How) -> Finding:
     scans = {s.name: looks.scan(s, how.ratio, how.seed)["spectrum"] for s in with_model(subjects, found)}
     if not scans:
         return found
-    highest = {name: {layer: values[-1] for layer, values in by.items()} for name, by in scans.items()}
-    found.numbers = {name: means(by) for name, by in highest.items()}
+    highest = {name: {layer: values[:, -1] for layer, values in by.items()} for name, by in scans.items()}
+    found.numbers = {name: spreads(by) for name, by in highest.items()}
     panel = {"Δ log amplitude of the highest frequency": highest}
     return found.with_figures(
         {"fourier": pictures.by_layer(panel, order=names(subjects)), "spectra": pictures.spectra(scans)}
@@ -311,8 +311,9 @@ def spread(values: Tensor) -> dict[str, float]:
     return dict(mean=values.mean().item(), deviation=values.std().item() if len(values) > 1 else 0.0)
 
 
-def means(by: dict) -> dict[str, float]:
-    return {str(layer): values.float().mean().item() for layer, values in by.items()}
+def spreads(by: dict) -> dict[str, dict]:
+    """Mean and deviation over pictures of each layer's values (N,), or (N, heads) averaged over heads."""
+    return {str(layer): spread(values.view(len(values), -1).mean(dim=1)) for layer, values in by.items()}
 
 
 def summary(by: dict[int | str, dict[str, Tensor]]) -> dict[str, dict]:

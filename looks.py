@@ -109,8 +109,8 @@ class Subject:
 def scan(subject: Subject, ratio: float, seed: int) -> dict[str, dict]:
     """Attention and spectra of every block, by name of the measure and of the block.
 
-    ``distance``, ``information`` (N, heads); ``spectrum`` (k,); ``tokens`` (N,), of the decoder
-    alone. The encoder sees whole pictures, the decoder what it is trained with: visible patches and
+    ``distance``, ``information`` (N, heads); ``spectrum`` (N, k); ``tokens`` (N,), of the
+    decoder alone. The encoder sees whole pictures, the decoder what it is trained with: visible patches and
     mask tokens, put back in the order of the grid.
     """
     if (ratio, seed) in subject.scans:
@@ -124,14 +124,13 @@ def scan(subject: Subject, ratio: float, seed: int) -> dict[str, dict]:
             values = dict(
                 distance=measures.attention_distance(attention, grid, model.patch_size),
                 information=measures.attention_information(attention),
-                spectrum=measures.spectrum(tokens, grid)[None] * len(x),
+                spectrum=measures.spectrum(tokens, grid),
             )
             if isinstance(layer, str):
                 values["tokens"] = measures.token_variance(tokens, mask.masked)
             for name, value in values.items():
                 found[name].setdefault(layer, []).append(value.float().cpu())
     found = {name: {layer: torch.cat(parts) for layer, parts in layers.items()} for name, layers in found.items()}
-    found["spectrum"] = {layer: parts.sum(0) / len(subject.images) for layer, parts in found["spectrum"].items()}
     subject.scans[ratio, seed] = found
     return found
 

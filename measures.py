@@ -130,18 +130,18 @@ def relation_divergence(last: Tensor, similarity: Tensor) -> Tensor:
 
 
 def spectrum(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Relative log amplitudes (k,) of features (b, n, d) of an (h, w) grid, from frequency 0 to the highest.
+    """Relative log amplitudes (b, k) of features (b, n, d) of an (h, w) grid, from frequency 0 to the highest.
 
-    The mean over images and channels of log |FFT|, along the diagonal from the centre outwards, less
+    The mean over channels of log |FFT|, along the diagonal from the centre outwards, less
     its first entry (Park & Kim, ICLR 2022). Frequencies are fractions i / (k - 1) of the highest, π.
     """
     (h, w), image = grid, features.float().unflatten(1, grid)  # (b, h, w, d)
     amplitude = torch.fft.fftshift(torch.fft.fft2(image, dim=(1, 2)), dim=(1, 2)).abs()
-    logs = (amplitude + 1e-6).log().mean(dim=(0, 3))  # (h, w), frequency 0 at (h // 2, w // 2)
+    logs = (amplitude + 1e-6).log().mean(dim=3)  # (b, h, w), frequency 0 at (h // 2, w // 2)
     k = min(h, w) // 2 + 1
     steps = torch.arange(k)
-    diagonal = logs[h // 2 - steps, w // 2 - steps]  # towards the corner that even grids have
-    return diagonal - diagonal[0]
+    diagonal = logs[:, h // 2 - steps, w // 2 - steps]  # towards the corner that even grids have
+    return diagonal - diagonal[:, :1]
 
 
 # --------------------------------------------------------------------------------- attention

@@ -262,13 +262,13 @@ def by_layer(panels: dict[str, dict[str, dict]], dots: bool = False, order: list
 
 
 def spectra(subjects: dict[str, dict]) -> Figure:
-    """Draw relative log amplitudes (k,) by frequency, a curve for each layer, a panel for each encoder."""
+    """Draw relative log amplitudes (N, k), averaged, by frequency, a curve for each layer, a panel for each encoder."""
     figure = Figure(figsize=(4 * len(subjects), 3.6), layout="constrained")
     axes = figure.subplots(1, len(subjects), squeeze=False, sharey=True)[0]
     for axis, (name, layers) in zip(axes, subjects.items()):
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
         for (layer, values), colour in zip(layers.items(), colours):
-            axis.plot(np.linspace(0, 1, len(values)), values, color=colour, label=f"{layer}", linewidth=1.2)
+            axis.plot(np.linspace(0, 1, values.shape[1]), values.mean(0), color=colour, label=f"{layer}", linewidth=1.2)
         axis.set(xlabel="frequency, in parts of π", title=name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6, title="layer", title_fontsize=7, ncols=2)
