@@ -20,7 +20,7 @@ import data
 from cropping import CropOptions
 from data import BadImage, BadImages
 from pixels import RGB, PixelFormat, Size, pair
-from readers import Batch, Plan, Share, make_reader, shared, worker_place
+from readers import Batch, Plan, Share, ignore_signals, make_reader, shared, worker_place
 
 
 class TrainBatches:
@@ -163,6 +163,7 @@ class EvalBatches:
         form: PixelFormat = RGB,
     ):
         self.device, self.max_bad, self.form = torch.device(device), max_bad, form
+        self.reported = False  # whether broken pictures have been named
         self.kept: list[EvalBatch] | None = [] if keep else None
         self.length: int | None = None
         columns = [name for name in ("image", "label") if name in (dataset.features or ["image"])]
@@ -180,6 +181,7 @@ class EvalBatches:
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_collate,
+            worker_init_fn=ignore_signals,
         )
 
     def __iter__(self) -> Iterator[EvalBatch]:

@@ -88,7 +88,9 @@ OPTIONS = {  # that several commands have
     "max-bad-images": dict(type=float, default=0.01, help="largest accepted fraction of broken images"),
     "crop-scale": dict(type=float, nargs=2, help="smallest and largest crop, as fractions of the image area"),
     # model
-    "checkpoint": dict(help="run folder, facebookresearch/mae .pth, transformers folder, or timm .safetensors"),
+    "checkpoint": dict(
+        help="run folder; checkpoint of facebookresearch/mae, transformers or timm; or the name of one on the hub"
+    ),
     "model": dict(choices=list(smae.PRESETS), default="tiny", help="size of the encoder"),
     "image-size": dict(
         type=int,

@@ -188,6 +188,9 @@ def from_foreign(
     Leaves out the heads of classifiers, and position tables equal to ``fixed_positions(grid, width,
     prefix)``, which the model computes. Raises ValueError if the checkpoint is not such a ViT.
     """
+    config = config | section(config, "vision_config")
+    check_options(config)
+
     # give the tensors of encoder and decoder our names
     weights = unify_names(weights)
     names, prefix = recognise(weights)
@@ -198,7 +201,6 @@ def from_foreign(
     weights = fold_layer_scale(weights)
 
     # find the sizes: by names and shapes, else by the configuration, else the usual ones
-    config = config | section(config, "vision_config")
     arguments = infer_sizes(weights) | read_options(config)
     arguments["heads"] = heads or infer_heads(config, arguments["width"], prefix)
     if width := arguments.get("decoder_width"):
@@ -346,8 +348,7 @@ def count_blocks(weights: Weights, prefix: str) -> int:
 
 
 def read_options(config: dict) -> dict:
-    """The arguments in a configuration that tensors do not show. Raises ValueError for unsupported options."""
-    check_options(config)
+    """The arguments in a configuration that tensors do not show."""
     options = dict(
         norm_eps=config.get("layer_norm_eps", 1e-6),
         normalize_pixels=config.get("norm_pix_loss", True),
@@ -371,8 +372,9 @@ def check_options(config: dict):
     architecture = str(config.get("architecture", ""))[:80]
     if "act_layer" not in model_args and re.search(OTHER_ACTIVATION, architecture):
         raise ValueError(f"not a supported ViT: {architecture} has another activation than gelu")
-    if "rope" in architecture:
-        raise ValueError(f"not a supported ViT: {architecture} has rotary positions")
+    for kind in (architecture, str(config.get("model_type", ""))[:80]):
+        if re.search("rope|dinov3|eva0?2", kind):
+            raise ValueError(f"not a supported ViT: {kind} has rotary positions")
     for name in ("norm_layer", "mlp_layer", "block_fn", "attn_layer", "embed_layer", "pos_embed"):
         if model_args.get(name) not in (None, "layernorm", "learn", ""):
             raise ValueError(f"not a supported ViT: {name} is {str(model_args[name])[:40]!r}")

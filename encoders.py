@@ -88,7 +88,7 @@ class Pixels(nn.Module):
 
 
 def load(name: str, *, heads: int | None = None, untrained: dict | None = None) -> Encoder:
-    """The encoder that ``name`` stands for: a run folder or checkpoint, "random" or "pixels".
+    """The encoder that ``name`` stands for: a run folder, checkpoint or hub name, "random" or "pixels".
 
     ``untrained`` holds the constructor's arguments of a random encoder; "image_size" is also that
     of pixels. Raises FileNotFoundError or ValueError where there is no such encoder.
@@ -126,7 +126,7 @@ def compute_rows(
     """``compute`` for normalised images and their indices, gathered batch by batch, in the order of the indices.
 
     Processes with fewer pictures take part until all are done, so that each picture comes exactly
-    once. Names the broken pictures and leaves them out. Raises TooManyBadImages at the end, in the
+    once. Leaves broken pictures out and names them, the first time. Raises TooManyBadImages at the end, in the
     first process, if they exceed ``batches.max_bad``.
     """
     iterator, bad, good = iter(batches), [], 0
@@ -159,8 +159,9 @@ def compute_rows(
             yield Rows(values[order], labels[order], indices[order], [names[i] for i in order])
     bar.close()
 
-    for picture in bad[:20]:
+    for picture in bad[: 0 if batches.reported else 20]:
         accelerator.print(f"left out a broken image: {picture.description}")
+    batches.reported = True
     total = len(bad) + good
     if len(bad) > batches.max_bad * total:
         with cli.reported_once(data.TooManyBadImages):
@@ -209,6 +210,8 @@ def knn(
     features = [extract(encoder, part, accelerator, pool or encoder.pools[0]) for part in (training, tests)]
     if not accelerator.is_main_process:
         return {}
+    if not all(len(part.labels) for part in features):
+        raise ValueError("none of the pictures can be decoded")
     how = dict(ks=list(ks), classes=classes, temperature=temperature, device=accelerator.device)
     return probes.evaluate_knn(*features, **how)
 
@@ -231,6 +234,9 @@ class Watch:
         model.eval()
         try:
             found = knn(self.encoder, *self.batches, self.accelerator, self.classes)
+        except ValueError as error:  # it is no reason to stop the training
+            self.accelerator.print(f"WARNING: no kNN accuracy: {error}")
+            return {}
         finally:
             model.train(training)
             checkpoint.set_random_states(states)

@@ -8,7 +8,8 @@
     accelerate launch eval.py embed --checkpoint runs/pretrain --dataset FOLDER    # features to a parquet file
     accelerate launch eval.py reconstruct --checkpoint runs/pretrain --dataset FOLDER  # input, mask, reconstruction
 
---checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm,
+--checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm, its
+name on the Hugging Face hub,
 ``random`` (an untrained encoder, the floor of every comparison) or ``pixels`` (no encoder at all).
 """
 
@@ -16,6 +17,7 @@ import argparse
 import csv
 import functools
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,8 +200,12 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         raise ValueError(f"{args.checkpoint} was fine-tuned with --pool {encoder.pools[0]}")
     if args.command == "predict" and not isinstance(encoder, encoders.FineTuned):
         raise ValueError(f"{args.checkpoint} is no classifier: make one with eval.py finetune")
-    if args.command == "reconstruct" and not (encoder.backbone and encoder.backbone.config["decoder_depth"]):
-        raise ValueError(f"{args.checkpoint} has no decoder to reconstruct with")
+    if args.command == "reconstruct":
+        if not (encoder.backbone and encoder.backbone.config["decoder_depth"]):
+            raise ValueError(f"{args.checkpoint} has no decoder to reconstruct with")
+        h, w = encoder.backbone.grid(image)
+        masks.masked_count(h * w, args.mask_ratio)  # or raise
+        masks.hint_count(h * w, args.mask_ratio, "none" if args.mask == "random" else "random", 0.05)  # or raise
     encoder.pooled(image, args.pool)  # or raise
     return encoder
 
@@ -435,6 +441,8 @@ def write_reconstructions(out: Path, rows: Iterator[Rows], size: tuple[int, int]
             picture.save(folder / f"{index:05d}-{Path(name).stem if '.' in name else 'picture'}.png")
         first += list(strips)[: 8 - len(first)]
         losses += part.values[:, -1].tolist()
+    if not losses:
+        raise ValueError("none of the pictures can be decoded")
     columns = dict(zip(("input", "masked", "reconstruction"), np.split(np.stack(first), 3, axis=2)))
     loss = float(np.mean(losses))
     sheet = pictures.contact_sheet(columns, f"mean loss of {len(losses)} pictures: {loss:.4f}{note}")
@@ -473,6 +481,8 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         args.out.mkdir(parents=True, exist_ok=True)
         for name in files:
             (args.out / name).unlink(missing_ok=True)
+        if args.command == "reconstruct":
+            shutil.rmtree(args.out / "reconstructions", ignore_errors=True)
 
     columns = args.image_column, args.label_column, args.streaming, args.max_images
     if args.command in ("knn", "linear", "finetune"):

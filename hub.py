@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has
+FILES = {".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".npz", ".onnx", ".tar", ".gz", ".zip"}
 NAME = re.compile(r"(\w[\w.-]*)/([\w.-]+)(@[\w./-]+)?", re.ASCII)
 MARK = "<!-- Written by smae, and anew with every save: remove this line before you edit. -->"
 
@@ -18,7 +19,7 @@ def is_name(name: str) -> bool:
     What would lie in runs/, or in another folder that exists here, is a path.
     """
     found = NAME.fullmatch(name)
-    if not found or Path(name).suffix in (".pth", ".pt", ".safetensors", ".ckpt", ".bin"):
+    if not found or Path(name).suffix in FILES:
         return False
     return found[1] != "runs" and not Path(found[1]).is_dir()
 
@@ -29,7 +30,7 @@ def fetch(name: str) -> Path:
     Fetches config.json, preprocessor_config.json if there is one, and one file of weights, all of
     the same commit. Raises FileNotFoundError, in one line, if they cannot be had.
     """
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, constants, errors, hf_hub_download, try_to_load_from_cache
 
     repository, _, revision = name.partition("@")
     try:
@@ -39,6 +40,10 @@ def fetch(name: str) -> Path:
                 hf_hub_download(repository, file, revision=folder.name)  # its name is that of the commit
             except errors.EntryNotFoundError as error:
                 missing = error
+                known = try_to_load_from_cache(repository, file, revision=folder.name) is _CACHED_NO_EXIST
+                unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+                if unreachable and not known and file not in WEIGHTS:  # it may say how images are normalised
+                    raise
             else:
                 if file in WEIGHTS:
                     return folder
@@ -53,8 +58,8 @@ def fetch(name: str) -> Path:
         reason = f"its files are not in the cache, and cannot be fetched: {error.__cause__ or error}"
     except errors.EntryNotFoundError:
         reason = f"it lacks config.json, or {' and '.join(WEIGHTS)}"
-    except (errors.HFValidationError, OSError) as error:  # of the connection, or of the disk
-        reason = str(error)
+    except Exception as error:  # of the connection, of many kinds, or of the disk
+        reason = f"{type(error).__name__}: {error}"
     reason = " ".join(reason.split())[:300]
     raise FileNotFoundError(f"there is no checkpoint {name}, neither here nor on the Hugging Face hub: {reason}")
 
@@ -63,7 +68,7 @@ def fetch(name: str) -> Path:
 
 LOADING = {  # by format
     "smae": """```python
-import smae  # github: smae; NAME is this repository, or its folder
+import smae  # NAME is this repository, or its folder
 
 model = smae.load("NAME")
 smae.save(model, "for-timm", format="timm")  # then: timm.create_model("local-dir:for-timm", pretrained=True)
@@ -86,23 +91,23 @@ model = ViTMAEForPreTraining.from_pretrained("NAME")
 TO_TRANSFORMERS = """
 With `format="transformers"`, `transformers.ViTMAEForPreTraining` loads it."""
 RECIPE = (  # options worth a line
-    "dataset split init_from mask mask_ratio hint hint_ratio hint_portion guide guide_from guide_start guide_layer "
-    "relevance foreground epochs warmup_epochs batch_size lr weight_decay crop_scale layer_decay drop_path mixup "
-    "cutmix smoothing seed precision"
+    "dataset split test_split init_from checkpoint pool mask mask_ratio hint hint_ratio hint_portion guide guide_from "
+    "guide_start guide_layer relevance foreground epochs warmup_epochs batch_size lr weight_decay crop_scale "
+    "layer_decay drop_path mixup cutmix smoothing seed precision"
 ).split()
-NO_METRICS = ("lr", "images_per_second", "seconds", "bad_images")
+NO_METRICS = ("phase", "knn_seconds", "lr", "images_per_second", "seconds", "bad_images")
 
 
-def card(folder: Path, config: dict, parameters: int, format: str = "smae") -> str:
+def card(folder: Path, config: dict, parameters: int, format: str = "smae") -> str | None:
     """The text of a model card with the hub's front matter: what it is, recipe, metrics, how to load it.
 
     ``config``: the content of a run's config.json, or no more than the model's arguments under
-    "model" (and "classifier"). The metrics are the last of metrics.jsonl in ``folder``. A card
-    there that people have edited stays as it is.
+    "model" (and "classifier"). The metrics are the last of metrics.jsonl in ``folder``. None if
+    people have edited the card there.
     """
     file, log = folder / "README.md", folder / "metrics.jsonl"
-    if file.is_file() and MARK not in (text := file.read_text(errors="replace")):
-        return text
+    if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
+        return None
     lines = log.read_text().splitlines() if log.is_file() else []
     metrics = json.loads(lines[-1]) if lines else {}
     model, classifier = config["model"], config.get("classifier")

@@ -40,6 +40,9 @@ def load_labelled(
 
     if skip_unlabelled:
         training, tests = _labelled_only(training), _labelled_only(tests)
+        for dataset in (training, tests):
+            if not len(dataset):
+                raise ValueError(f"no picture of split {dataset.split!s} of {name} has a label")
     label, test_label = _labels_by_name(training), _labels_by_name(tests)
     classes = getattr(training.features["label"], "names", None) or sorted(set(label) - {None, -1})
     number = {name: i for i, name in enumerate(classes)}

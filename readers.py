@@ -136,11 +136,11 @@ def _loader_options(workers: int, device: torch.device) -> dict:
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # resuming changes the state of the global one
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
     )
 
 
-def _ignore_signals(worker: int):
+def ignore_signals(worker: int):
     """Let a worker outlive the signals that ask a whole process group to stop.
 
     A run stops in order and needs its workers for that. They end at SIGUSR2, which

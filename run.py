@@ -301,13 +301,14 @@ class Run:
     # -------------------------------------------------------------------------- trackers
 
     def start_trackers(self, options: dict):
-        """Start the trackers of Accelerate. A resumed run forgets there what came after its checkpoint."""
+        """Start the trackers of Accelerate, or continue in them (tensorboard: from the checkpoint)."""
         self.accelerator.init_trackers(
             "smae",
             config={key: str(value) for key, value in options.items()},
             init_kwargs=dict(
                 tensorboard=dict(purge_step=self.progress.step + 1) if self.progress.step else {},
                 wandb=dict(id=self.progress.name, resume="allow"),
+                trackio=dict(name=self.progress.name, resume="allow"),
             ),
         )
 
@@ -614,6 +615,8 @@ def compare_configurations(
 
 
 def _compare_models(old: dict, new: dict):
+    with contextlib.suppress(TypeError, ValueError):  # arguments that are newer than the checkpoint had their defaults
+        old = json.loads(json.dumps(vars(smae.Config(**old))))
     names = [name for name in new if old.get(name) != new[name]]
     if names:
         other = [f"{name} {old.get(name)}, now {new[name]}" for name in names]

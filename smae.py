@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -517,7 +518,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.config["width"], len(self.classes))
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
-        if pool == "mean":
+        if pool == "mean" and not self.config["norm_after_mean"]:
             self.encoder.norm.reset_parameters()
         depth = len(self.encoder.blocks)
         for i, block in enumerate(self.encoder.blocks):
@@ -568,7 +569,8 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     path, description = Path(path), describe_model(model)
     content = description | (config or {})
     if format == "smae":
-        return write_folder(path, tensors_of(model), {"config.json": content}, card_of(model, path, content, format))
+        write_folder(path, tensors_of(model), {"config.json": content})
+        return write_card(model, path, content, format)
 
     import convert
 
@@ -577,7 +579,8 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
     tensors = tensors_of(model, positions=True)
     written = convert.WRITERS[format](tensors, model.config, description.get("classifier"))
     if format != "mae":
-        return write_folder(path, *written, card_of(model, path, content, format))
+        write_folder(path, *written)
+        return write_card(model, path, content, format)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part, open(part, "wb") as file:  # with a path, torch.save hides a full disk
         torch.save(written, file)
@@ -596,21 +599,25 @@ def tensors_of(model: nn.Module, positions: bool = False) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def card_of(model: SMAE | Classifier, folder: Path, config: dict, format: str) -> dict[str, str]:
-    """The model card (README.md) that the folder is published with; nothing without ``hub.py``."""
+def write_card(model: SMAE | Classifier, folder: Path, config: dict, format: str):
+    """Write the model card (README.md) that a folder is published with; warn if it cannot be written."""
     try:
         import hub
-    except ModuleNotFoundError:
-        return {}
-    return {"README.md": hub.card(folder, config, sum(tensor.numel() for tensor in model.parameters()), format)}
+
+        text = hub.card(folder, config, sum(tensor.numel() for tensor in model.parameters()), format)
+        if text:
+            with whole_file(folder / "README.md") as part:
+                part.write_text(text, encoding="utf-8")
+    except ModuleNotFoundError:  # smae.py was copied without it
+        return
+    except Exception as error:  # of an unusual configuration or folder: the weights matter more
+        warnings.warn(f"no model card for {folder}: {error}", stacklevel=3)
 
 
-def write_folder(
-    folder: Path, weights: dict[str, Tensor], contents: dict[str, dict], texts: dict[str, str] | None = None
-):
-    """Write tensors, JSON files and texts; they get their names after all are on the disk."""
+def write_folder(folder: Path, weights: dict[str, Tensor], contents: dict[str, dict]):
+    """Write tensors and JSON files; they get their names after all are on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = (texts or {}) | {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
     with contextlib.ExitStack() as files:
         part = files.enter_context(whole_file(folder / "model.safetensors"))
         safetensors.torch.save_file(weights, part, metadata={"format": "pt"})
@@ -706,13 +713,12 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
 
 def find(path: str | os.PathLike) -> Path:
     """The checkpoint at ``path``; if nothing is there, that of this name on the hub, fetched into its cache."""
-    name = Path(path).as_posix()
     if not Path(path).exists():
         with contextlib.suppress(ModuleNotFoundError):  # without hub.py, names are paths
             import hub
 
-            if hub.is_name(name):
-                return hub.fetch(name)
+            if hub.is_name(os.fspath(path)):
+                return hub.fetch(os.fspath(path))
     return Path(path)
 
 

@@ -7,15 +7,15 @@
     accelerate launch train.py ... --resume                       # continue where it stopped, or start
 
 Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png,
-loss.png and the newest checkpoints. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 end it after the current
-step, with a checkpoint and exit code 128 + signal; a second signal ends it at once.
+loss.png, README.md (a model card) and the newest checkpoints. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
+end it after the current step, with a checkpoint and exit code 128 + signal; a second signal ends it at once.
 """
 
 import argparse
 import contextlib
-import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -71,12 +71,16 @@ RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description="Pre-train a self-guided masked autoencoder.", formatter_class=cli.HelpFormatter)
     parser.add_argument("--preset", choices=["demo", "paper"], default="demo", help="where the defaults come from")
-    parser.add_argument("--config", metavar="RUN", help="repeat this run: its options become the defaults")
+    parser.add_argument(
+        "--config",
+        metavar="RUN",
+        help="repeat this run, by folder or config.json: its options stand before those given",
+    )
     cli.add_data_options(parser)
 
     group = cli.add_model_options(parser)
     group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
-    group.add_argument("--init-from", help="start from the weights and sizes of this run folder or checkpoint")
+    group.add_argument("--init-from", help="start from weights and sizes of this run, checkpoint or name on the hub")
     group.add_argument("--fresh-decoder", action="store_true", help="take only the encoder of --init-from")
 
     group = parser.add_argument_group("masks")
@@ -111,8 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--guide-from",
         metavar="WHAT",
-        help="guide by something other than the model itself: a frozen model (run folder or checkpoint), column:NAME "
-        "(masks in the data), or the floors pixels (raw patches) and centre (of the picture)",
+        help="guide by something other than the model itself: a frozen model (run, checkpoint or hub name), "
+        "column:NAME (masks in the data), or the floors pixels (raw patches) and centre (of the picture)",
     )
     group.add_argument(
         "--guide-image-size",
@@ -169,34 +173,47 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, with the defaults of --config or else of --preset."""
+    """The options, with the defaults of --preset, or those of --config before them."""
     parser = build_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     known, _ = parser.parse_known_args(arguments)
     if known.preset == "paper":
         parser.set_defaults(**PAPER)
     if known.config:
-        parser.set_defaults(**options_of_run(known.config, parser))
+        if known.preset != "demo":
+            parser.error("--config has the options of a whole run: leave out --preset")
+        with cli.one_line_errors(ValueError, OSError):
+            arguments = [*arguments_of_run(known.config, parser), *arguments]
     return parser.parse_args(arguments)
 
 
-def options_of_run(run: str, parser: argparse.ArgumentParser) -> dict:
-    """The options that a run was started with, from its folder or its config.json, except where it wrote."""
+def arguments_of_run(run: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The options that a run was started with, as a command line; except where it wrote. Raises ValueError."""
     file = Path(run) / "config.json" if Path(run).is_dir() else Path(run)
-    with cli.one_line_errors(ValueError):
-        options = smae.read_json(file).get("options")
-        if not isinstance(options, dict):
-            raise ValueError(f"--config {run}: {file} holds no options of a run of train.py")
-    names = {action.dest for action in parser._actions} - NOT_REPEATED
-    return {name: value for name, value in options.items() if name in names}
+    if not file.is_file():
+        raise ValueError(f"--config {run}: there is no such run folder or config.json")
+    options = smae.read_json(file).get("options")
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {run}: {file} holds no options, as runs of train.py write them since 2026-11-25")
+    actions, found = {action.dest: action for action in parser._actions}, []
+    if unknown := sorted(options.keys() - actions.keys()):
+        data.say_once(f"--config {run}: left out {', '.join(unknown)}, which are no options of train.py")
+    for name, value in options.items():
+        if name in actions and name not in NOT_REPEATED and value not in (None, False):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            found += [actions[name].option_strings[0], *map(str, values)]
+    return found
 
 
 def describe_repeat(run: str, options: dict) -> str:
-    """Which options of ``run`` are not repeated, in a line."""
-    then, now = options_of_run(run, build_parser()), json.loads(json.dumps(options))
-    changed = [
-        f"--{name.replace('_', '-')} {now[name]} (there {old})" for name, old in then.items() if now[name] != old
-    ]
-    return f"repeating {run}, " + (f"but with {', '.join(changed)}" if changed else "with the same options")
+    """Which ``options`` differ from those of a run, in a line."""
+    parser = build_parser()
+    then, now = vars(parser.parse_args(arguments_of_run(run, parser))), options
+    changed = {
+        name: value for name, value in cli.plain(then).items() if name not in NOT_REPEATED and now[name] != value
+    }
+    words = [f"--{name.replace('_', '-')} {now[name]} (there {value})" for name, value in changed.items()]
+    return f"repeating {run}, " + (f"but with {', '.join(words)}" if words else "with the same options")
 
 
 # ------------------------------------------------------------------------------ set-up
@@ -252,6 +269,7 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=N
         fresh = args.fresh_decoder or not source.config["decoder_depth"]
         config = source.config | (decoder_sizes(source) | dict(normalize_pixels=True) if fresh else {})
         args.image_size = args.image_size or pixels.compact(config["image_size"])
+        config["norm_after_mean"] = False  # the decoder reads tokens after the norm
         if not config["learned_positions"]:  # stretched for other sizes, as they are when used
             config["position_size"] = config["position_size"] or config["image_size"]
     else:
@@ -454,10 +472,10 @@ def build_watch(args: argparse.Namespace, model: smae.SMAE, accelerator: Acceler
         return None
     tests = tests.select(data.evenly_spaced(len(tests), counts[1]))
     form = data.pixel_format(training, model.config["channels"], args.pixel_range)
-    options = cli.eval_batch_options(args, accelerator) | dict(keep=bool(args.preload), form=form)
+    options = cli.eval_batch_options(args, accelerator) | dict(keep=bool(args.preload), max_bad=1.0, form=form)
     accelerator.print(
-        f"every {args.probe_every} epochs: kNN on {len(training)} and {len(tests)} pictures of {source}, which takes a "
-        "forward pass over them"
+        f"--probe-every {args.probe_every}: kNN on {len(training)} and {len(tests)} pictures of {source}, "
+        "which takes a forward pass over them"
     )
     return encoders.Watch(
         model, *(EvalBatches(part, **options) for part in (training, tests)), accelerator, len(classes)

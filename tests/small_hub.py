@@ -17,12 +17,12 @@ class SmallHub:
     """Serves ``repositories``: folders by "user/model" or "datasets/user/name".
 
     ``gated`` and ``private`` name repositories that it refuses. ``requests`` counts what was asked
-    for, by method and path. ``cut`` holds files of which only half is sent, once.
+    for, by method and path. ``cut`` counts how often only half of what is left of a file is sent.
     """
 
     def __init__(self, repositories: dict[str, Path]):
         self.repositories, self.requests = repositories, Counter()
-        self.gated, self.cut = set(), set()
+        self.gated, self.cut = set(), Counter()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -75,13 +75,13 @@ class SmallHub:
         start = int((re.match(r"bytes=(\d+)-", request.headers.get("Range", "")) or [0, 0])[1])
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if body and name in self.cut:
-            self.cut.discard(name)
-            request.send_response(200)
-            for key, value in (headers | {"Content-Length": str(len(content))}).items():
+        if body and self.cut[name]:
+            self.cut[name] -= 1
+            request.send_response(206 if start else 200)
+            for key, value in (headers | {"Content-Length": str(len(content) - start)}).items():
                 request.send_header(key, value)
             request.end_headers()
-            request.wfile.write(content[: len(content) // 2])
+            request.wfile.write(content[start : (start + len(content)) // 2])
             request.close_connection = True
             return None
         return send(request, 206 if start else 200, content[start:], headers, body)

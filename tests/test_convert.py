@@ -441,6 +441,7 @@ def test_errors_name_the_tensors_that_do_not_fit(tmp_path):
         (dict(use_swiglu_ffn=True), "it has use_swiglu_ffn"),
         (dict(architecture="vit_base_patch32_clip_quickgelu_224"), "quickgelu_224 has another activation"),
         (dict(architecture="vit_small_patch16_rope_224"), "rope_224 has rotary positions"),
+        (dict(model_type="dinov3_vit"), "dinov3_vit has rotary positions"),
         (dict(model_args=dict(act_layer="silu")), "act_layer is 'silu'"),
         (dict(model_args=dict(norm_layer="rmsnorm")), "norm_layer is 'rmsnorm'"),
         (dict(model_args=dict(qk_norm=True)), "it has qk_norm"),

@@ -619,6 +619,16 @@ def test_pictures_are_masked_and_rebuilt(mask, monkeypatch, checkpoint, folder, 
     assert np.abs(np.asarray(Image.open(tmp_path / "b" / "reconstructions" / strips[0].name)) - strip).max() <= 1
 
 
+def test_new_reconstructions_replace_the_old_ones(monkeypatch, checkpoint, folder, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--overwrite"]
+    evaluate(monkeypatch, "reconstruct", tmp_path / "a", *arguments, "--max-images", 5)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "reconstruct", tmp_path / "a", *arguments, "--mask-ratio", 2)
+    assert len(list((tmp_path / "a" / "reconstructions").iterdir())) == 5  # noticed before they are removed
+    evaluate(monkeypatch, "reconstruct", tmp_path / "a", *arguments, "--max-images", 2)
+    assert len(list((tmp_path / "a" / "reconstructions").iterdir())) == 2
+
+
 def test_without_a_decoder_nothing_is_rebuilt(monkeypatch, folder, tmp_path, capsys):
     sizes = dict(width=32, depth=1, heads=2, decoder_depth=0, image_size=32, patch_size=8)
     smae.save(smae.SMAE(**sizes), tmp_path / "encoder")

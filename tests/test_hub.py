@@ -82,12 +82,28 @@ def test_what_cannot_be_had_is_explained_in_a_line(ask, run_folder, tmp_path):
         assert "not in the cache, and cannot be fetched" in said
 
 
-def test_an_interrupted_download_is_taken_up_or_fails_whole(ask, run_folder):
+def test_an_interrupted_download_is_taken_up_or_explained(ask, run_folder):
     with small_hub.served({"user/run": run_folder}) as served:
-        served.cut.add("model.safetensors")
-        first = ask(LOAD.format("user/run"), served.address)
-        assert first.startswith("['config.json', 'model") or "there is no checkpoint user/run" in first
+        served.cut["model.safetensors"] = 99  # times
+        said = ask("import hub; hub.fetch('user/run')", served.address)
+        assert "there is no checkpoint user/run, neither here nor on the Hugging Face hub" in said
+        assert served.cut["model.safetensors"] < 99
+        served.cut["model.safetensors"] = 1
         assert ask("import smae; print(smae.load('user/run').config['width'])", served.address) == "32"
+        assert served.cut["model.safetensors"] == 0
+
+
+def test_how_images_are_normalised_is_never_guessed_offline(ask, run_folder, tmp_path):
+    """A cache that others filled may lack the file that says it."""
+    (run_folder / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.5, 0.5, 0.5])))
+    with small_hub.served({"user/run": run_folder}) as served:
+        files = ("config.json", "model.safetensors")
+        ask(f"import huggingface_hub as h; print([h.hf_hub_download('user/run', f) for f in {files}])", served.address)
+        said = ask("import hub; hub.fetch('user/run')", served.address, HF_HUB_OFFLINE="1")
+        assert "not in the cache" in said
+        expected = "['config.json', 'model.safetensors', 'preprocessor_config.json'] 40"
+        assert ask(LOAD.format("user/run"), served.address) == expected
+        assert ask(LOAD.format("user/run"), served.address, HF_HUB_OFFLINE="1") == expected
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
@@ -143,6 +159,8 @@ for name in ("cifar10", "imagenet-1k"):
         ("here/model", False),  # a folder of that name exists
         ("runs/photos", False),
         ("user/model.pth", False),
+        ("user/model.pth.tar", False),
+        ("./user/model", False),
         ("model", False),
         ("a/b/c", False),
         ("../a", False),
@@ -201,9 +219,20 @@ def test_a_card_that_people_have_edited_stays(small_model, tmp_path):
     smae.save(small_model, tmp_path)
     card = tmp_path / "README.md"
     assert hub.MARK in card.read_text()
-    card.write_text("my own words")
+    card.write_bytes(b"my own w\xf6rds\r\n")
     smae.save(small_model, tmp_path)
-    assert card.read_text() == "my own words"
+    assert card.read_bytes() == b"my own w\xf6rds\r\n"
+
+
+@pytest.mark.parametrize("what", ["config", "metrics", "folder"])
+def test_no_card_is_no_reason_to_lose_the_weights(what, small_model, tmp_path):
+    if what == "metrics":
+        (tmp_path / "metrics.jsonl").write_text("damaged")
+    if what == "folder":
+        (tmp_path / "README.md").mkdir()
+    with pytest.warns(UserWarning, match="no model card"):
+        smae.save(small_model, tmp_path, dict(data="imagenet") if what == "config" else None)
+    assert same_weights(smae.load(tmp_path), small_model)
 
 
 @pytest.mark.parametrize("format", ["timm", "transformers"])

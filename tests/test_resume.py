@@ -613,6 +613,22 @@ def test_a_run_that_started_from_another_goes_on_without_it(quick_drawing, monke
     assert "another model: it had depth 2, now 5" in capfd.readouterr().err
 
 
+def test_a_checkpoint_from_before_an_argument_existed_can_be_resumed(quick_drawing, monkeypatch, tmp_path):
+    train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run")
+    read = checkpoint.read
+
+    def older(folder):
+        state = read(folder)
+        for name in ("registers", "norm_after_mean"):
+            del state["config"]["model"][name]
+        return state
+
+    monkeypatch.setattr(checkpoint, "read", older)
+    resume = ["--resume", tmp_path / "run" / "checkpoint-00000013"]
+    train_here(monkeypatch, *BRIEF, *resume, "--out", tmp_path / "again")
+    assert records(tmp_path / "again")[-1]["loss"] == records(tmp_path / "run")[-1]["loss"]
+
+
 def test_trackers_show_steps_epochs_and_masks_and_go_on_where_the_run_does(monkeypatch, tmp_path):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -145,7 +145,7 @@ def test_probing_changes_nothing_in_the_training_and_agrees_with_eval(quick_draw
     assert [r["loss"] for r in plain] == [r["loss"] for r in probed]
     assert ["knn" in record for record in probed] == [False, True, True]  # every second, and the last
     said = capfd.readouterr().out
-    assert "every 2 epochs: kNN on 60 and 40 pictures of shapes" in said
+    assert "--probe-every 2: kNN on 60 and 40 pictures of shapes" in said
     assert f"kNN {probed[-1]['knn']:.2f} %" in said
 
     limits = dict(training=60, tests=40)  # eval.py tests on all: give it the same pictures
@@ -209,11 +209,64 @@ def test_a_run_is_repeated_and_what_is_given_beside_it_overrides(quick_drawing, 
     assert config["lr"] == config["blr"] * 8 / 256  # what follows from other options follows anew
 
 
-def test_what_is_no_run_cannot_be_repeated(monkeypatch, tmp_path, capfd):
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({}, "holds no options"),
+        (dict(options=dict(mask="gone")), "invalid choice: 'gone'"),
+        (dict(options=dict(epochs=[1, 2])), "unrecognized arguments: 2"),
+        (dict(options=dict(crop_scale=[0.2])), "expected 2 arguments"),
+        (dict(options=dict(seed={})), "invalid int value"),
+        (None, "there is no such run folder"),
+    ],
+)
+def test_what_is_no_run_cannot_be_repeated(content, message, monkeypatch, tmp_path, capfd):
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit):
         train_here(monkeypatch, "--config", tmp_path, "--out", tmp_path / "run")
-    assert "holds no options of a run of train.py" in capfd.readouterr().err
+    assert message in capfd.readouterr().err
+
+
+def test_options_that_no_longer_exist_are_named(quick_drawing, monkeypatch, tmp_path, capfd):
+    (tmp_path / "config.json").write_text(json.dumps(dict(options=dict(vanished=3, epochs=1))))
+    train_here(monkeypatch, "--config", tmp_path, *QUICK, "--out", tmp_path / "run")
+    assert "left out vanished, which are no options of train.py" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, "--config", tmp_path, "--preset", "paper", "--out", tmp_path / "other")
+    assert "leave out --preset" in capfd.readouterr().err
+
+
+def test_hidden_test_labels_and_broken_test_pictures_stop_no_training(quick_drawing, monkeypatch, tmp_path, capfd):
+    import datasets
+    from helpers import image_bytes, picture
+
+    def write(name: str, split: str, blobs: list, labels: list):
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+        table = dict(image=[dict(bytes=blob, path=None) for blob in blobs], label=labels)
+        (tmp_path / name).mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / name / f"{split}-0.parquet")
+
+    blobs = [image_bytes(picture(seed=i)) for i in range(32)]
+    for name, tests, labels in (("hidden", blobs[:8], [-1] * 8), ("broken", [b"no picture"] * 8, [0, 1] * 4)):
+        write(name, "train", blobs, [0, 1] * 16)
+        write(name, "test", tests, labels)
+        arguments = [*QUICK, "--dataset", tmp_path / name, "--probe-every", 1, "--out", tmp_path / f"{name}-run"]
+        train_here(monkeypatch, *arguments)
+        assert len(records(tmp_path / f"{name}-run")) == 2 and "knn" not in records(tmp_path / f"{name}-run")[0]
+    said = capfd.readouterr().out
+    assert "--probe-every is left out: no picture of split test" in said
+    assert said.count("WARNING: no kNN accuracy: none of the pictures can be decoded") == 2
+    assert said.count("left out a broken image") == 8  # named once
+
+
+def test_a_model_that_goes_on_from_a_norm_after_the_mean_trains_its_norm(quick_drawing, monkeypatch, tmp_path):
+    torch.save(timm_vit(class_token=False, global_pool="avg", img_size=32).state_dict(), tmp_path / "gap.pth")
+    start = ["--init-from", tmp_path / "gap.pth", "--heads", 4, *QUICK[len(SMALL) :]]
+    train_here(monkeypatch, *start, "--out", tmp_path / "run")
+    before, after = (smae.load(path, heads=4) for path in (tmp_path / "gap.pth", tmp_path / "run"))
+    assert before.config["norm_after_mean"] and not after.config["norm_after_mean"]
+    assert not torch.equal(before.norm.weight, after.norm.weight)
 
 
 # ------------------------------------------------------------------------------------------- optimisation
