@@ -11,7 +11,7 @@ from helpers import dataset_of, image_bytes, picture, with_bad
 import data
 from batches import TrainBatches
 from cropping import CropOptions
-from readers import MapCrops, Request, Share, Workers, _ignore_signals
+from readers import MapCrops, Request, Share, Workers, ignore_signals
 
 
 def crops_of(dataset, **options) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_workers_that_wait_for_ever_can_be_ended():
     """A worker killed while it held a lock left the others, and with them the whole run, waiting."""
     workers = Workers()
     loader = torch.utils.data.DataLoader(
-        Stuck(), batch_size=None, num_workers=2, worker_init_fn=_ignore_signals, multiprocessing_context="fork"
+        Stuck(), batch_size=None, num_workers=2, worker_init_fn=ignore_signals, multiprocessing_context="fork"
     )
     items = workers.iterate(loader)
     assert [next(items), next(items)] == [0, 1]
