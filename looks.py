@@ -192,7 +192,7 @@ def checkpoints_over_time(run: Path, most: int) -> dict[float, Path]:
     images, batch = config.get("data", {}).get("images"), options.get("batch_size")
     found = {checkpoint.number(folder): folder for folder in reversed(checkpoint.folders(run))}
     if len(found) < 2 or not images or not batch:
-        raise ValueError(f"{run} has {len(found)} checkpoints of a run: train with --keep 999 --save-every 1")
+        raise ValueError(f"{run.name} has {len(found)} checkpoints of a run: train with --keep 999 --save-every 1")
     steps = sorted(found)
     chosen = {steps[round((len(steps) - 1) * (i / (most - 1)) ** 1.5)] for i in range(most)}
     return {step / max(1, images // batch): found[step] for step in sorted(chosen)}
