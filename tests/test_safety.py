@@ -507,7 +507,7 @@ def mutated(folder: Path, seed: int, number: int) -> tuple[str, Path]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
     file = dice.choice(sorted(path.iterdir())) if path.is_dir() else path
-    special = {".json": [mutate_json], ".safetensors": [mutate_header, mutate_tensors]}
+    special = {".md": [], ".json": [mutate_json], ".safetensors": [mutate_header, mutate_tensors]}
     ways = special.get(file.suffix, [mutate_content, mutate_records])
     if source.name == "legacy.pth":  # no zip archive
         ways.remove(mutate_records)
@@ -659,7 +659,9 @@ def test_a_failure_of_any_other_kind_leaves_no_parts(monkeypatch, tmp_path):
             smae.save(model(), tmp_path / "run" / "mae.pth", format="mae")
     with pytest.raises(TypeError):
         smae.save(model(), tmp_path / "run", config={"x": object()})
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
     assert (tmp_path / "run" / "config.json").read_text() == before
 
 
