@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("reconstruct", "pictures masked and rebuilt by a masked autoencoder, to PNG files", tests=False)
     sub.set_defaults(crop_ratio=1.0)
     sub.add_argument(
-        "--mask", choices=["random", "selfguided"], default="random", help="selfguided: by the model's own clusters"
+        "--masked-by", choices=["random", "own"], default="random", help="own: the model's own patch clusters"
     )
     cli.add(sub, "mask-ratio", "batch-size", batch_size=64)
     return parser
@@ -205,7 +205,7 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
             raise ValueError(f"{args.checkpoint} has no decoder to reconstruct with")
         h, w = encoder.backbone.grid(image)
         masks.masked_count(h * w, args.mask_ratio)  # or raise
-        masks.hint_count(h * w, args.mask_ratio, "none" if args.mask == "random" else "random", 0.05)  # or raise
+        masks.hint_count(h * w, args.mask_ratio, "none" if args.masked_by == "random" else "random", 0.05)  # or raise
     encoder.pooled(image, args.pool)  # or raise
     return encoder
 
@@ -514,7 +514,7 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         write = functools.partial(write_predictions, classes=encoder.classifier.classes)
         result = write_table(args.out / "predictions.csv", batches[0], accelerator, encoder.statistics, compute, write)
     elif args.command == "reconstruct":
-        compute = functools.partial(reconstruct, encoder.backbone, args.mask, args.mask_ratio, args.seed)
+        compute = functools.partial(reconstruct, encoder.backbone, args.masked_by, args.mask_ratio, args.seed)
         rows = compute_rows(batches[0], accelerator, encoder.statistics, compute)
         note = "\n(rebuilt patches have the input's brightness and contrast)" * encoder.backbone.normalize_pixels
         if accelerator.is_main_process:

@@ -598,9 +598,9 @@ def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folde
 # ------------------------------------------------------------------------------------------- reconstruction
 
 
-@pytest.mark.parametrize("mask", ["random", "selfguided"])
-def test_pictures_are_masked_and_rebuilt(mask, monkeypatch, checkpoint, folder, tmp_path):
-    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--mask", mask, "--mask-ratio", 0.5]
+@pytest.mark.parametrize("masked_by", ["random", "own"])
+def test_pictures_are_masked_and_rebuilt(masked_by, monkeypatch, checkpoint, folder, tmp_path):
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--masked-by", masked_by, "--mask-ratio", 0.5]
     result = evaluate(monkeypatch, "reconstruct", tmp_path / "a", *arguments, "--max-images", 10)
     assert result["images"] == 10 and result["loss"] > 0
     strips = sorted((tmp_path / "a" / "reconstructions").iterdir())
