@@ -62,6 +62,9 @@ def layers(subjects: list[Subject], how: How) -> Finding:
         depth, decoder = len(subject.model.blocks), subject.model.config["decoder_depth"]
         usual = [-(-depth // 4), depth // 2, depth - 1, *[f"decoder-{decoder}"] * bool(decoder)]
         chosen = [layer for layer in how.layers or dict.fromkeys(usual) if layer in subject.layers]
+        if not chosen:
+            found.left_out.append(f"{subject.name} has none of these layers")
+            continue
         shown, x = few(subject, how.drawn)
         columns = {"input": shown}
         for layer in chosen:
@@ -69,7 +72,7 @@ def layers(subjects: list[Subject], how: How) -> Finding:
             mask = masks.informed_mask(relevance, how.ratio, "none").masked
             mask, side, relevance = (on_grid(subject, each) for each in (chosen_patches(mask, side), side, relevance))
             columns |= {
-                f"{layer}: cut": pictures.tint(shown, side),
+                f"layer {layer}: cut": pictures.tint(shown, side),
                 "relevance" + " " * len(columns): pictures.glow(shown, relevance),
             }
             columns["mask" + " " * len(columns)] = pictures.hide(shown, ~mask, mask)
@@ -78,7 +81,7 @@ def layers(subjects: list[Subject], how: How) -> Finding:
         curves = {s.name: looks.objects_found(s, how.foreground, how.relevance) for s in subjects if s.model}
         titles = {"iou": "IoU of the cut with the object", "auc": "rank-AUC of the relevance"}
         panels = {title: pick(curves, key) for key, title in titles.items()}
-        figures["objects"] = pictures.by_layer(panels, order=names(subjects))
+        figures["by layer"] = pictures.by_layer(panels, order=names(subjects))
         found.numbers = {name: summary(by) for name, by in curves.items()}
     return found.with_figures(figures)
 
@@ -177,12 +180,14 @@ def tokens(subjects: list[Subject], how: How) -> Finding:
     found, scans = Finding(), {}
     for subject in with_model(subjects, found):
         if subject.has_decoder:
-            scans[subject.name] = looks.scan(subject, how.ratio, how.seed)["tokens"]
+            scans[subject.name] = looks.scan(subject, how.ratio, how.seed)
         else:
             found.left_out.append(f"{subject.name} has no decoder")
-    found.numbers = {name: summary({layer: dict(variance=v) for layer, v in by.items()}) for name, by in scans.items()}
-    panel = {"variance of the mask tokens": scans}
-    return found.with_figures({"tokens": pictures.by_layer(panel, order=names(subjects))} if scans else {})
+    keys = ("tokens", "directions")
+    found.numbers = {name: {key: spreads(scanned[key]) for key in keys} for name, scanned in scans.items()}
+    titles = {"tokens": "variance of the mask tokens", "directions": "variance of their directions, 0 to 1"}
+    panels = {title: {name: scanned[key] for name, scanned in scans.items()} for key, title in titles.items()}
+    return found.with_figures({"tokens": pictures.by_layer(panels, order=names(subjects))} if scans else {})
 
 
 def clusters(subjects: list[Subject], how: How) -> Finding:
@@ -203,7 +208,7 @@ def clusters(subjects: list[Subject], how: How) -> Finding:
             flat, points = cells[row].flatten(), torch.nn.functional.normalize(features[row], dim=-1).numpy()
             places = TSNE(perplexity=min(20, len(points) - 1), init="pca", random_state=how.seed).fit_transform(points)
             clouds[row][subject.name] = places, flat.numpy()
-            if len(flat.unique()) > 1:
+            if 1 < len(flat.unique()) < len(points):
                 scores.setdefault(subject.name, []).append(silhouette_score(points, flat.numpy(), metric="cosine"))
         columns[subject.name] = pictures.paint(
             pictures.displayable(subject.images[few_rows(subject, how.drawn)]), cells
@@ -232,7 +237,7 @@ def reconstruction(subjects: list[Subject], how: How) -> Finding:
                     rows[kind][part] = ((errors * weights).sum() / weights.sum()).item()
         shown, x = few(subject, how.drawn)
         mask = subject.random_mask(slice(0, len(x)), how.ratio, how.seed)
-        hidden = on_grid(subject, chosen_patches(mask.masked, torch.zeros(len(x), subject.model.patch_count)))
+        hidden = on_grid(subject, chosen_patches(mask.masked, torch.zeros(len(x), subject.grid[0] * subject.grid[1])))
         rebuilt = pictures.displayable(
             data.denormalize(subject.model.reconstruct(x, mask).float(), *subject.encoder.statistics)
         )
@@ -429,13 +434,15 @@ def open_subjects(args: argparse.Namespace) -> list[Subject]:
 
 
 def named_checkpoints(texts: list[str]) -> dict[str, str]:
-    """Paths by name, from NAME=PATH or PATH, whose last part is the name then. Raises ValueError for doubles."""
+    """Paths by name, from NAME=PATH or PATH, whose last part is the name then. Raises ValueError for bad names."""
     named = {}
     for text in texts:
         given = re.match(r"[^/=]+=", text) and not Path(text).exists()
         name, path = text.split("=", 1) if given else (Path(text.partition("@")[0]).name, text)
         if name in named:
             raise ValueError(f"two checkpoints are called {name}: name them apart with NAME=PATH")
+        if not re.fullmatch(r"\w[\w .+-]*", name):
+            raise ValueError(f"{name!r} is no name for a checkpoint: letters, digits, spaces and . + - _ are")
         named[name] = path
     return named
 
@@ -458,15 +465,22 @@ def look(args: argparse.Namespace):
         )
         args.out.mkdir(parents=True, exist_ok=True)
         findings, result = {}, dict(arguments=cli.plain(vars(args)), pictures=len(subjects[0].images))
+        if how.layers and not any(layer in subject.layers for subject in subjects for layer in how.layers):
+            raise ValueError(f"--layers {' '.join(map(str, how.layers))}: no encoder has such a block")
         for name, command in FIGURES.items():
             if args.command in (name, "report"):
                 start = time.perf_counter()
-                findings[name] = command(subjects, how)
+                try:
+                    findings[name] = command(subjects, how)
+                except (ValueError, OSError) as error:
+                    if args.command == name:
+                        raise
+                    findings[name] = Finding(left_out=[f"everything: {error}"])  # the others matter as well
                 print(
                     findings[name].text(name, command.__doc__), f"\n({time.perf_counter() - start:.0f} s)", flush=True
                 )
                 for title, figure in findings[name].figures.items():
-                    file = re.sub(r"[^\w-]+", "-", f"{name}-{title}" if title != name else name)
+                    file = f"{name}-{title}".replace(" ", "-") if title != name else name
                     with smae.whole_file(args.out / f"{file}.png") as part:
                         figure.savefig(part, format="png")
                 result[name] = dict(findings[name].numbers, left_out=findings[name].left_out)
@@ -481,6 +495,13 @@ def look(args: argparse.Namespace):
             with smae.whole_file(args.out / "report.html") as part:
                 part.write_text(report.write(findings, abouts, result["arguments"], explorer))
     print(f"wrote {', '.join(files)} and figures to {args.out}")
+
+
+def count(text: str) -> int:
+    """Parse the value of an option: a number above 0."""
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -510,9 +531,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, help in helps.items():
         sub = command(name, help, several)
         sub.set_defaults(max_images=256)
-        sub.add_argument("--clusters", type=int, default=8, help="clusters of patches in a picture")
-        sub.add_argument("--drawn", type=int, default=6, help="pictures in a figure")
-        sub.add_argument("--checkpoints", type=int, default=12, help="checkpoints of a run, at most, in progress")
+        sub.add_argument(
+            "--clusters", type=int, choices=range(1, 11), default=8, help="clusters of patches in a picture"
+        )
+        sub.add_argument("--drawn", type=count, default=6, help="pictures in a figure")
+        sub.add_argument("--checkpoints", type=count, default=12, help="checkpoints of a run, at most, in progress")
     sub = command("masks", "How well masks find known objects, beside baselines.", several)
     sub.add_argument("--group-column", default="source", help="column of groups to report separately, if it exists")
     sub.add_argument(

@@ -109,13 +109,14 @@ class Subject:
 def scan(subject: Subject, ratio: float, seed: int) -> dict[str, dict]:
     """Attention and spectra of every block, by name of the measure and of the block.
 
-    ``distance``, ``information`` (N, heads); ``spectrum`` (N, k); ``tokens`` (N,), of the
-    decoder alone. The encoder sees whole pictures, the decoder what it is trained with: visible patches and
-    mask tokens, put back in the order of the grid.
+    ``distance``, ``information`` (N, heads); ``spectrum`` (N, k); ``tokens`` and ``directions`` (N,),
+    of the decoder alone. The encoder sees whole pictures, the decoder what it is trained with:
+    visible patches and mask tokens, put back in the order of the grid.
     """
     if (ratio, seed) in subject.scans:
         return subject.scans[ratio, seed]
-    found: dict[str, dict] = dict(distance={}, information={}, spectrum={}, tokens={})
+    names = ("distance", "information", "spectrum", "tokens", "directions")
+    found: dict[str, dict] = {name: {} for name in names}
     model, grid = subject.model, subject.grid
     for rows, x in subject.parts("blocks"):
         mask = subject.random_mask(rows, ratio, seed) if subject.has_decoder else None
@@ -128,6 +129,7 @@ def scan(subject: Subject, ratio: float, seed: int) -> dict[str, dict]:
             )
             if isinstance(layer, str):
                 values["tokens"] = measures.token_variance(tokens, mask.masked)
+                values["directions"] = measures.direction_variance(tokens, mask.masked)
             for name, value in values.items():
                 found[name].setdefault(layer, []).append(value.float().cpu())
     found = {name: {layer: torch.cat(parts) for layer, parts in layers.items()} for name, layers in found.items()}
@@ -156,7 +158,8 @@ def objects_found(subject: Subject, foreground: str, scoring: str) -> dict[int |
             tokens = tokens[:, subject.model.prefix :]
             relevance, side = masks.find_object(tokens, subject.grid, foreground, scoring)
             share = shares[rows].to(x.device)
-            values = dict(iou=measures.iou(side, share), auc=measures.rank_auc(relevance.float(), share))
+            iou = torch.where(share.sum(dim=1) > 0, measures.iou(side, share), torch.nan)  # no object: no value
+            values = dict(iou=iou, auc=measures.rank_auc(relevance.float(), share))
             for name, value in values.items():
                 found.setdefault(layer, {}).setdefault(name, []).append(value.cpu())
     return {layer: {name: torch.cat(parts) for name, parts in both.items()} for layer, both in found.items()}
@@ -172,7 +175,9 @@ def reconstruction_errors(subject: Subject, masked_by: str, ratio: float, seed: 
     for rows, x in subject.parts(f"reconstruction, {masked_by} masks"):
         mask = subject.random_mask(rows, ratio, seed)
         if masked_by != "random":
-            noise = uniform((seed, RandomStream.MASK), range(len(subject.images))[rows], subject.model.patch_count)
+            noise = uniform(
+                (seed, RandomStream.MASK), range(len(subject.images))[rows], len(mask.masked[0]) + len(mask.visible[0])
+            )
             noise = data.to_device(noise, x.device)
             tokens = subject.features(x, max(1, len(subject.model.blocks) - 1))
             hint = "none" if "no hints" in masked_by else "random"
@@ -194,7 +199,7 @@ def checkpoints_over_time(run: Path, most: int) -> dict[float, Path]:
     if len(found) < 2 or not images or not batch:
         raise ValueError(f"{run.name} has {len(found)} checkpoints of a run: train with --keep 999 --save-every 1")
     steps = sorted(found)
-    chosen = {steps[round((len(steps) - 1) * (i / (most - 1)) ** 1.5)] for i in range(most)}
+    chosen = {steps[round((len(steps) - 1) * (i / max(1, most - 1)) ** 1.5)] for i in range(most)}
     return {step / max(1, images // batch): found[step] for step in sorted(chosen)}
 
 
@@ -217,7 +222,8 @@ def progress(subject: Subject, run: Path, most: int, ratio: float, seed: int) ->
         for rows, x in now.parts():
             for layer, tokens, attention in model.trace(x):
                 similarity = masks.similarity(tokens[:, model.prefix :])
-                relations.setdefault(layer, []).append(similarity.half().cpu())
+                if last is None:
+                    relations.setdefault(layer, []).append(similarity.half().cpu())
                 before = similarity if last is None else last[0][layer][rows].to(x.device).float()
                 kl = measures.relation_divergence(before, similarity)
                 sums.setdefault(f"kl {layer}", []).append(kl.cpu())
@@ -235,7 +241,7 @@ def progress(subject: Subject, run: Path, most: int, ratio: float, seed: int) ->
         for how, cuts in gaps.items():
             for cut in cuts:
                 cuts[cut].insert(0, means[f"{how} {cut}"])
-        for layer in relations:
+        for layer in range(1, len(model.blocks) + 1):
             divergence.setdefault(layer, []).insert(0, means[f"kl {layer}"])
         if rates:
             of_mask, of_visible = (torch.stack(rates).sum(0) / len(subject.images)).tolist()

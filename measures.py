@@ -133,7 +133,7 @@ def spectrum(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """Relative log amplitudes (b, k) of features (b, n, d) of an (h, w) grid, from frequency 0 to the highest.
 
     The mean over channels of log |FFT|, along the diagonal from the centre outwards, less
-    its first entry (Park & Kim, ICLR 2022). Frequencies are fractions i / (k - 1) of the highest, π.
+    its first entry (Park & Kim, ICLR 2022). On an even, square grid the highest frequency is π.
     """
     (h, w), image = grid, features.float().unflatten(1, grid)  # (b, h, w, d)
     amplitude = torch.fft.fftshift(torch.fft.fft2(image, dim=(1, 2)), dim=(1, 2)).abs()
@@ -187,8 +187,19 @@ def token_variance(tokens: Tensor, masked: Tensor) -> Tensor:
 
     Of patch tokens (b, n, d) in the order of the grid, ``masked`` (b, m) are mask tokens.
     """
-    index = masked[:, :, None].expand(-1, -1, tokens.shape[-1])
-    return tokens.float().gather(1, index).var(dim=1, correction=0).mean(dim=-1)
+    return _only(tokens, masked).var(dim=1, correction=0).mean(dim=-1)
+
+
+def direction_variance(tokens: Tensor, masked: Tensor) -> Tensor:
+    """Variance (b,) of the directions of mask tokens, as in :func:`token_variance`, from 0 (all alike) to 1.
+
+    Summed over the channels of tokens of unit length: the variance without the part of their length.
+    """
+    return F.normalize(_only(tokens, masked), dim=-1).var(dim=1, correction=0).sum(dim=-1)
+
+
+def _only(tokens: Tensor, chosen: Tensor) -> Tensor:
+    return tokens.float().gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
 def exploitation(attentions: Iterable[Tensor], v: int, m: int, residual: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ ORANGE, GREEN = "#ff7f0e", "#39ff14"
 # of Okabe and Ito, told apart by colour-blind eyes
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999933"]
 MARKERS = "osD^vP*X"
+CLUSTERS = [matplotlib.colors.to_rgb(colour) for colour in [*COLOURS, "#F0E442", "#882255"]]
 
 
 @torch.no_grad()
@@ -160,7 +161,7 @@ def glow(pixels: np.ndarray, relevance: Tensor) -> np.ndarray:
 
 def paint(pixels: np.ndarray, labels: Tensor) -> np.ndarray:
     """Lay a colour per cluster (b, h, w) over grey pictures (b, H, W, 3) in [0, 1]."""
-    colours = matplotlib.colormaps["tab10"](labels.cpu().numpy())[..., :3]
+    colours = np.array(CLUSTERS)[labels.cpu().numpy() % len(CLUSTERS)]
     return 0.45 * pixels.mean(-1, keepdims=True) + 0.55 * enlarge(colours, pixels)
 
 
@@ -254,7 +255,9 @@ def by_layer(panels: dict[str, dict[str, dict]], dots: bool = False, order: list
                     axis.scatter([place] * len(heads), heads, s=8, alpha=0.5, color=look["color"], linewidths=0)
             if depth and len(places) > depth:
                 axis.axvline(depth + 0.5, linestyle=":", color=look["color"], linewidth=1)
-        axis.set(xlabel="layer (after the dotted line: of the decoder)", ylabel=label)
+        axis.set(
+            xlabel="layer (after a dotted line: of the decoder)" if depth else "layer of the decoder", ylabel=label
+        )
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -269,7 +272,7 @@ def spectra(subjects: dict[str, dict]) -> Figure:
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
         for (layer, values), colour in zip(layers.items(), colours):
             axis.plot(np.linspace(0, 1, values.shape[1]), values.mean(0), color=colour, label=f"{layer}", linewidth=1.2)
-        axis.set(xlabel="frequency, in parts of π", title=name)
+        axis.set(xlabel="frequency, in parts of the highest", title=name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6, title="layer", title_fontsize=7, ncols=2)
     axes[0].set_ylabel("relative log amplitude")
@@ -297,7 +300,7 @@ def points(panels: dict[str, dict[str, dict]], order: list[str]) -> Figure:
         for number, (name, value) in enumerate(values.items()):
             axis.errorbar([number], [value["mean"]], [value["deviation"]], capsize=4, **style(order.index(name)))
         axis.set_xticks(range(len(values)), values, rotation=30, ha="right")
-        axis.set(title=label, ylim=(0, None))
+        axis.set(title=label, ylabel="variance", ylim=(0, None))
         axis.grid(alpha=0.3, axis="y")
     return figure
 
@@ -335,4 +338,4 @@ def scatter_sheet(rows: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> Figur
 
 def cluster_colour(label: int) -> tuple:
     """The colour of a cluster, as in :func:`paint`."""
-    return matplotlib.colormaps["tab10"](int(label))
+    return CLUSTERS[int(label) % len(CLUSTERS)]

@@ -67,13 +67,13 @@ def shown(value) -> str:
 
 CAPTIONS = {  # what to see, and what the paper reports
     "layers": (
-        "Cut (the object's side in colour), relevance, and the most relevant patches hatched. The paper: the "
-        "last layers of the encoder find objects best, so that one of them guides."
+        "The cut (the side that is not the object is blue), relevance, and the most relevant patches hatched. "
+        "The paper: the last layers of the encoder find objects best, so that one of them guides."
     ),
     "relations": (
         "Similarities of all pairs of patches, of each patch to their mean, and the attention of the CLS "
-        "token. The paper: an MAE's similarity matrix has clear blocks, and its mean patch lies in one of "
-        "them."
+        "token. Each map spans its own range of values, so compare patterns, not brightness. The paper: an "
+        "MAE's similarity matrix has clear blocks, and its mean patch lies in one of them."
     ),
     "variance": (
         "Higher means: the patches of a picture are told apart better. Bars are deviations over pictures. The "
@@ -85,18 +85,22 @@ CAPTIONS = {  # what to see, and what the paper reports
         "within the first epochs and hardly change; mask tokens come to be exploited as much as visible ones."
     ),
     "attention": (
-        "Dots are heads, lines their means. Long distances and low information: global patterns. The paper: "
-        "guided masks make the attention of an MAE more global."
+        "Dots are heads, lines their means. Long distances and low information: global patterns, which an "
+        "untrained encoder has as well. The paper: guided masks make the attention of an MAE more global."
     ),
     "fourier": ("Higher curves: more high frequencies. The paper: guided masks make MAE use more high frequencies."),
-    "tokens": ("The paper: with guided masks, mask tokens vary more, that is, they tell patches apart."),
+    "tokens": (
+        "Left: what the paper measures, which grows with the length of tokens; right: of their directions "
+        "alone. The paper: with guided masks, mask tokens vary more."
+    ),
     "clusters": (
         "Patches in the colours of their clusters, matched between encoders; below, the same patches by "
         "t-SNE, a cloud for each picture. The paper: guided masks make clusters finer."
     ),
     "reconstruction": (
-        "Mean squared error of masked patches under the same random masks for all, and under the masks that "
-        "each model makes for itself, with hints and without. The paper: hints lower the error."
+        "Mean squared error of masked patches under random masks, the same for all models of as many patches, "
+        "and under the masks that each model makes for itself, with hints and without. Compare models with "
+        "one another only if they predict the same target. The paper: hints lower the error."
     ),
 }
 
@@ -116,13 +120,14 @@ def write(findings: dict[str, Finding], abouts: dict[str, str], arguments: dict,
             parts.append(
                 f"<details><summary>numbers (mean ± deviation over pictures)</summary><pre>{text}</pre></details>"
             )
-    private = ("command", "checkpoint", "out", "overwrite")  # paths concern nobody
-    options = ", ".join(f"{k} {v}" for k, v in arguments.items() if v not in (None, False) and k not in private)
+    private = ("command", "checkpoint", "out", "overwrite")
+    shown = {k: Path(v).name if k == "dataset" else v for k, v in arguments.items()}  # paths concern nobody
+    options = ", ".join(f"{k} {v}" for k, v in shown.items() if v not in (None, False) and k not in private)
     page = TEMPLATE.read_text()
     for mark, content in {
         "<!--FINDINGS-->": "\n".join(parts),
         "<!--OPTIONS-->": html.escape(options),
-        "/*DATA*/null": json.dumps(explorer).replace("</", "<\\/"),
+        "/*DATA*/null": json.dumps(explorer).replace("<", "\\u003c"),
     }.items():
         page = page.replace(mark, content)
     return page
@@ -148,7 +153,11 @@ def explore(
     with torch.no_grad():
         return dict(
             pictures=[_jpeg(picture) for picture in pictures.displayable(subjects[0].images[rows])],
-            encoders=[_explored(each, rows, layers, foreground, scoring, ratio, k) for each in subjects],
+            encoders=[
+                _explored(each, rows, layers, foreground, scoring, ratio, k)
+                for each in subjects
+                if not each.model or not layers or set(layers) & set(each.layers)
+            ],
         )
 
 

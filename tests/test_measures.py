@@ -170,3 +170,6 @@ def test_the_variance_of_mask_tokens_is_that_of_these_alone():
     tokens, masked = torch.randn(2, 6, 4), torch.tensor([[0, 2, 5], [1, 2, 3]])
     wanted = [tokens[i, masked[i]].numpy().var(axis=0).mean() for i in range(2)]
     assert measures.token_variance(tokens, masked).tolist() == pytest.approx(wanted, rel=1e-5)
+    unit = tokens / tokens.norm(dim=-1, keepdim=True)
+    wanted = [unit[i, masked[i]].numpy().var(axis=0).sum() for i in range(2)]
+    assert measures.direction_variance(7 * tokens, masked).tolist() == pytest.approx(wanted, rel=1e-5)

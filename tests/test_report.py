@@ -77,8 +77,32 @@ def test_every_command_takes_every_encoder_and_says_what_is_left_out(checkpoints
     ):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000, name
     page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path) not in page and str(checkpoints) not in page
     assert not re.search(r"""(src|href)=["']?https?:""", page) and page.count("data:image/png") >= 10
-    assert all(f"<h2 id={name}>" in page for name in analyze.FIGURES if name != "explore")
+    assert all(f"<h2 id={name}>" in page for name in analyze.FIGURES)
+
+
+def test_all_sizes_but_the_models_own_and_layers_that_few_have(checkpoints, tmp_path):
+    smae.save(smae.SMAE(width=32, depth=1, heads=2, decoder_depth=0, image_size=32, patch_size=16), tmp_path / "one")
+    both = [f"mae={checkpoints / 'mae'}", f"one={tmp_path / 'one'}"]
+    result = see("report", tmp_path / "a", *both, image_size=[32, 64], layers=[3])
+    assert all("everything" not in what for name in analyze.FIGURES for what in result[name]["left_out"])
+    assert "one has none of these layers" in result["layers"]["left_out"]
+    assert '"name": "one"' not in (tmp_path / "a" / "report.html").read_text()  # the page shows what has the layer
+    assert len(result["reconstruction"]["mae"]["random"]) == 3
+    result = see("clusters", tmp_path / "b", f"one={tmp_path / 'one'}")  # four patches, eight clusters
+    assert "one" not in result["clusters"]
+
+
+def test_a_command_that_fails_does_not_take_the_report_with_it(checkpoints, monkeypatch, tmp_path):
+    def fails(*_):
+        """It fails."""
+        raise ValueError("not today")
+
+    monkeypatch.setitem(analyze.FIGURES, "attention", fails)
+    result = see("report", tmp_path, f"mae={checkpoints / 'mae'}")
+    assert result["attention"]["left_out"] == ["everything: not today"] and result["fourier"]["mae"]
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_command_alone_leaves_its_own_figures(checkpoints, tmp_path):
@@ -101,6 +125,9 @@ def test_progress_is_that_of_a_run(quick_drawing, monkeypatch, tmp_path):
     [
         (["random", "random"], "two checkpoints are called random: name them apart"),
         (["a=/nowhere/at/all"], "there is no checkpoint /nowhere/at/all"),
+        (["$x_{^$=random"], "is no name for a checkpoint"),
+        (["random", "--layers", "99"], "--layers 99: no encoder has such a block"),
+        (["random", "--drawn", "0"], "'0' is not a number above 0"),
     ],
 )
 def test_wrong_calls_give_one_line_and_leave_results_alone(arguments, message, tmp_path, capsys):
