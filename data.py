@@ -351,7 +351,7 @@ def _open_folder(path: Path, split: str, streaming: bool) -> Dataset:
         if listing.images:
             say_once(f"{path}: read {len(listing.tables)} tables; left out: {len(listing.images)} pictures")
         return _open_tables(path, listing.tables, split, streaming)
-    dataset, listing = folders.open_images(path, split, streaming)
+    dataset, listing = folders.open_images(path, split, streaming, listing)
     if left_out := folders.describe_left_out(listing):
         say_once(f"{path}: {len(listing.images)} pictures; left out: {left_out}")
     return dataset

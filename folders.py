@@ -186,15 +186,15 @@ def find_split(root: Path, split: str) -> Path:
 # ------------------------------------------------------------------------------ pictures
 
 
-def open_images(root: Path, split: str, streaming: bool = False) -> tuple[Dataset, Listing]:
-    """The pictures of a split below ``root``, with labels or metadata where there are any.
+def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tuple[Dataset, Listing]:
+    """The pictures of a split below ``root``, whose ``listing`` is known, with labels or metadata if there are any.
 
     The label is the name of the folder that a picture lies in, if all lie at the same depth and in more
     than one folder. A metadata.csv, .jsonl or .parquet beside the pictures, or above them up to
     ``root``, adds columns, or another label: rows with a ``file_name``. Raises ValueError.
     """
     folder = find_split(root, split)
-    listing = list_files(folder)
+    listing = listing if folder == root else list_files(folder)
     if not listing.images:
         raise ValueError(f"split {split!r} of {root} is empty")
     above = [parent / name for parent in _parents(folder, root) for name in METADATA if (parent / name).is_file()]
@@ -204,11 +204,11 @@ def open_images(root: Path, split: str, streaming: bool = False) -> tuple[Datase
     how = dict(split=datasets.NamedSplit(re.sub(r"\W", "_", name)))
     classes = _classes(listing.images, single=split_kind(name) in ("validation", "test"))
     if metadata:
-        rows, images = _read_metadata(place, listing.images, metadata, classes)
+        rows, images, from_folders = _read_metadata(place, listing.images, metadata, classes)
         dataset = datasets.Dataset.from_list(rows, **how)
         for column in images:
             dataset = dataset.cast_column(column, datasets.Image())
-        if classes and rows[0]["label"] in classes:
+        if from_folders:
             dataset = dataset.cast_column("label", datasets.ClassLabel(names=sorted(set(classes))))
         return dataset.to_iterable_dataset(num_shards=len(rows)) if streaming else dataset, listing
 
@@ -266,10 +266,11 @@ def _image(path: str) -> dict:
 
 def _read_metadata(
     place: Path, files: list[str], metadata: list[Path], classes: list[str] | None
-) -> tuple[list[dict], list[str]]:
-    """A row for each picture that the metadata names, and the columns that hold pictures.
+) -> tuple[list[dict], list[str], bool]:
+    """A row for each picture that the metadata names, the columns that hold pictures, whose the labels are.
 
-    ``classes`` are the labels of the files, used if the metadata has none. What does not match is said.
+    ``classes`` are the labels of the files: those of their folders, used if the metadata has none.
+    What does not match is said.
     """
     named, twice = {}, []
     for file in metadata:
@@ -280,15 +281,16 @@ def _read_metadata(
             twice += [path] if path in named else []
             named[path] = file.parent, row
     paths = [os.path.normpath(place / file) for file in files]
-    if not named.keys() & set(paths):
+    present = set(paths)
+    if not named.keys() & present:
         raise ValueError(f"{metadata[0]} names none of the pictures in {place}")
-    unlabelled = not any("label" in row for _, row in named.values())
+    from_folders = bool(classes) and not any("label" in row for _, row in named.values())
     rows, columns = [], {"image"}
     for number, path in enumerate(paths):
         if path not in named:
             continue
         parent, row = named[path]
-        record = {"image": _image(path)} | ({"label": classes[number]} if classes and unlabelled else {})
+        record = {"image": _image(path)} | ({"label": classes[number]} if from_folders else {})
         for key, value in row.items():
             if key.endswith("_file_name"):  # another picture, such as a mask
                 key = key.removesuffix("_file_name")
@@ -299,13 +301,14 @@ def _read_metadata(
         rows.append(record)
     inside = [path for path in named if Path(path).is_relative_to(place)]
     for what, wrong in {
-        "names pictures that do not exist": [path for path in inside if path not in paths],
+        "names pictures that do not exist": [path for path in inside if path not in present],
         "names a picture more than once, the last row counts": twice,
         "does not name pictures, which are left out": [path for path in paths if path not in named],
     }.items():
         if wrong:
             say_once(f"{metadata[0]} {what}: {len(wrong)}, for example {wrong[0]}")
-    return rows, sorted(columns)
+    names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack some
+    return [{name: row.get(name) for name in names} for row in rows], sorted(columns), from_folders
 
 
 def _rows(file: Path) -> list[dict]:

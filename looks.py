@@ -96,11 +96,14 @@ class Subject:
         with torch.no_grad():
             return self.encoder.features(images, layer)
 
+    def noise(self, rows: slice, seed: int) -> Tensor:
+        """Uniform noise (b, n) for some pictures: a function of seed, index and the number of patches."""
+        noise = uniform((seed, RandomStream.MASK), range(len(self.images))[rows], self.grid[0] * self.grid[1])
+        return data.to_device(noise, torch.device(self.device))
+
     def random_mask(self, rows: slice, ratio: float, seed: int) -> masks.Mask:
-        """Random masks of some pictures: a function of seed, index and the number of patches."""
-        indices = range(len(self.images))[rows]
-        noise = uniform((seed, RandomStream.MASK), indices, self.grid[0] * self.grid[1])
-        return masks.random_mask(*noise.shape, ratio, noise=data.to_device(noise, torch.device(self.device)))
+        noise = self.noise(rows, seed)
+        return masks.random_mask(*noise.shape, ratio, noise=noise)
 
 
 # ------------------------------------------------------------------------------ one pass over the blocks
@@ -173,15 +176,12 @@ def reconstruction_errors(subject: Subject, masked_by: str, ratio: float, seed: 
     """
     errors, masked = [], []
     for rows, x in subject.parts(f"reconstruction, {masked_by} masks"):
-        mask = subject.random_mask(rows, ratio, seed)
-        if masked_by != "random":
-            noise = uniform(
-                (seed, RandomStream.MASK), range(len(subject.images))[rows], len(mask.masked[0]) + len(mask.visible[0])
-            )
-            noise = data.to_device(noise, x.device)
+        if masked_by == "random":
+            mask = subject.random_mask(rows, ratio, seed)
+        else:
             tokens = subject.features(x, max(1, len(subject.model.blocks) - 1))
             hint = "none" if "no hints" in masked_by else "random"
-            mask = masks.self_guided_mask(tokens, subject.grid, ratio, hint, noise=noise)
+            mask = masks.self_guided_mask(tokens, subject.grid, ratio, hint, noise=subject.noise(rows, seed))
         errors.append(subject.model.errors(x, mask).cpu())
         masked.append(mask.masked.cpu())
     return torch.cat(errors), torch.cat(masked)

@@ -122,7 +122,7 @@ def write(findings: dict[str, Finding], abouts: dict[str, str], arguments: dict,
             )
     private = ("command", "checkpoint", "out", "overwrite")
     shown = {k: Path(v).name if k == "dataset" else v for k, v in arguments.items()}  # paths concern nobody
-    options = ", ".join(f"{k} {v}" for k, v in shown.items() if v not in (None, False) and k not in private)
+    options = ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None and v is not False and k not in private)
     page = TEMPLATE.read_text()
     for mark, content in {
         "<!--FINDINGS-->": "\n".join(parts),

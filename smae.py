@@ -422,9 +422,8 @@ class SMAE(nn.Module):
     def decoder_attention(self, images: Tensor, mask) -> Iterator[Tensor]:
         """Attention (b, heads, t, t), float32, in each decoder block; t = prefix + v + m tokens."""
         x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
-        for block in self.decoder_blocks:
-            yield block.attention.weights(block.norm1(x))
-            x = block(x)
+        for _, attention in _attend(self.decoder_blocks, x):
+            yield attention
 
     @torch.no_grad()
     def trace(self, images: Tensor, mask=None) -> Iterator[tuple[int | str, Tensor, Tensor]]:
@@ -433,21 +432,16 @@ class SMAE(nn.Module):
         The encoder sees whole images; t = prefix + n tokens. With a ``mask`` the decoder follows, which
         sees the visible patches and mask tokens. The patches of both are in the order of the grid.
         """
-        x = self._encoder_tokens(images)
-        for i, block in enumerate(self.blocks, start=1):
-            attention = block.attention.weights(block.norm1(x))
-            x = block(x)
-            yield i, x, attention
+        for i, (tokens, attention) in enumerate(_attend(self.blocks, self._encoder_tokens(images)), start=1):
+            yield i, tokens, attention
         if mask is None or not self.config["decoder_depth"]:
             return
         x = self._decoder_tokens(self.encode(images, mask.visible), mask.visible, mask.masked, self.grid(images))
         order = torch.cat([mask.visible, mask.masked], dim=1).argsort(dim=1) + self.prefix
         order = torch.cat([torch.arange(self.prefix, device=x.device).expand(len(x), -1), order], dim=1)
         x = gather_tokens(x, order)  # the decoder does not mind the order of its tokens
-        for i, block in enumerate(self.decoder_blocks, start=1):
-            attention = block.attention.weights(block.norm1(x))
-            x = block(x)
-            yield f"decoder-{i}", x, attention
+        for i, (tokens, attention) in enumerate(_attend(self.decoder_blocks, x), start=1):
+            yield f"decoder-{i}", tokens, attention
 
     def target(self, images: Tensor, masked: Tensor) -> Tensor:
         """Pixels (b, m, p * p * c) of masked patches, normalised per patch if the model does so."""
@@ -477,6 +471,14 @@ class SMAE(nn.Module):
             prediction = prediction * std + mean
         indices = mask.masked[..., None].expand_as(prediction)
         return unpatchify(patches.scatter(1, indices, prediction), self.patch_size, grid)
+
+
+def _attend(blocks: nn.Sequential, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The output (b, t, d) of each block, and the attention (b, heads, t, t) within it."""
+    for block in blocks:
+        attention = block.attention.weights(block.norm1(x))
+        x = block(x)
+        yield x, attention
 
 
 def pool(tokens: Tensor, how: str, prefix: int = 1) -> Tensor:

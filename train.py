@@ -199,7 +199,7 @@ def arguments_of_run(run: str, parser: argparse.ArgumentParser) -> list[str]:
     if unknown := sorted(options.keys() - actions.keys()):
         data.say_once(f"--config {run}: left out {', '.join(unknown)}, which are no options of train.py")
     for name, value in options.items():
-        if name in actions and name not in NOT_REPEATED and value not in (None, False):
+        if name in actions and name not in NOT_REPEATED and value is not None and value is not False:  # 0 is a value
             values = [] if value is True else value if isinstance(value, list) else [value]
             found += [actions[name].option_strings[0], *map(str, values)]
     return found

@@ -114,12 +114,17 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_vit_of_timm_gives_the_same_features(variant, images, tmp_path):
+def loaded(variant: str, folder: Path) -> tuple[torch.nn.Module, smae.SMAE]:
+    """A ViT of timm, and what we read of it."""
     name, options = VARIANTS[variant]
     peer = timm_vit(name, **options)
-    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
-    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    safetensors.torch.save_file(peer.state_dict(), folder / "vit.safetensors")
+    return peer, smae.load(folder / "vit.safetensors", heads=4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_vit_of_timm_gives_the_same_features(variant, images, tmp_path):
+    peer, ours = loaded(variant, tmp_path)
     assert ours.config["decoder_depth"] == 0 and ours.config["learned_positions"]
     with torch.no_grad():
         tokens, mean = peer.forward_features(images), ours.pooled(images, "mean")
@@ -131,10 +136,7 @@ def test_a_vit_of_timm_gives_the_same_features(variant, images, tmp_path):
 @pytest.mark.parametrize("variant", list(VARIANTS)[:5])
 def test_timm_weights_come_back_bit_by_bit(variant, images, tmp_path):
     timm = pytest.importorskip("timm")
-    name, options = VARIANTS[variant]
-    peer = timm_vit(name, **options)
-    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
-    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    peer, ours = loaded(variant, tmp_path)
     smae.save(ours, tmp_path / "timm", format="timm")
     written = safetensors.torch.load_file(tmp_path / "timm" / "model.safetensors")
     original = {n: t for n, t in peer.state_dict().items() if not n.startswith("head.")}
@@ -151,10 +153,7 @@ def test_timm_weights_come_back_bit_by_bit(variant, images, tmp_path):
 @pytest.mark.parametrize("variant", list(VARIANTS)[4:9])
 def test_timm_reads_what_is_written_of_registers_and_layer_scale(variant, images, tmp_path):
     timm = pytest.importorskip("timm")
-    name, options = VARIANTS[variant]
-    peer = timm_vit(name, **options)
-    safetensors.torch.save_file(peer.state_dict(), tmp_path / "vit.safetensors")
-    ours = smae.load(tmp_path / "vit.safetensors", heads=4)
+    peer, ours = loaded(variant, tmp_path)
     smae.save(ours, tmp_path / "timm", format="timm")
     rebuilt = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     assert rebuilt.num_prefix_tokens == ours.prefix == peer.num_prefix_tokens

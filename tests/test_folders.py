@@ -130,9 +130,9 @@ def test_metadata_without_labels_leaves_those_of_the_folders_and_says_what_does_
 
 def test_a_label_that_metadata_lacks_for_one_picture_is_not_that_of_its_folder(tmp_path):
     write(tmp_path, ["cat/1.png", "dog/1.png"])
-    lines = ['{"file_name": "cat/1.png", "label": "tiger"}', '{"file_name": "dog/1.png"}']
+    lines = ['{"file_name": "cat/1.png"}', '{"file_name": "dog/1.png", "label": "wolf"}']
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    assert data.load_images(str(tmp_path))["label"][:] == ["tiger", None]
+    assert data.load_images(str(tmp_path), label_column="label")["label"][:] == [None, "wolf"]
 
 
 def test_tables_beside_as_many_pictures_are_read_and_the_pictures_counted(tmp_path, capsys):

@@ -193,7 +193,8 @@ def test_the_loss_curve_shows_the_accuracy_where_there_is_one(monkeypatch, tmp_p
 
 
 def test_a_run_is_repeated_and_what_is_given_beside_it_overrides(quick_drawing, monkeypatch, tmp_path, capfd):
-    train_here(monkeypatch, *QUICK, "--mask-ratio", 0.5, "--out", tmp_path / "first")
+    zeros = ["--warmup-epochs", 0, "--weight-decay", 0, "--guide-start", 0]  # not the defaults
+    train_here(monkeypatch, *QUICK, *zeros, "--mask-ratio", 0.5, "--out", tmp_path / "first")
     capfd.readouterr()
     for place in (tmp_path / "first", tmp_path / "first" / "config.json"):
         out = tmp_path / f"again-{place.name}"
@@ -206,6 +207,7 @@ def test_a_run_is_repeated_and_what_is_given_beside_it_overrides(quick_drawing, 
     assert "but with --epochs 3 (there 2), --batch-size 8 (there 16)" in capfd.readouterr().out
     config = json.loads((tmp_path / "other" / "config.json").read_text())["train"]
     assert (config["epochs"], config["batch_size"], config["mask_ratio"]) == (3, 8, 0.5)
+    assert config["warmup_epochs"] == config["weight_decay"] == config["guide_start"] == 0
     assert config["lr"] == config["blr"] * 8 / 256  # what follows from other options follows anew
 
 
