@@ -63,7 +63,7 @@ class TrainBatches:
     ):
         streaming = isinstance(dataset, datasets.IterableDataset)
         length = data.length_of(dataset, length)
-        _check_division(length, batch_size, accumulate, share)
+        check_division(length, batch_size, accumulate, share)
         if streaming and preload:
             raise ValueError("streamed data cannot be preloaded: drop --streaming or --preload")
 
@@ -109,7 +109,8 @@ class TrainBatches:
         self.reader.close()
 
 
-def _check_division(length: int | None, batch_size: int, accumulate: int, share: Share):
+def check_division(length: int | None, batch_size: int, accumulate: int, share: Share):
+    """Raise ValueError if a step does not divide evenly or takes more pictures than the data has."""
     if batch_size % (share.world * accumulate):
         raise ValueError(
             f"the batch size ({batch_size}) must be a multiple of processes x accumulation steps "

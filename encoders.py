@@ -99,13 +99,12 @@ def load(name: str, *, heads: int | None = None, untrained: dict | None = None) 
     if name == "random":
         return ViT(smae.SMAE(**untrained).eval())
     model = smae.load(name, heads=heads)
-    return FineTuned(model) if isinstance(model, smae.Classifier) else ViT(model)
+    return FineTuned(model) if isinstance(model, smae.Classifier) else ViT(smae.encoder_of(model))
 
 
 def backbone(name: str, device: torch.device | str = "cpu", heads: int | None = None) -> smae.SMAE:
-    """The SMAE of a run folder or checkpoint, without the head of a classifier."""
-    model = smae.load(name, device, heads=heads)
-    return model.encoder if isinstance(model, smae.Classifier) else model
+    """The SMAE of a run folder or checkpoint, without the head of a classifier, segmenter or detector."""
+    return smae.encoder_of(smae.load(name, device, heads=heads))
 
 
 # ------------------------------------------------------------------------------ every picture once

@@ -30,6 +30,7 @@ SPLITS = {  # names of folders, whatever their case
     "validation": rf"(val|valid|validation|dev|eval|evaluation){WORDS}",
     "test": rf"test(ing)?{WORDS}",
 }
+MASK_FOLDERS = r"masks?|annotations?|labels?|label_?maps?|segmentation(class)?|gt"  # beside PICTURE_FOLDERS
 PICTURE_FOLDERS = r"(jpeg)?images?|imgs?|pictures|photos"  # where splits lie beside folders of annotations
 THUMBNAILS = r"_?thumb(nail)?s?"
 
@@ -319,3 +320,65 @@ def _rows(file: Path) -> list[dict]:
         raise ValueError(f"{file} does not hold a JSON object in each line")
     read = pyarrow.csv.read_csv if file.suffix == ".csv" else pyarrow.parquet.read_table
     return read(file).to_pylist()
+
+
+# ------------------------------------------------------------------------------ pictures beside masks
+
+
+class Pairs(NamedTuple):
+    """Pictures beside masks: ``records`` with columns image and mask; whether the folders are those of ADE20K."""
+
+    records: datasets.Dataset
+    is_ade20k: bool
+
+
+def find_pairs(root: Path, split: str) -> Pairs | None:
+    """The pictures of a split in images/ and their masks, of the same name, in masks/ or annotations/.
+
+    Splits are folders in both (images/train), or hold both (train/images); without any, all pictures
+    are "train". A picture without a mask has None, which is said. None if there are no such folders.
+    Raises ValueError for an unknown split.
+    """
+    if not root.is_dir():
+        return None
+    places, children = {}, _children(root)
+    both = _pair_in(root)
+    if both:
+        images, masks = both
+        places = {name: (images / name, masks / name) for name in _children(images) if split_kind(name)}
+        places = places or {"train": both}
+    else:
+        found = {name: _pair_in(root / name) for name in children}
+        places = {name: pair for name, pair in found.items() if pair and split_kind(name)}
+    if not places:
+        return None
+    names = [name for name in places if split in (name, split_kind(name))]
+    if not names:
+        raise ValueError(f"Unknown split {split!r}: {root} has {', '.join(sorted(places))}")
+    images, masks = places[names[0]]
+    files = list_files(images).images
+    by_stem = {os.path.splitext(file)[0]: file for file in (list_files(masks).images if masks.is_dir() else [])}
+    if not files:
+        raise ValueError(f"split {split!r} of {root} is empty")
+    found = [by_stem.get(os.path.splitext(file)[0]) for file in files]
+    missing = [file for file, mask in zip(files, found) if mask is None]
+    if missing:
+        say_once(f"{images}: {len(missing)} of {len(files)} pictures have no mask in {masks}, for example {missing[0]}")
+    columns = dict(
+        image=[_image(os.path.abspath(images / file)) for file in files],
+        mask=[mask and _image(os.path.abspath(masks / mask)) for mask in found],
+    )
+    features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+    name = datasets.NamedSplit(re.sub(r"\W", "_", names[0]))
+    return Pairs(
+        datasets.Dataset.from_dict(columns, features, split=name),
+        is_ade20k=masks.parent.name == "annotations" and names[0] in ("training", "validation"),
+    )
+
+
+def _pair_in(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of pictures and of masks in ``folder``."""
+    names = _children(folder)
+    images = [name for name in names if re.fullmatch(PICTURE_FOLDERS, name, re.IGNORECASE)]
+    masks = [name for name in names if re.fullmatch(MASK_FOLDERS, name, re.IGNORECASE)]
+    return (folder / images[0], folder / masks[0]) if images and masks else None

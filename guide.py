@@ -433,8 +433,7 @@ def find_source(
         return name
     if column := mask_column(name):
         return ObjectMasks(dataset, column, object_ids, object_void)
-    model = smae.load(name, device)
-    return (model.encoder if isinstance(model, smae.Classifier) else model).requires_grad_(False)
+    return smae.encoder_of(smae.load(name, device)).requires_grad_(False)
 
 
 def mask_column(guide_from: str | None) -> str | None:

@@ -150,11 +150,11 @@ def object_mask(
         mask = data.open_upright(mask)
     values = rule.is_object(mask_values(mask))
     found = Image.fromarray(np.where(values, 255, 0).astype(np.uint8))
-    turn = _turn_of(picture, mask.size) if picture else None
+    turn = turn_of(picture, mask.size) if picture else None
     return found if turn is None else found.transpose(turn)
 
 
-def _turn_of(picture: dict, mask_size: tuple[int, int]) -> Image.Transpose | None:
+def turn_of(picture: dict, mask_size: tuple[int, int]) -> Image.Transpose | None:
     """How a picture is turned by its EXIF, if a mask of this size is not; None otherwise."""
     with contextlib.suppress(Exception):  # a broken picture, or damaged EXIF
         source = picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])

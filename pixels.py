@@ -182,6 +182,13 @@ def compact(size: Size) -> int | list[int]:
     return height if height == width else [height, width]
 
 
+def to_tensor(image: Picture) -> Tensor:
+    """A picture as (c, H, W) uint8."""
+    if isinstance(image, Bands):
+        return torch.cat([to_tensor(band) for band in image.bands])
+    return TF.pil_to_tensor(image)
+
+
 def crop(image: Picture, box: np.ndarray, flip: bool, size: Size) -> Tensor:
     """Cut out a box (top, left, height, width) and resize it: (c, H, W) uint8."""
     if isinstance(image, Bands):

@@ -127,7 +127,7 @@ def make_reader(
     if preload:
         store = torch.device("cpu") if preload == "host" else device
         return PreloadedReader(dataset, options, plan, bad, workers, store, device)
-    return MapReader(dataset, options, plan, _loader_options(workers, device))
+    return MapReader(MapCrops(dataset, options), options.size, plan, workers, device)
 
 
 def _loader_options(workers: int, device: torch.device) -> dict:
@@ -207,15 +207,15 @@ class Request(NamedTuple):
 class IndexReader:
     """Base of the readers by index: turns epochs into requests."""
 
-    def __init__(self, options: CropOptions, plan: Plan):
-        self.options, self.plan = options, plan
+    def __init__(self, size: Size, plan: Plan):
+        self.size, self.plan = size, plan
 
     def epoch(self, epoch: int, seen: int) -> Iterable[Batch]:
         micro_batches = self.plan.micro_batches(epoch, seen)
-        return self.read([Request(epoch, indices, self.options.size) for indices in micro_batches])
+        return self.read([Request(epoch, indices, self.size) for indices in micro_batches])
 
     def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
-        size = size or self.options.size
+        size = size or self.size
         batches = [indices for indices in self.plan.uncropped(count) if len(indices)]
         return self.read([Request(None, indices, size) for indices in batches])
 
@@ -227,17 +227,17 @@ class IndexReader:
 
 
 class MapReader(IndexReader):
-    """Decodes and crops in worker processes, in every epoch."""
+    """Decodes and crops in worker processes, in every epoch; ``crops`` maps requests to batches."""
 
-    def __init__(self, dataset: datasets.Dataset, options: CropOptions, plan: Plan, loader_options: dict):
-        super().__init__(options, plan)
+    def __init__(self, crops: torch.utils.data.Dataset, size: Size, plan: Plan, workers: int, device: torch.device):
+        super().__init__(size, plan)
         self.requests: list[Request] = []  # the items of the loader
         self.workers = Workers()
         self.loader = DataLoader(
-            MapCrops(dataset, options),
+            crops,
             sampler=self.requests,
-            persistent_workers=loader_options["num_workers"] > 0,
-            **loader_options,
+            persistent_workers=workers > 0,
+            **_loader_options(workers, device),
         )
 
     def read(self, requests: list[Request]) -> Iterable[Batch]:
@@ -290,8 +290,8 @@ class PreloadedReader(IndexReader):
         store: torch.device,
         device: torch.device,
     ):
-        super().__init__(options, plan)
-        self.device = device
+        super().__init__(options.size, plan)
+        self.options, self.device = options, device
         count, side = len(dataset), self._side(dataset)
         self.images = torch.empty(count, options.form.channels, side, side, dtype=torch.uint8)
         self.sizes = np.empty((count, 2), np.int64)

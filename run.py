@@ -61,7 +61,7 @@ ERRORS = (data.TooManyBadImages, data.NothingToRead, checkpoint.Locked, Diverged
 
 @dataclass
 class Schedule:
-    """The length of a training, and its learning rate: linear warm-up, then a cosine to ``min_lr``.
+    """The length of a training, and its learning rate: linear warm-up, then ``shape`` (optim.SCHEDULES) to ``min_lr``.
 
     ``clip_grad`` is the largest norm of the gradient, None for no clipping.
     """
@@ -71,6 +71,7 @@ class Schedule:
     lr: float
     min_lr: float = 0.0
     clip_grad: float | None = None
+    shape: str = "cosine"
 
 
 @dataclass
@@ -220,7 +221,8 @@ class Run:
     def _set_learning_rate(self):
         schedule, steps = self.schedule, self.batches.steps_per_epoch
         length, warmup = schedule.epochs * steps, schedule.warmup_epochs * steps
-        self.lr = optim.learning_rate(self.steps_done(), length, warmup, schedule.lr, schedule.min_lr)
+        peak, least = schedule.lr, schedule.min_lr
+        self.lr = optim.learning_rate(self.steps_done(), length, warmup, peak, least, schedule.shape)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group.get("scale", 1.0)
 
@@ -284,10 +286,19 @@ class Run:
         if self.poll(stop=epoch < self.schedule.epochs):
             self.save()
 
-    def finish(self):
-        """End the command if a signal stopped the run, or if the disk did not take its end."""
+    def finish(self, goes_on: bool = False):
+        """End the command if a signal stopped the run, or if the disk did not take its end.
+
+        Otherwise, if it ``goes_on`` with another run, only its trackers end.
+        """
+        failed = self.folder.saved_step != self.progress.step or not self.results_written
+        if goes_on and not failed and not self.stopped_by:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.accelerator.trackers = []
+            return self.accelerator.free_memory()
         self.accelerator.end_training()
-        if self.folder.saved_step != self.progress.step or not self.results_written:
+        if failed:
             with cli.one_line_errors(OSError):
                 raise OSError("the last checkpoint, or the results, could not be written, see above")
         if self.stopped_by:

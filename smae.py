@@ -1,7 +1,8 @@
 """A ViT masked autoencoder (MAE), a classifier on its encoder, and their checkpoints.
 
 Works alone, with torch, einops and safetensors; checkpoints of other projects also need
-``convert.py``. A mask is any object with ascending integer index tensors ``visible`` (b, v) and
+``convert.py``, those of ``dense.py`` also ``segmenter.py`` or ``detector.py``. A mask is any object
+with ascending integer index tensors ``visible`` (b, v) and
 ``masked`` (b, m), such as a ``masks.Mask``.
 
 Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m``
@@ -213,8 +214,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.scaled_dot_product_attention(*self.split(x))
+    def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        """``attended`` (b, n) bool: the tokens that all attend to (default: all of them)."""
+        mask = None if attended is None else attended[:, None, None]
+        x = F.scaled_dot_product_attention(*self.split(x), attn_mask=mask)
         return self.out(rearrange(x, "b heads n d -> b n (heads d)"))
 
     def split(self, x: Tensor) -> Tensor:
@@ -244,10 +247,11 @@ class Block(nn.Module):
         self.drop_path = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._drop(self.attention(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.attention(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
-    def _drop(self, branch: Tensor) -> Tensor:
+    def drop(self, branch: Tensor) -> Tensor:
+        """Drop a branch (b, n, d) for some of the images, in training."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
@@ -345,7 +349,7 @@ class SMAE(nn.Module):
         """
         if layer is not None and not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must lie between 1 and {len(self.blocks)}, got {layer}")
-        x = self.blocks[:layer](self._encoder_tokens(images, visible))
+        x = self.blocks[:layer](self.embed_patches(images, visible))
         return x if layer or self.config["norm_after_mean"] else self.norm(x)
 
     def pooled(self, images: Tensor, how: str) -> Tensor:
@@ -357,7 +361,7 @@ class SMAE(nn.Module):
         x = pool(self.encode(images), how, self.prefix)
         return self.norm(x) if self.config["norm_after_mean"] else x
 
-    def _encoder_tokens(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def embed_patches(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """The input of the first encoder block (b, prefix + v, d): CLS token, registers, embedded patches."""
         table = self.resize_positions(self.positions, self.grid(images))
         patches, positions = patchify(images, self.patch_size), table[None, self.prefix :]
@@ -406,6 +410,28 @@ class SMAE(nn.Module):
         x = self._decoder_tokens(self.encode(images), everything, everything[:, :0], (h, w))
         return self.decoder_blocks[: int(layer.removeprefix("decoder-"))](x)[:, self.prefix :]
 
+    def intermediate(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Patch tokens, a map (b, d, h, w) after each of the encoder blocks ``layers``, without final norm."""
+        x, maps = self.embed_patches(images), {}
+        for number, block in enumerate(self.blocks[: max(layers)], start=1):
+            x = block(x)
+            if number in layers:
+                maps[number] = rearrange(x[:, self.prefix :], "b (h w) d -> b d h w", h=self.grid(images)[0])
+        return [maps[number] for number in layers]
+
+    def copy_encoder(self, drop_path: float = 0.0) -> "SMAE":
+        """A copy without the decoder. ``drop_path`` grows linearly over its blocks, from 0 to the given value.
+
+        Raises ValueError if it is outside 0 ... 1.
+        """
+        if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be a number from 0 to below 1, got {describe(drop_path)}")
+        copy, weights = SMAE(**self.config | dict(decoder_depth=0)), self.state_dict()
+        copy.load_state_dict({name: weights[name] for name in copy.state_dict()})
+        for i, block in enumerate(copy.blocks):
+            block.drop_path = drop_path * i / max(1, len(copy.blocks) - 1)
+        return copy
+
     @torch.no_grad()
     def class_attention(self, images: Tensor) -> Tensor:
         """Attention (b, heads, n), float32, of the CLS token to patches in the last encoder block.
@@ -415,7 +441,7 @@ class SMAE(nn.Module):
         if not self.config["class_token"]:
             raise ValueError("this model has no CLS token: build it with class_token=True")
         last = self.blocks[-1]
-        x = self.blocks[:-1](self._encoder_tokens(images))
+        x = self.blocks[:-1](self.embed_patches(images))
         return last.attention.weights(last.norm1(x), slice(1))[:, :, 0, self.prefix :]
 
     @torch.no_grad()
@@ -432,7 +458,7 @@ class SMAE(nn.Module):
         The encoder sees whole images; t = prefix + n tokens. With a ``mask`` the decoder follows, which
         sees the visible patches and mask tokens. The patches of both are in the order of the grid.
         """
-        for i, (tokens, attention) in enumerate(_attend(self.blocks, self._encoder_tokens(images)), start=1):
+        for i, (tokens, attention) in enumerate(_attend(self.blocks, self.embed_patches(images)), start=1):
             yield i, tokens, attention
         if mask is None or not self.config["decoder_depth"]:
             return
@@ -502,29 +528,23 @@ class Classifier(nn.Module):
     Raises ValueError for wrong types, a missing CLS token, and ``drop_path`` outside 0 ... 1.
     """
 
+    task = "classifier"
+
     def __init__(self, encoder: SMAE, classes: Sequence[str], pool: str = "mean", drop_path: float = 0.0):
         super().__init__()
         named = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
         if not named or not classes:
             raise ValueError(f"classes must be a list of names, got {describe(classes)}")
         check_pool(pool, encoder.config["class_token"])
-        if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be a number from 0 to below 1, got {describe(drop_path)}")
-
-        # copy the encoder, add a head
-        self.encoder = SMAE(**encoder.config | dict(decoder_depth=0))
-        weights = encoder.state_dict()
-        self.encoder.load_state_dict({name: weights[name] for name in self.encoder.state_dict()})
+        self.encoder = encoder.copy_encoder(drop_path)
         self.classes, self.pool = list(classes), pool
+        self.arguments = dict(classes=self.classes, pool=pool)
         self.config, self.statistics = self.encoder.config, self.encoder.statistics
         self.head = nn.Linear(self.config["width"], len(self.classes))
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
         if pool == "mean" and not self.config["norm_after_mean"]:
             self.encoder.norm.reset_parameters()
-        depth = len(self.encoder.blocks)
-        for i, block in enumerate(self.encoder.blocks):
-            block.drop_path = drop_path * i / max(1, depth - 1)
 
     def features(self, images: Tensor) -> Tensor:
         """The input of the head (b, d)."""
@@ -557,9 +577,10 @@ def initialise(model: SMAE, source: SMAE, decoder: bool = True):
 LARGEST_CONFIG = 2**21  # bytes of a JSON file
 
 
-def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None = None, format: str = "smae"):
+def save(model: nn.Module, path: str | os.PathLike, config: dict | None = None, format: str = "smae"):
     """Write a checkpoint that :func:`load` reads back to the bit. Files appear whole or not at all.
 
+    ``model``: an SMAE, a Classifier, or a Segmenter or Detector, which only the first format holds.
     ``format``: "smae", a folder with ``model.safetensors`` and ``config.json`` (the model's
     arguments under "model", and the content of ``config``); "timm", a folder of the encoder or
     classifier for ``timm.create_model("local-dir:" + folder, pretrained=True)`` (without that
@@ -578,6 +599,8 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
 
     if format not in convert.WRITERS:
         raise ValueError(f"unknown format {format!r}: expected smae, {', '.join(convert.WRITERS)}")
+    if getattr(model, "task", "classifier") != "classifier":
+        raise ValueError(f"the format {format} cannot hold a {model.task}: save its encoder")
     tensors = tensors_of(model, positions=True)
     written = convert.WRITERS[format](tensors, model.config, description.get("classifier"))
     if format != "mae":
@@ -588,11 +611,9 @@ def save(model: SMAE | Classifier, path: str | os.PathLike, config: dict | None 
         torch.save(written, file)
 
 
-def describe_model(model: SMAE | Classifier) -> dict:
+def describe_model(model: nn.Module) -> dict:
     """The content of config.json: the arguments that :func:`build_model` needs."""
-    if isinstance(model, Classifier):
-        return dict(model=model.config, classifier=dict(classes=model.classes, pool=model.pool))
-    return dict(model=model.config)
+    return dict(model=model.config) | ({model.task: model.arguments} if hasattr(model, "task") else {})
 
 
 def tensors_of(model: nn.Module, positions: bool = False) -> dict[str, Tensor]:
@@ -601,7 +622,7 @@ def tensors_of(model: nn.Module, positions: bool = False) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def write_card(model: SMAE | Classifier, folder: Path, config: dict, format: str):
+def write_card(model: nn.Module, folder: Path, config: dict, format: str):
     """Write the model card (README.md) that a folder is published with; warn if it cannot be written."""
     try:
         import hub
@@ -678,11 +699,11 @@ def flush(path: str | os.PathLike):
         os.close(handle)
 
 
-def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, image_size=None) -> SMAE | Classifier:
-    """Load the model of a checkpoint, in evaluation mode, on ``device``.
+def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, image_size=None) -> nn.Module:
+    """Load the model of a checkpoint, in evaluation mode, on ``device``: an SMAE, Classifier, Segmenter or Detector.
 
-    Reads checkpoints of :func:`save` and ``train.py``. With ``convert.py``, also reads the encoder,
-    and the decoder if any, of facebookresearch/mae ``.pth`` files, folders of transformers' ViTMAE,
+    Reads checkpoints of :func:`save`, ``train.py``, ``eval.py`` and ``dense.py``. With
+    ``convert.py``, also reads the encoder, and the decoder if any, of facebookresearch/mae ``.pth`` files, folders of transformers' ViTMAE,
     ViT, DeiT and DINOv2, and ViTs with timm's names (plain ViT, DeiT, MoCo v3, DINO, DINOv2) as
     ``.safetensors``, ``.pth`` or a folder. With ``hub.py``, ``path`` may be the name of any of these
     on the Hugging Face hub: user/model or user/model@revision. ``heads`` and ``image_size`` (H, W)
@@ -701,7 +722,7 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
 
             arguments, weights = convert.from_foreign(weights, config, position_table, heads, image_size)
             config = {"model": arguments}
-        model = build_model(weights, config.get("model") or {}, config.get("classifier") or {})
+        model = build_model(weights, config)
     except FileNotFoundError:
         raise
     except Exception as error:  # a hostile file can raise any error; report it in one printable line
@@ -711,6 +732,11 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
         text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:1000])
         raise ValueError(text) from (error if kind else None)
     return model.eval().to(device)
+
+
+def encoder_of(model: nn.Module) -> SMAE:
+    """The encoder of any model that :func:`load` returns; an SMAE is returned as it is."""
+    return model if isinstance(model, SMAE) else model.encoder
 
 
 def find(path: str | os.PathLike) -> Path:
@@ -724,16 +750,18 @@ def find(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -> SMAE | Classifier:
-    """Build the model, or a classifier if ``classifier`` has arguments, and load the weights.
+def build_model(weights: dict[str, Tensor], config: dict) -> nn.Module:
+    """Build the model that :func:`describe_model` described and load the weights.
 
     Raises ValueError if the weights do not fit.
     """
+    arguments = config.get("model") or {}
+    task = next((task for task in ("classifier", "segmenter", "detector") if config.get(task)), None)
 
-    def build() -> SMAE | Classifier:
-        if classifier:
-            return Classifier(SMAE(**arguments | dict(decoder_depth=0)), **classifier)
-        return SMAE(**arguments)
+    def build() -> nn.Module:
+        if task is None:
+            return SMAE(**arguments)
+        return task_class(task)(SMAE(**arguments | dict(decoder_depth=0)), **config[task])
 
     with torch.device("meta"):  # takes no memory, even for a huge size in the configuration
         expected = build().state_dict()
@@ -741,6 +769,19 @@ def build_model(weights: dict[str, Tensor], arguments: dict, classifier: dict) -
     model = build()
     model.load_state_dict(weights)
     return model
+
+
+def task_class(task: str) -> type[nn.Module]:
+    """The model of a task: a Classifier, a Segmenter or a Detector."""
+    if task == "segmenter":
+        import segmenter
+
+        return segmenter.Segmenter
+    if task == "detector":
+        import detector
+
+        return detector.Detector
+    return Classifier
 
 
 def compare_weights(own: dict[str, Tensor], weights: dict[str, Tensor]):

@@ -177,7 +177,7 @@ def test_drop_path_leaves_out_branches_of_whole_images_while_training(small_mode
         torch.testing.assert_close(block.eval()(x[:2]), whole.expand(2, -1, -1))
         out = block.train()(x)
         unchanged = (out == x).all(-1).all(-1).float().mean()
-        mean = block._drop(x).mean(0)
+        mean = block.drop(x).mean(0)
     assert abs(unchanged - 0.09) < 0.02  # both branches left out
     torch.testing.assert_close(mean, x[0], rtol=0.1, atol=0.1)
     assert not torch.allclose(whole, attention)

@@ -1,0 +1,366 @@
+"""Pictures with objects, for detection: boxes, classes, masks, as in COCO.
+
+Letters in shapes: ``k`` objects, ``H``/``W`` image height/width in pixels.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+import data
+import folders
+import pixels
+import shapes
+from label_maps import name_of, read_values
+
+try:
+    from faster_coco_eval.core import mask as rle
+except ModuleNotFoundError:  # dense.py says so
+    rle = None
+
+OBJECT_COLUMNS = ("objects", "annotations")
+MASK_COLUMNS = ("instances", "instance_mask", "mask")
+FIELDS = {  # of a column of objects, under the names that data sets give them
+    "bbox": ("bbox", "bboxes", "boxes", "box"),
+    "category": ("category", "categories", "category_id", "label", "labels", "class"),
+    "area": ("area", "areas"),
+    "iscrowd": ("iscrowd", "is_crowd", "crowd"),
+}
+
+
+class Instances:
+    """A data set of pictures and objects.
+
+    ``records`` has the undecoded column image and, in JSON, the column objects: for each object a
+    dictionary of COCO's "bbox" (left, top, width, height), "category" (a class from 0), and perhaps
+    "area", "iscrowd" and "segmentation". With a column mask, an undecoded picture, object i has the
+    value i + 1 in it; a single object has all that is not 0. ``has_masks``: whether objects have
+    shapes. ``category_ids``: the numbers of the classes in the files of the data.
+    """
+
+    def __init__(
+        self,
+        records: datasets.Dataset,
+        classes: Sequence[str],
+        form: data.PixelFormat,
+        has_masks: bool,
+        category_ids: Sequence[int] | None = None,
+    ):
+        self.records, self.classes, self.form, self.has_masks = records, list(classes), form, has_masks
+        self.category_ids = list(category_ids or range(len(classes)))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def select(self, indices: Sequence[int]) -> "Instances":
+        """Some of the pictures."""
+        records = self.records.select(indices)
+        return Instances(records, self.classes, self.form, self.has_masks, self.category_ids)
+
+    def image_id(self, index: int) -> int | str:
+        """The number of a picture in its data: its id, if there is one, else its index."""
+        return self.records[index].get("image_id", index)
+
+    def read(self, index: int) -> dict:
+        """A picture: "image" (c, H, W) uint8; "objects", COCO's annotations; "name".
+
+        Their "segmentation" is run-length encoded. Raises ValueError for a class beyond the classes or
+        a box beyond the picture; whatever PIL raises for broken files.
+        """
+        record = self.records[index]
+        image = pixels.to_tensor(data.decode(record["image"], self.form))
+        height, width = image.shape[1:]
+        objects = json.loads(record["objects"])
+        for number, each in enumerate(objects):
+            if not 0 <= each["category"] < len(self.classes):
+                raise ValueError(
+                    f"object {number} has class {each['category']}, beyond the {len(self.classes)} classes"
+                )
+            check_box(each["bbox"], width, height)
+        if self.has_masks:
+            self.encode_masks(objects, record, height, width)
+        for each in objects:
+            area = each["bbox"][2] * each["bbox"][3]
+            if self.has_masks and each.get("area") is None:
+                area = float(rle.area(each["segmentation"]))
+            each["area"] = area if each.get("area") is None else each["area"]
+            each["iscrowd"] = int(each.get("iscrowd") or 0)
+        return dict(image=tv_tensors.Image(image), objects=objects, name=name_of(record, index))
+
+    def encode_masks(self, objects: list[dict], record: dict, height: int, width: int):
+        """Give each object its segmentation, run-length encoded."""
+        if "mask" in record:
+            values = read_values(record)
+            if values.shape != (height, width):
+                raise ValueError(f"its mask has {values.shape[1]} x {values.shape[0]} pixels, not {width} x {height}")
+            numbers = np.arange(1, len(objects) + 1)
+            stack = values[..., None] == numbers if len(objects) > 1 else values[..., None] > 0  # (H, W, k)
+            found = rle.encode(np.asfortranarray(stack.astype(np.uint8))) if objects else []
+            for each, segmentation in zip(objects, found):
+                each["segmentation"] = segmentation
+        for each in objects:
+            each["segmentation"] = encode(each.get("segmentation"), height, width)
+
+
+def check_box(bbox: Sequence[float], width: int, height: int):
+    """Raise ValueError if a box (left, top, width, height) has no place in its picture, or less than no size."""
+    left, top, w, h = bbox
+    if min(w, h) < 0 or left > width or top > height or left + w < 0 or top + h < 0:
+        raise ValueError(f"its box {[round(x, 1) for x in bbox]} lies beyond its {width} x {height} pixels")
+
+
+def encode(segmentation, height: int, width: int) -> dict:
+    """A mask in any of COCO's forms (polygons, run lengths, none), run-length encoded."""
+    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
+        return segmentation
+    if isinstance(segmentation, dict):
+        return rle.frPyObjects(segmentation, height, width)
+    polygons = [polygon for polygon in segmentation or [] if len(polygon) >= 6]
+    if not polygons:
+        return rle.encode(np.zeros((height, width), np.uint8, order="F"))
+    return rle.merge(rle.frPyObjects(polygons, height, width))
+
+
+def targets_of(scene: dict) -> dict:
+    """What a detector is trained on: the objects of :meth:`Instances.read` as tv_tensors, crowds left out.
+
+    "boxes" (k, 4), left, top, right, bottom; "labels" (k,); "masks" (k, H, W) uint8, if they are known.
+    """
+    image, objects = scene["image"], [each for each in scene["objects"] if not each["iscrowd"]]
+    size = tuple(image.shape[1:])
+    boxes = torch.tensor([each["bbox"] for each in objects]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    limits = torch.tensor(size[::-1] * 2)
+    boxes = boxes.clamp(min=0).minimum(limits)
+    found = dict(
+        image=image,
+        boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+        labels=torch.tensor([each["category"] for each in objects], dtype=torch.int64),
+    )
+    if all("segmentation" in each for each in scene["objects"]):
+        masks = [rle.decode(each["segmentation"]) for each in objects]
+        stack = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
+        found["masks"] = tv_tensors.Mask(torch.from_numpy(stack))
+    return found
+
+
+# ------------------------------------------------------------------------------ loading
+
+
+def load_instances(
+    name: str,
+    split: str,
+    *,
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    classes: str | None = None,
+    boxes: str = "xywh",
+    form: data.PixelFormat = data.RGB,
+    like: Instances | None = None,
+) -> Instances:
+    """Load pictures with objects.
+
+    ``name``: the demo data; a folder with annotations/instances_SPLIT.json, as COCO has it, or with
+    SPLIT/_annotations.coco.json; or what ``data.load_images`` takes, with a column of objects (a
+    dictionary of lists: bbox, category, perhaps area and iscrowd) and perhaps one of masks, in which
+    object i has the value i + 1. ``classes``: a text file with a name in each line. ``boxes``: "xywh" or
+    "xyxy". ``like``: another split, whose classes these are. Raises FileNotFoundError or ValueError.
+    """
+    if name in data.DEMO:
+        return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, form, True))
+    file = find_annotations(Path(name).expanduser(), split)
+    if file is not None:
+        records, names, category_ids = read_coco(file, split, like)
+        return _checked(name, Instances(records, names, form, True, category_ids))
+    records = data.load_images(name, split, image_column, "")
+    column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
+    fields = _fields(name, records, column)
+    mask = _mask_column(records, mask_column, name)
+    names = like.classes if like else _class_names(records, column, fields["category"], classes)
+    texts = [json.dumps(_objects(row, fields, boxes)) for row in records[column]]
+    kept = records.select_columns([key for key in ("image", "image_id", mask) if key and key in records.features])
+    if mask:
+        kept = kept.rename_column(mask, "mask") if mask != "mask" else kept
+        kept = kept.cast_column("mask", datasets.Image(decode=False))
+    return _checked(name, Instances(kept.add_column("objects", texts), names, form, bool(mask)), boxes)
+
+
+def _demo(records: datasets.Dataset) -> datasets.Dataset:
+    """One object in each picture of the demo data."""
+    texts = [json.dumps([dict(bbox=bbox, category=label)]) for bbox, label in zip(records["bbox"], records["label"])]
+    records = records.select_columns(["image", "mask"]).cast_column("mask", datasets.Image(decode=False))
+    return records.add_column("objects", texts)
+
+
+def _fields(name: str, records: datasets.Dataset, column: str | None) -> dict[str, str | None]:
+    """The names that boxes, classes, areas and crowds have in a column of objects. Raises ValueError."""
+    if column is None:
+        columns = ", ".join(records.features)
+        raise ValueError(f"{name} has no column {' or '.join(OBJECT_COLUMNS)} of objects, only {columns}")
+    feature = records.features[column]
+    inner = getattr(feature, "feature", feature)
+    keys = list(inner) if isinstance(inner, dict) else []
+    fields = {field: next((key for key in known if key in keys), None) for field, known in FIELDS.items()}
+    if fields["bbox"] is None or fields["category"] is None:
+        raise ValueError(f"column {column} of {name} has {keys or feature}, expected bbox and category")
+    return fields
+
+
+def _mask_column(records: datasets.Dataset, column: str | None, name: str) -> str | None:
+    found = [key for key, kind in records.features.items() if isinstance(kind, datasets.Image) and key != "image"]
+    if column and column not in found:
+        raise ValueError(f"{name} has no column {column!r} of masks: {', '.join(records.features)}")
+    return column or next((key for key in MASK_COLUMNS if key in found), None)
+
+
+def _class_names(records: datasets.Dataset, column: str, field: str, file: str | None) -> list[str]:
+    """The names of the classes: of a file, of the column's type, or the numbers."""
+    if file:
+        if not Path(file).is_file():
+            raise ValueError(f"--classes {file}: there is no such text file")
+        return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    feature = records.features[column]
+    inner = getattr(feature, "feature", feature)[field]
+    names = getattr(getattr(inner, "feature", inner), "names", None)
+    if names:
+        return names
+    largest = max((number for row in records[column] for number in _by_field(row)[field]), default=0)
+    if not isinstance(largest, int):
+        raise ValueError(f"the classes of the objects are {type(largest).__name__}s, expected numbers")
+    return [f"class {i}" for i in range(largest + 1)]
+
+
+def _by_field(row: dict | list[dict]) -> dict[str, list]:
+    """The objects of a picture as a dictionary of lists, whether they come so or as a list of dictionaries."""
+    if isinstance(row, dict):
+        return row
+    return {key: [each[key] for each in row] for key in (row[0] if row else ())}
+
+
+def _objects(row: dict | list[dict], fields: dict[str, str | None], boxes: str) -> list[dict]:
+    """The objects of a picture as Instances takes them."""
+    columns = _by_field(row)
+    values = {field: columns.get(key) for field, key in fields.items() if key}
+    found = [dict(zip(values, each)) for each in zip(*(column or [] for column in values.values()))]
+    for each in found:
+        each["bbox"] = [float(x) for x in each["bbox"]]
+        if boxes == "xyxy":
+            left, top, right, bottom = each["bbox"]
+            each["bbox"] = [left, top, right - left, bottom - top]
+    return found
+
+
+def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
+    """``scenes``, unless boxes or masks of a sample do not fit the pictures. Raises ValueError."""
+    beyond, count, empty, example = 0, 0, 0, ""
+    for index in data.evenly_spaced(len(scenes), 64):
+        record = scenes.records[int(index)]
+        try:
+            width, height = data.decode(record["image"], scenes.form).size
+            objects = json.loads(record["objects"])
+            if scenes.has_masks:
+                scenes.encode_masks(objects, record, height, width)
+        except Exception:  # a broken picture; reading reports it
+            continue
+        for each in objects:
+            left, top, w, h = each["bbox"]
+            fits = left >= -2 and top >= -2 and w > 0 and h > 0 and left + w <= width + 2 and top + h <= height + 2
+            count += 1
+            empty += scenes.has_masks and not rle.area(each["segmentation"])
+            if not fits:
+                beyond += 1
+                example = f"{[round(x, 1) for x in (left, top, w, h)]} in {width} x {height} pixels"
+    if beyond > 0.05 * count:
+        raise ValueError(
+            f"{beyond} of {count} boxes sampled from {name} do not lie in their pictures, for example (left, top, "
+            f"width, height) {example}: perhaps they are --boxes {'xyxy' if boxes == 'xywh' else 'xywh'}"
+        )
+    if empty > 0.05 * count:
+        raise ValueError(
+            f"{empty} of {count} objects sampled from {name} have an empty mask: in a column of masks, the first "
+            "object of a picture has the value 1, the second 2, ...; name another with --mask-column"
+        )
+    return scenes
+
+
+# ------------------------------------------------------------------------------ COCO's files
+
+
+def find_annotations(root: Path, split: str) -> Path | None:
+    """The file of a split: annotations/instances_SPLIT.json or SPLIT/_annotations.coco.json; None if there are none.
+
+    Raises ValueError for an unknown split.
+    """
+    if not root.is_dir():
+        return None
+    found = {file.stem.removeprefix("instances_"): file for file in sorted(root.glob("annotations/instances_*.json"))}
+    found |= {file.parent.name: file for file in sorted(root.glob("*/_annotations.coco.json"))}
+    if not found:
+        return None
+    chosen = [name for name in found if split in (name, folders.split_kind(name))]
+    if not chosen:
+        raise ValueError(f"Unknown split {split!r}: {root} has {', '.join(found)}")
+    return found[chosen[-1]]  # of train2014 and train2017 the newer one
+
+
+def read_coco(file: Path, split: str, like: Instances | None = None) -> tuple[datasets.Dataset, list[str], list[int]]:
+    """The records that :class:`Instances` takes, the names of the classes, and their category ids."""
+    content = json.loads(file.read_text())
+    missing = {"images", "annotations", "categories"} - content.keys()
+    if missing:
+        raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it is no file of COCO's instances")
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    used = {each["category_id"] for each in content["annotations"]}
+    # Roboflow's files begin with a category 0 that no object has
+    categories = [each for each in categories if each["id"] in used or each["id"] != 0]
+    names, ids = [each["name"] for each in categories], [each["id"] for each in categories]
+    if like:
+        names, ids = like.classes, like.category_ids
+    features = datasets.Features(
+        image=datasets.Image(decode=False), image_id=datasets.Value("int64"), objects=datasets.Value("string")
+    )
+    status = file.stat()
+    arguments = dict(file=str(file.resolve()), version=(status.st_mtime_ns, status.st_size), ids=ids)
+    del content
+    name = datasets.NamedSplit(re.sub(r"\W", "_", split))
+    records = datasets.Dataset.from_generator(coco_records, features=features, gen_kwargs=arguments, split=name)
+    return records, names, ids
+
+
+def coco_records(file: str, version: tuple, ids: list[int]) -> Iterator[dict]:
+    """A record for each picture of a file of COCO. ``version`` is only for the cache of ``datasets``."""
+    content = json.loads(Path(file).read_text())
+    category = {number: i for i, number in enumerate(ids)}
+    objects = {}
+    for each in content["annotations"]:
+        kept = {key: each[key] for key in ("bbox", "area", "iscrowd", "segmentation") if key in each}
+        objects.setdefault(each["image_id"], []).append(kept | dict(category=category.get(each["category_id"], -1)))
+    place = _PictureFolder(Path(file))
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+        yield dict(
+            image=dict(bytes=None, path=place.path(image["file_name"])),
+            image_id=image["id"],
+            objects=json.dumps(objects.get(image["id"], [])),
+        )
+
+
+class _PictureFolder:
+    """Finds the pictures that a file of annotations names: beside it, or in the folders of its split."""
+
+    def __init__(self, file: Path):
+        root, name = file.parent.parent, file.stem.removeprefix("instances_")
+        self.places = [file.parent, root / name, root / "images" / name, root / "images", root]
+        self.last = self.places[1]
+
+    def path(self, name: str) -> str:
+        for place in [self.last, *self.places]:
+            if (place / name).is_file():
+                self.last = place
+                break
+        return str(self.last / name)

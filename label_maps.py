@@ -1,0 +1,289 @@
+"""Pictures with a class for each pixel, for segmentation: which values of their label maps are which class.
+
+Letters in shapes: ``H``/``W`` image height/width in pixels.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+import data
+import folders
+import objects
+import pixels
+import shapes
+
+IGNORED = -1  # the label of pixels that are neither trained on nor scored
+VOID = 255  # the value that label maps of 8 bits use for these, unless only it and 0 occur
+COLOUR = 1 << 24  # added to the colours of RGB label maps, which thereby differ from numbers
+MOST_CLASSES = 1000
+MASK_COLUMNS = ("mask", "annotation", "label_map", "segmentation_mask", "semantic_mask", "segmentation", "label")
+
+
+class Labels(NamedTuple):
+    """The names of the classes, and the class (or IGNORED) of each value in a label map."""
+
+    classes: list[str]
+    class_of: dict[int, int]
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """The class of each value (H, W): int64. Raises ValueError, with counts, for values without a class."""
+        found, where = np.unique(values, return_inverse=True)
+        unknown = [int(value) for value in found if int(value) not in self.class_of]
+        if unknown:
+            shown = ", ".join(f"{describe_value(value)} ({(values == value).sum()} pixels)" for value in unknown[:5])
+            raise ValueError(f"its label map has labels beyond the {len(self.classes)} classes: {shown}")
+        table = np.array([self.class_of[int(value)] for value in found], np.int64)
+        return table[where].reshape(values.shape)
+
+
+def describe_value(value: int) -> str:
+    """A number, or the three of a colour."""
+    if value < COLOUR:
+        return str(value)
+    colour = value - COLOUR
+    return f"colour {colour >> 16} {colour >> 8 & 255} {colour & 255}"
+
+
+def map_values(mask: Image.Image) -> np.ndarray:
+    """The values (H, W) of a label map: numbers, palette indices, or colours (above COLOUR).
+
+    Raises ValueError for modes that hold no labels.
+    """
+    if mask.mode in ("L", "P", "1", "I") or mask.mode.startswith("I;16"):
+        return np.asarray(mask).astype(np.int64)
+    if mask.mode != "RGB":
+        raise ValueError(f"its label map is a picture of mode {mask.mode}, expected L, P, I;16, I, 1 or RGB")
+    red, green, blue = np.moveaxis(np.asarray(mask).astype(np.int64), -1, 0)
+    if (red == green).all() and (green == blue).all():
+        return red
+    return COLOUR + (red << 16) + (green << 8) + blue
+
+
+# ------------------------------------------------------------------------------ classes
+
+
+def read_classes(file: Path) -> Labels:
+    """The classes that a text file lists, one in each line: ``name``, ``VALUE name`` or ``R G B name``.
+
+    Without values, classes are numbered from 0. Raises ValueError.
+    """
+    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--classes {file} lists no classes")
+    numbers = [_leading_numbers(words) for words in lines]
+    kinds = {len(values) for values in numbers}
+    if kinds == {3}:
+        values = [COLOUR + (r << 16) + (g << 8) + b if len({r, g, b}) > 1 else r for r, g, b in numbers]
+        values = values + [COLOUR + r * 0x010101 for r, g, b in numbers if r == g == b]
+        targets = [*range(len(lines)), *(i for i, (r, g, b) in enumerate(numbers) if r == g == b)]
+        return Labels([" ".join(words[3:]) for words in lines], dict(zip(values, targets)))
+    if kinds == {1}:
+        names = [" ".join(words[1:]) for words in lines]
+        return Labels(names, {value: i for i, (value,) in enumerate(numbers)})
+    if kinds != {0}:
+        raise ValueError(f"--classes {file}: expected lines of one kind: name, VALUE name, or R G B name")
+    return Labels([" ".join(words) for words in lines], {i: i for i in range(len(lines))})
+
+
+def _leading_numbers(words: list[str]) -> tuple[int, ...]:
+    """The one or three numbers before a name; none if there are others."""
+    count = next((i for i, word in enumerate(words) if not word.isdigit()), len(words))
+    return tuple(map(int, words[:count])) if count in (1, 3) and count < len(words) else ()
+
+
+def understand(maps: Iterable[np.ndarray], ignored: Sequence[int] = ()) -> Labels:
+    """The classes that the values of label maps suggest.
+
+    Of maps with 0 and 255 alone these are "background" and "object"; otherwise each value is a class
+    of that name, and 255 is void. Raises ValueError for colours and for shades.
+    """
+    values = set()
+    for each in maps:
+        values |= set(np.unique(each).tolist())
+        if any(value >= COLOUR for value in values):
+            colour = describe_value(max(values))
+            raise ValueError(
+                f"its label map has colours (for example {colour}): name them with --classes FILE, in lines R G B name"
+            )
+        if len(values) > MOST_CLASSES:
+            raise ValueError(f"the label maps have more than {MOST_CLASSES} values: they hold no classes")
+    values -= set(ignored)
+    if values == {0, VOID}:
+        return Labels(["background", "object"], {0: 0, VOID: 1})
+    values = sorted(values - {VOID})
+    return Labels([f"class {value}" for value in values], {value: i for i, value in enumerate(values)})
+
+
+def without(labels: Labels, ignored: Sequence[int]) -> Labels:
+    """Leave out the classes of ``ignored`` values; 255 is ignored too unless it is a class."""
+    left_out = {labels.class_of[value] for value in ignored if value in labels.class_of}
+    kept = [i for i in range(len(labels.classes)) if i not in left_out]
+    number = {old: new for new, old in enumerate(kept)} | dict.fromkeys(left_out, IGNORED)
+    class_of = {VOID: IGNORED} | {value: number[i] for value, i in labels.class_of.items()}
+    return Labels([labels.classes[i] for i in kept], class_of | dict.fromkeys(ignored, IGNORED))
+
+
+# ------------------------------------------------------------------------------ data
+
+
+class LabelMaps:
+    """A data set of pictures and label maps; ``records`` has the undecoded columns image and mask.
+
+    With ``by_picture`` a mask shows an object (255), whose class, from 1, is the label of the picture.
+    """
+
+    def __init__(self, records: datasets.Dataset, labels: Labels, form: data.PixelFormat, by_picture: bool = False):
+        self.records, self.labels, self.form, self.by_picture = records, labels, form, by_picture
+        self.classes = labels.classes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def select(self, indices: Sequence[int]) -> "LabelMaps":
+        """Some of the pictures."""
+        return LabelMaps(self.records.select(indices), self.labels, self.form, self.by_picture)
+
+    def read(self, index: int) -> dict:
+        """A picture: "image" (c, H, W) uint8, "labels" (H, W) int64, as tv_tensors; "name".
+
+        Raises ValueError if the map is missing, of another size, or has other labels; whatever PIL
+        raises for broken files.
+        """
+        record = self.records[index]
+        image = pixels.to_tensor(data.decode(record["image"], self.form))
+        labels = self.labels.apply(self._values(record))
+        if labels.shape != tuple(image.shape[1:]):
+            sizes = [f"{width} x {height}" for height, width in (labels.shape, image.shape[1:])]
+            raise ValueError(f"its label map has {sizes[0]} pixels, the picture {sizes[1]}")
+        labels = torch.from_numpy(labels)
+        return dict(image=tv_tensors.Image(image), labels=tv_tensors.Mask(labels), name=name_of(record, index))
+
+    def _values(self, record: dict) -> np.ndarray:
+        values = read_values(record)
+        return np.where(values > 127, record["label"] + 1, 0) if self.by_picture else values
+
+
+def read_values(record: dict) -> np.ndarray:
+    """The values of a record's label map, turned as its picture is."""
+    if record["mask"] is None:
+        raise ValueError("it has no label map")
+    mask = data.open_upright(record["mask"])
+    turn = objects.turn_of(record["image"], mask.size)
+    return map_values(mask if turn is None else mask.transpose(turn))
+
+
+def name_of(record: dict, index: int) -> str:
+    """The file of a picture, or its number."""
+    path = record["image"].get("path") if isinstance(record["image"], dict) else None
+    return path or f"image {index}"
+
+
+def load_label_maps(
+    name: str,
+    split: str,
+    *,
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    classes: str | None = None,
+    ignored: Sequence[int] = (),
+    form: data.PixelFormat = data.RGB,
+    labels: Labels | None = None,
+) -> LabelMaps:
+    """Load pictures with label maps.
+
+    ``name``: the demo data, whose classes are the background and the shapes; a folder with images/
+    beside masks/ or annotations/ (in ADE20K's own, 0 is void); or what ``data.load_images`` takes, with
+    a column of label maps. ``classes``: a text file (:func:`read_classes`) or a column that lists
+    classes, whose names are taken; by default such a column is found, or all label maps are looked
+    through. ``ignored``: values that are no class. ``labels``: the classes of another split.
+
+    Raises FileNotFoundError or ValueError.
+    """
+    by_picture, records = name in data.DEMO, None
+    if by_picture:
+        records = data.load_images(name, split)
+        names = ["background", *shapes.SHAPE_NAMES]
+        return LabelMaps(_undecoded(records), Labels(names, {i: i for i in range(len(names))}), form, by_picture=True)
+    pairs = folders.find_pairs(Path(name).expanduser(), split)
+    if pairs is None:
+        records = data.load_images(name, split, image_column, "")
+        records = _rename_mask(name, records, mask_column)
+    else:
+        records = pairs.records
+    if labels is None:
+        if pairs is not None and pairs.is_ade20k and not ignored:
+            ignored = (0,)
+            data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
+        labels = _find_labels(name, records, classes, pairs.is_ade20k if pairs else False, ignored)
+        labels = without(labels, ignored)
+    return LabelMaps(_undecoded(records), labels, form)
+
+
+def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> datasets.Dataset:
+    """Name the column of label maps "mask"."""
+    found = [key for key, kind in records.features.items() if isinstance(kind, datasets.Image) and key != "image"]
+    column = (
+        column or next((key for key in MASK_COLUMNS if key in found), None) or (found[0] if len(found) == 1 else "")
+    )
+    if column not in found:
+        columns = ", ".join(records.features)
+        raise ValueError(f"{name} has no column {column!r} of label maps: name it with --mask-column, of {columns}")
+    if column != "mask" and "mask" in records.features:
+        records = records.remove_columns("mask")
+    return records.rename_column(column, "mask")
+
+
+def _undecoded(records: datasets.Dataset) -> datasets.Dataset:
+    columns = [name for name in ("image", "mask", "label") if name in records.features]
+    records = records.select_columns(columns)
+    for name in ("image", "mask"):
+        if isinstance(records.features[name], datasets.Image):
+            records = records.cast_column(name, datasets.Image(decode=False))
+    return records
+
+
+def _find_labels(
+    name: str, records: datasets.Dataset, classes: str | None, is_ade20k: bool, ignored: Sequence[int]
+) -> Labels:
+    """The classes, from --classes, a column, or the label maps themselves."""
+    lists = [key for key, kind in records.features.items() if _class_names(kind)]
+    column = classes if classes in records.features else lists[0] if len(lists) == 1 and classes is None else None
+    if column:
+        names = _class_names(records.features[column])
+        if names is None:
+            raise ValueError(f"--classes {column}: the column holds no list of named classes")
+        return Labels(names, {i: i for i in range(len(names))})
+    if classes:
+        if not Path(classes).is_file():
+            raise ValueError(f"--classes {classes} is neither a text file nor a column: {', '.join(records.features)}")
+        return read_classes(Path(classes))
+    if is_ade20k:
+        listed = Path(name).expanduser() / "objectInfo150.txt"
+        names = [f"class {i}" for i in range(1, 151)]
+        if listed.is_file():
+            names = [line.split("\t")[-1].split(",")[0].strip() for line in listed.read_text().splitlines()[1:151]]
+        return Labels(names, {i: i - 1 for i in range(1, len(names) + 1)})
+    data.say_once(f"{name}: looking through {len(records)} label maps for their classes (--classes would name them)")
+    return understand(_all_values(_undecoded(records)), ignored)
+
+
+def _class_names(feature) -> list[str] | None:
+    """The names of a column that lists classes."""
+    return getattr(getattr(feature, "feature", None), "names", None)
+
+
+def _all_values(records: datasets.Dataset) -> Iterable[np.ndarray]:
+    """The values of every label map that can be read."""
+    for record in records.select_columns(["mask"]):
+        try:
+            values = map_values(data.open_upright(record["mask"]))
+        except Exception:  # reading reports it
+            continue
+        yield np.unique(values)

@@ -1,0 +1,286 @@
+"""Pictures together with what is to be found in them: batches for training, one by one for the test.
+
+What reads them is a :class:`Scenes`, such as ``label_maps.LabelMaps`` and ``instances.Instances``. Every random
+choice is a function of (seed, epoch, index of the picture).
+
+Letters in shapes: ``b`` batch, ``c`` channels, ``k`` objects, ``H``/``W`` image height/width in pixels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+import data
+import pixels
+from batches import TrainBatches, check_division
+from cropping import RandomStream, uniform
+from data import BadImage, BadImages
+from instances import targets_of
+from label_maps import IGNORED, name_of
+from pixels import PixelFormat
+from readers import MapReader, Plan, Request, Share, ignore_signals, shared
+
+GREY = [round(255 * value) for value in data.MEAN]  # of what lies beyond a picture
+MOST_OF_ONE_CLASS = 0.75  # of the labelled pixels of a crop, where ten draws allow it
+
+
+class Scenes(Protocol):
+    """Pictures with labels or objects; ``records`` has the undecoded column image."""
+
+    records: datasets.Dataset
+    classes: list[str]
+    form: PixelFormat
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> dict:
+        """A picture as "image" (c, H, W), its "name", and what is known of it. Raises any error if it is broken."""
+
+    def select(self, indices: Sequence[int]) -> "Scenes":
+        """Some of the pictures."""
+
+
+class Pictures:
+    """Pictures of which nothing is known; ``classes`` and ``category_ids`` are those of a model."""
+
+    def __init__(self, records: datasets.Dataset, classes: list[str], form: PixelFormat, category_ids=None):
+        self.records, self.classes, self.form = records, classes, form
+        self.category_ids = category_ids or list(range(len(classes)))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image_id(self, index: int) -> int:
+        return index
+
+    def read(self, index: int) -> dict:
+        record = self.records[index]
+        image = pixels.to_tensor(data.decode(record["image"], self.form))
+        return dict(image=tv_tensors.Image(image), name=name_of(record, index))
+
+
+def hold_out(scenes: Scenes, every: int = 10) -> tuple[Scenes, Scenes]:
+    """``scenes`` without every tenth, and these."""
+    held_out = range(every - 1, len(scenes), every)
+    if not held_out:
+        raise ValueError(f"{len(scenes)} pictures are too few to hold some out for the test: name a --test-split")
+    return scenes.select([i for i in range(len(scenes)) if i % every != every - 1]), scenes.select(held_out)
+
+
+# ------------------------------------------------------------------------------ augmentation
+
+
+class LabelCrop:
+    """A random square of a picture and its label map: scaled, cropped, flipped, its colours distorted.
+
+    The short side of the picture becomes ``side`` times a factor drawn from ``scale``. What lies
+    beyond the picture is grey and IGNORED. Of ten crops the first is taken in which no class has
+    more than MOST_OF_ONE_CLASS.
+    """
+
+    def __init__(self, side: int, scale: tuple[float, float], distort: bool = True):
+        self.side, self.scale = side, scale
+        self.distort = distortion() if distort else None
+
+    def __call__(self, scene: dict) -> dict:
+        image, labels = scene["image"], scene["labels"]
+        low, high = self.scale
+        factor = self.side * (low + (high - low) * torch.rand(()).item()) / min(image.shape[1:])
+        size = [max(1, round(length * factor)) for length in image.shape[1:]]
+        image, labels = v2.functional.resize(image, size), v2.functional.resize(labels, size)
+        beyond = [max(0, self.side - length) for length in size]
+        if any(beyond):
+            padding = [0, 0, beyond[1], beyond[0]]
+            image = v2.functional.pad(image, padding, fill=grey(image))
+            labels = v2.functional.pad(labels, padding, fill=IGNORED)
+        for _ in range(10):
+            top, left = (int(torch.randint(length - self.side + 1, ())) for length in labels.shape)
+            box = top, left, self.side, self.side
+            found = v2.functional.crop(labels, *box)
+            counts = torch.bincount(found[found != IGNORED])
+            if len(counts) and counts.max() <= MOST_OF_ONE_CLASS * counts.sum():
+                break
+        image, labels = v2.functional.crop(image, *box), found
+        if torch.rand(()) < 0.5:
+            image, labels = v2.functional.horizontal_flip(image), v2.functional.horizontal_flip(labels)
+        if self.distort and image.shape[0] == 3:
+            image = self.distort(image)
+        return dict(image=image.as_subclass(Tensor), labels=labels.as_subclass(Tensor))
+
+
+class ObjectCrop:
+    """Large-scale jitter: a random square of a picture and its objects, scaled, cropped, flipped.
+
+    The long side of the picture becomes ``side`` times a factor drawn from ``scale``. What lies beyond
+    the picture is grey. Objects of which nothing is left are left out.
+    """
+
+    def __init__(self, side: int, scale: tuple[float, float]):
+        self.side = side
+        self.jitter = v2.ScaleJitter((side, side), scale_range=tuple(scale), antialias=True)
+        self.flip = v2.RandomHorizontalFlip()
+
+    def __call__(self, scene: dict) -> dict:
+        target = targets_of(scene)
+        image = target.pop("image")
+        crop = v2.RandomCrop(self.side, pad_if_needed=True, fill={tv_tensors.Image: grey(image), "others": 0})
+        image, target = self.flip(crop(*self.jitter(image, target)))
+        boxes = target["boxes"].as_subclass(Tensor)
+        kept = (boxes[:, 2:] - boxes[:, :2]).min(dim=1).values >= 1
+        if "masks" in target:
+            kept &= target["masks"].flatten(1).bool().any(dim=1)
+        target = {name: values.as_subclass(Tensor)[kept] for name, values in target.items()}
+        return dict(image=image.as_subclass(Tensor)) | target
+
+
+def grey(image: Tensor) -> list[int]:
+    """The colour of what lies beyond a picture."""
+    return GREY if image.shape[0] == 3 else [128] * image.shape[0]
+
+
+def distortion() -> Callable[[Tensor], Tensor]:
+    """Photometric distortion: brightness, contrast, saturation and hue, each with probability 1/2."""
+    strengths = dict(brightness=32 / 255), dict(contrast=0.5), dict(saturation=0.5), dict(hue=18 / 180)
+    return v2.Compose([v2.RandomApply([v2.ColorJitter(**strength)], p=0.5) for strength in strengths])
+
+
+# ------------------------------------------------------------------------------ training
+
+
+class SceneBatch(NamedTuple):
+    """Crops for training: ``images`` (b, c, H, W) uint8; ``targets``, a dictionary for each; their ``indices`` (b,).
+
+    ``bad``: the broken pictures met.
+    """
+
+    images: Tensor
+    targets: list[dict[str, Tensor]]
+    indices: np.ndarray
+    bad: list[BadImage]
+
+
+class SceneBatches(TrainBatches):
+    """Shuffled batches of scenes, augmented: ``for batch in batches.epoch(e)``, as of ``batches.TrainBatches``.
+
+    ``augment`` turns what ``scenes.read`` returns into an "image" and its target. Raises ValueError
+    if a step does not divide evenly or takes more pictures than there are.
+    """
+
+    def __init__(
+        self,
+        scenes: Scenes,
+        augment: Callable[[dict], dict],
+        batch_size: int,
+        *,
+        accumulate: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        share: Share = Share(),  # noqa: B008
+        max_bad: float = 0.01,
+    ):
+        length = len(scenes)
+        check_division(length, batch_size, accumulate, share)
+        self.length, self.share, self.device = length, share, torch.device(device)
+        self.plan = Plan(length, batch_size, accumulate, seed, share)
+        self.bad = BadImages(length, max_bad)
+        crops = SceneCrops(scenes, augment, seed, tries=int(max_bad * length) + 1)
+        self.reader = MapReader(crops, 0, self.plan, workers, self.device)  # the size is that of ``augment``
+
+    def _check_and_move(self, batches) -> Iterator[SceneBatch]:
+        for batch in super()._check_and_move(batches):
+            targets = [
+                {name: values.to(self.device, non_blocking=True) for name, values in target.items()}
+                for target in batch.targets
+            ]
+            yield batch._replace(targets=targets)
+
+
+class SceneCrops(torch.utils.data.Dataset):
+    """Answers the requests of a MapReader in worker processes."""
+
+    def __init__(self, scenes: Scenes, augment: Callable[[dict], dict], seed: int, tries: int):
+        self.scenes, self.augment, self.seed, self.tries = scenes, augment, seed, tries
+
+    def __getitem__(self, request: Request) -> SceneBatch:
+        epoch, indices, _ = request
+        seeds = uniform((self.seed, epoch, RandomStream.AUGMENT), indices, 1)[:, 0] * 2**24
+        targets, bad = [], []
+        with torch.random.fork_rng(devices=[]):
+            for index, seed in zip(indices, seeds):
+                scene, met = self._read_or_next(int(index))
+                bad += met
+                if scene is None:  # too many are broken: the caller stops
+                    return SceneBatch(torch.empty(0), [], indices, bad)
+                torch.default_generator.manual_seed(int(seed))
+                targets.append(in_shared_memory(self.augment(scene)))
+        images = torch.stack([target.pop("image") for target in targets])
+        return SceneBatch(shared(images), targets, indices, bad)
+
+    def _read_or_next(self, index: int) -> tuple[dict | None, list[BadImage]]:
+        """Scene ``index`` or the next one that can be read, and the broken ones before; None after too many."""
+        bad = []
+        for i in range(index, index + self.tries):
+            i = i % len(self.scenes)
+            try:
+                return self.scenes.read(i), bad
+            except Exception as error:  # a decoder raises anything on a broken file
+                bad.append(describe(self.scenes, i, error))
+        return None, bad
+
+
+def in_shared_memory(scene: dict) -> dict:
+    """``scene`` with its tensors in shared memory, if this is a worker process."""
+    return {name: shared(values) if isinstance(values, Tensor) else values for name, values in scene.items()}
+
+
+def describe(scenes: Scenes, index: int, error: Exception) -> BadImage:
+    """A broken picture: its name, or its number, and the reason."""
+    return data.describe_bad(index, scenes.records[index]["image"], error)
+
+
+# ------------------------------------------------------------------------------ test
+
+
+class WholeScenes(torch.utils.data.Dataset):
+    """Pictures by index, each with its index and, of a broken one, the reason.
+
+    ``prepare`` turns what ``scenes.read`` returns into what the test needs, in worker processes. A
+    broken picture gives None and the reason.
+    """
+
+    def __init__(self, scenes: Scenes, prepare: Callable[[dict], dict]):
+        self.scenes, self.prepare = scenes, prepare
+
+    def __getitem__(self, index: int) -> tuple[int, dict | None, BadImage | None]:
+        try:
+            return index, in_shared_memory(self.prepare(self.scenes.read(index))), None
+        except Exception as error:
+            return index, None, describe(self.scenes, index, error)
+
+
+def each_scene(
+    scenes: Scenes, prepare: Callable[[dict], dict], workers: int, share: Share
+) -> Iterator[tuple[int, dict | None, BadImage | None]]:
+    """Index, scene and, of a broken picture, the reason: every picture once over all processes."""
+    return iter(
+        DataLoader(
+            WholeScenes(scenes, prepare),
+            batch_size=None,
+            sampler=range(share.rank, len(scenes), share.world),
+            num_workers=workers,
+            worker_init_fn=ignore_signals,
+        )
+    )
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture (c, H, W) uint8 at another size, bilinearly, antialiased."""
+    return v2.functional.resize(image.as_subclass(Tensor), list(size), antialias=True)
