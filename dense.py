@@ -102,8 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
             group.add_argument(
                 "--classes",
                 metavar="WHAT",
-                help="names of the classes: a text file of lines NAME (for label maps also VALUE NAME, or R G B NAME), or, "
-                "for label maps, a column that lists them (default: found in the data)",
+                help="names of the classes: a text file of lines NAME (for label maps also VALUE NAME, or R G B NAME), "
+                "or, for label maps, a column that lists them (default: found in the data)",
             )
         if name in ("segment", "test"):
             group.add_argument(
@@ -131,10 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--window", type=int, default=14, help="side of the windows of attention, in patches, but in 4 blocks (0: none)"
     )
-    sub.add_argument("--head-width", type=int, default=64, help="channels of feature pyramid and heads")
-    sub.add_argument("--rois", type=int, default=64, help="regions per picture that the heads are trained on")
-    sub.add_argument("--proposals", type=int, default=200, help="regions per picture that the heads judge")
-    add_training_options(sub, epochs=5, batch_size=16, lr=1e-3, weight_decay=0.05, scale=(0.7, 1.4))
+    sub.add_argument("--head-width", type=int, default=32, help="channels of feature pyramid and heads")
+    sub.add_argument("--rois", type=int, default=32, help="regions per picture that the heads are trained on")
+    sub.add_argument("--proposals", type=int, default=100, help="regions per picture that the heads judge")
+    add_training_options(sub, epochs=6, batch_size=16, lr=1e-3, weight_decay=0.05, scale=(0.7, 1.4))
 
     sub = command("test", "test a segmenter or detector", trains=False)
     sub = command("predict", "draw what a segmenter or detector finds; write it as label maps or boxes", trains=False)
@@ -150,6 +150,7 @@ def add_training_options(parser: argparse.ArgumentParser, **defaults):
         "(default: the checkpoint's, or 64)",
     )
     parser.add_argument("--test-split", help="split to test on (default: validation, val or test, else every tenth)")
+    parser.add_argument("--max-test-images", type=int, help="test on only so many pictures, from all over the data")
     group = parser.add_argument_group("optimisation")
     cli.add(
         group, "epochs", "warmup-epochs", "batch-size", "accumulate", "lr", "weight-decay", warmup_epochs=1, **defaults
@@ -215,6 +216,8 @@ def fill_defaults(args: argparse.Namespace):
     if args.floor is None:
         args.floor = args.dataset in data.DEMO
     args.floor = args.floor and args.checkpoint != "random"
+    if args.command == "detect" and args.dataset in data.DEMO:  # a few minutes on two cores
+        args.max_images, args.max_test_images = args.max_images or 1000, args.max_test_images or 300
     cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, (0.1, 1.0))
     if args.test_every < 1:
         raise ValueError(f"--test-every must be at least 1, got {args.test_every}")
@@ -266,6 +269,8 @@ def load_both(args: argparse.Namespace, task: str, channels: int) -> tuple[Scene
         data.say_once(f"{args.dataset} has no split for the test: every tenth picture is held out ({len(tests)})")
     if args.max_images:
         training = training.select(data.evenly_spaced(len(training), args.max_images))
+    if args.max_test_images:
+        tests = tests.select(data.evenly_spaced(len(tests), args.max_test_images))
     return training, tests
 
 

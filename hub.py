@@ -95,6 +95,11 @@ RECIPE = (  # options worth a line
     "guide_start guide_layer relevance foreground epochs warmup_epochs batch_size lr weight_decay crop_scale "
     "layer_decay drop_path mixup cutmix smoothing seed precision"
 ).split()
+TASKS = {  # models on an encoder: what they are, and the hub's name for it
+    "classifier": ("An image classifier", "image-classification"),
+    "segmenter": ("A segmenter", "image-segmentation"),
+    "detector": ("An object detector", "object-detection"),
+}
 NO_METRICS = ("phase", "knn_seconds", "lr", "images_per_second", "seconds", "bad_images")
 
 
@@ -102,7 +107,7 @@ def card(folder: Path, config: dict, parameters: int, format: str = "smae") -> s
     """The text of a model card with the hub's front matter: what it is, recipe, metrics, how to load it.
 
     ``config``: the content of a run's config.json, or no more than the model's arguments under
-    "model" (and "classifier"). The metrics are the last of metrics.jsonl in ``folder``. None if
+    "model" (and "classifier", "segmenter" or "detector"). The metrics are the last of metrics.jsonl in ``folder``. None if
     people have edited the card there.
     """
     file, log = folder / "README.md", folder / "metrics.jsonl"
@@ -110,18 +115,13 @@ def card(folder: Path, config: dict, parameters: int, format: str = "smae") -> s
         return None
     lines = log.read_text().splitlines() if log.is_file() else []
     metrics = json.loads(lines[-1]) if lines else {}
-    model, classifier = config["model"], config.get("classifier")
-    options = config.get("train") or config.get("finetune") or {}
+    model, (task, what, pipeline) = config["model"], _task(config)
+    options = next((config[name] for name in ("train", "finetune", "segment", "detect") if name in config), {})
     height, width = model["image_size"]
     decoder = f", decoder {model['decoder_width']} x {model['decoder_depth']}" if model["decoder_depth"] else ""
-    what = (
-        f"An image classifier of {len(classifier['classes'])} classes on" if classifier else "A masked autoencoder with"
-    )
-    if not (classifier or decoder):
-        what = "The encoder of a masked autoencoder,"
     front = dict(
         library_name=format,
-        pipeline_tag="image-classification" if classifier else "image-feature-extraction",
+        pipeline_tag=pipeline,
         tags=["vision-transformer", "masked-autoencoder", "smae"],
     )
     if source := config.get("data", {}).get("hub"):
@@ -143,9 +143,22 @@ def card(folder: Path, config: dict, parameters: int, format: str = "smae") -> s
         sections += ["## Training", "\n".join(recipe + ([f"- training images: {images}"] if images else []))]
     if numbers:
         sections += ["## Metrics", "\n".join(["| after the last epoch | |", "|---|---|", *numbers])]
-    plain = format == "smae" and model["decoder_depth"] and not classifier
-    sections += ["## Load it", LOADING[format] + (TO_TRANSFORMERS if plain else "")]
+    plain = format == "smae" and model["decoder_depth"] and not task
+    loading = LOADING[format] + (TO_TRANSFORMERS if plain else "")
+    if task in ("segmenter", "detector"):  # only its encoder has a place there
+        loading = loading.replace("smae.save(model,", "smae.save(model.encoder,")
+    sections += ["## Load it", loading]
     return "\n\n".join(sections) + "\n"
+
+
+def _task(config: dict) -> tuple[str | None, str, str]:
+    """The task of a model on an encoder, or None; what the model is; the hub's name for what it does."""
+    for task, (what, pipeline) in TASKS.items():
+        if task in config:
+            return task, f"{what} of {len(config[task]['classes'])} classes on", pipeline
+    decoder = config["model"]["decoder_depth"]
+    what = "A masked autoencoder with" if decoder else "The encoder of a masked autoencoder,"
+    return None, what, "image-feature-extraction"
 
 
 def _public(value) -> str:

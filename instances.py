@@ -326,14 +326,15 @@ def read_coco(file: Path, split: str, like: Instances | None = None) -> tuple[da
         image=datasets.Image(decode=False), image_id=datasets.Value("int64"), objects=datasets.Value("string")
     )
     status = file.stat()
-    arguments = dict(file=str(file.resolve()), version=(status.st_mtime_ns, status.st_size), ids=ids)
+    version = status.st_mtime_ns, status.st_size
+    arguments = dict(file=str(file.resolve()), version=version, ids=tuple(ids))  # datasets would divide a list
     del content
     name = datasets.NamedSplit(re.sub(r"\W", "_", split))
     records = datasets.Dataset.from_generator(coco_records, features=features, gen_kwargs=arguments, split=name)
     return records, names, ids
 
 
-def coco_records(file: str, version: tuple, ids: list[int]) -> Iterator[dict]:
+def coco_records(file: str, version: tuple, ids: tuple[int, ...]) -> Iterator[dict]:
     """A record for each picture of a file of COCO. ``version`` is only for the cache of ``datasets``."""
     content = json.loads(Path(file).read_text())
     category = {number: i for i, number in enumerate(ids)}

@@ -235,9 +235,9 @@ def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> da
     if column not in found:
         columns = ", ".join(records.features)
         raise ValueError(f"{name} has no column {column!r} of label maps: name it with --mask-column, of {columns}")
-    if column != "mask" and "mask" in records.features:
-        records = records.remove_columns("mask")
-    return records.rename_column(column, "mask")
+    if column == "mask":
+        return records
+    return records.remove_columns([name for name in records.features if name == "mask"]).rename_column(column, "mask")
 
 
 def _undecoded(records: datasets.Dataset) -> datasets.Dataset:

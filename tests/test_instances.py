@@ -1,0 +1,164 @@
+"""Objects in pictures: COCO's files, columns of data sets, what is refused."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import picture
+from instances import Instances, load_instances, rle, targets_of
+from PIL import Image
+
+WIDTH, HEIGHT = 40, 30
+POLYGON = [5.0, 5.0, 25.0, 5.0, 25.0, 20.0, 5.0, 20.0]
+
+
+def coco_content() -> dict:
+    """Three pictures: two objects, of which one is a crowd; one object; none."""
+    crowd = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    crowd[2:9, 30:38] = 1
+    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], crowd.flatten("F"), [2]])))).tolist()
+    objects = [
+        dict(image_id=7, category_id=3, bbox=[5, 5, 20, 15], area=300, iscrowd=0, segmentation=[POLYGON]),
+        dict(image_id=7, category_id=9, bbox=[30, 2, 8, 7], area=56, iscrowd=1,
+             segmentation=dict(size=[HEIGHT, WIDTH], counts=runs)),
+        dict(image_id=5, category_id=9, bbox=[1, 1, 10, 10], area=100, iscrowd=0,
+             segmentation=[[1, 1, 11, 1, 11, 11, 1, 11]]),
+    ]  # fmt: skip
+    return dict(
+        images=[dict(id=i, file_name=f"{i}.jpg", width=WIDTH, height=HEIGHT) for i in (7, 5, 6)],
+        annotations=[dict(each, id=number) for number, each in enumerate(objects, start=1)],
+        categories=[dict(id=9, name="dog"), dict(id=3, name="cat")],
+    )
+
+
+def make_coco(root, split="train2017", content=None):
+    (root / split).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    for number in (5, 6, 7):
+        picture(WIDTH, HEIGHT, seed=number).save(root / split / f"{number}.jpg")
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content or coco_content()))
+    return root
+
+
+def test_the_files_of_coco_are_read_as_pycocotools_reads_them(tmp_path):
+    from pycocotools.coco import COCO
+
+    scenes = load_instances(str(make_coco(tmp_path)), "train")
+    assert scenes.classes == ["cat", "dog"] and scenes.category_ids == [3, 9]
+    assert [scenes.image_id(i) for i in range(3)] == [5, 6, 7]
+    theirs = COCO(tmp_path / "annotations" / "instances_train2017.json")
+    for index in range(3):
+        ours, expected = scenes.read(index)["objects"], theirs.loadAnns(theirs.getAnnIds([scenes.image_id(index)]))
+        assert len(ours) == len(expected)
+        for one, other in zip(ours, expected):
+            assert np.array_equal(rle.decode(one["segmentation"]), theirs.annToMask(other))
+            assert (one["bbox"], one["area"], one["iscrowd"]) == (other["bbox"], other["area"], other["iscrowd"])
+            assert scenes.category_ids[one["category"]] == other["category_id"]
+
+
+def test_crowds_are_not_trained_on_and_pictures_without_objects_are_kept(tmp_path):
+    scenes = load_instances(str(make_coco(tmp_path)), "train")
+    target = targets_of(scenes.read(2))
+    assert target["boxes"].tolist() == [[5, 5, 25, 20]] and target["labels"].tolist() == [0]
+    assert target["masks"].shape == (1, HEIGHT, WIDTH) and target["masks"].sum() == 300
+    empty = targets_of(scenes.read(1))
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, HEIGHT, WIDTH)
+
+
+def test_another_split_has_the_classes_of_the_first(tmp_path):
+    make_coco(tmp_path)
+    content = coco_content()
+    content["categories"].insert(0, dict(id=1, name="owl"))
+    make_coco(tmp_path, "val2017", content)
+    training = load_instances(str(tmp_path), "train")
+    tests = load_instances(str(tmp_path), "validation", like=training)
+    assert tests.classes == ["cat", "dog"]
+    assert tests.read(2)["objects"][0]["category"] == 0
+
+
+def test_roboflows_folders_are_coco_too(tmp_path):
+    content = coco_content()
+    content["categories"].insert(0, dict(id=0, name="animals"))  # a super-category without objects
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        for number in (5, 6, 7):
+            picture(WIDTH, HEIGHT, seed=number).save(tmp_path / split / f"{number}.jpg")
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+    scenes = load_instances(str(tmp_path), "validation")
+    assert scenes.classes == ["cat", "dog"] and len(scenes) == 3
+    assert scenes.read(0)["image"].shape == (3, HEIGHT, WIDTH)
+
+
+def table(boxes, categories, masks=None, **more) -> datasets.Dataset:
+    """A data set with a column of objects, as on the hub."""
+    objects = dict(
+        bbox=datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+        category=datasets.List(datasets.ClassLabel(names=["cat", "dog"])),
+    )
+    kinds = datasets.Features(image=datasets.Image(), objects=objects)
+    columns = dict(image=[picture(WIDTH, HEIGHT, seed=i) for i in range(len(boxes))])
+    columns["objects"] = [dict(bbox=each, category=which) for each, which in zip(boxes, categories)]
+    if masks is not None:
+        kinds["instances"], columns["instances"] = datasets.Image(), masks
+    return datasets.Dataset.from_dict(columns, kinds)
+
+
+def test_columns_of_boxes_with_masks(tmp_path):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[5:20, 5:25], mask[2:8, 30:36] = 1, 2
+    data = table([[[5, 5, 20, 15], [30, 2, 6, 6]], []], [[1, 0], []], [Image.fromarray(mask), Image.fromarray(mask * 0)])
+    data.save_to_disk(tmp_path / "data")
+    scenes = load_instances(str(tmp_path / "data"), "train")
+    assert scenes.classes == ["cat", "dog"] and scenes.has_masks
+    objects = scenes.read(0)["objects"]
+    assert [each["area"] for each in objects] == [300, 36]
+    target = targets_of(scenes.read(0))
+    assert torch.equal(target["masks"][1].bool(), torch.from_numpy(mask == 2))
+    assert target["labels"].tolist() == [1, 0]
+    assert scenes.read(1)["objects"] == []
+
+
+def test_boxes_of_another_format_are_noticed(tmp_path):
+    table([[[30.0, 20, 38, 28]]] * 4, [[0]] * 4).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="perhaps they are --boxes xyxy"):
+        load_instances(str(tmp_path / "data"), "train")
+    scenes = load_instances(str(tmp_path / "data"), "train", boxes="xyxy")
+    assert scenes.read(0)["objects"][0]["bbox"] == [30, 20, 8, 8] and not scenes.has_masks
+    assert "masks" not in targets_of(scenes.read(0))
+
+
+def test_masks_that_do_not_number_the_objects_are_noticed(tmp_path):
+    white = Image.fromarray(np.full((HEIGHT, WIDTH), 255, np.uint8))
+    table([[[5, 5, 20, 15], [30, 2, 6, 6]]] * 3, [[1, 0]] * 3, [white] * 3).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="objects sampled from .* have an empty mask"):
+        load_instances(str(tmp_path / "data"), "train")
+
+
+def test_what_is_wrong_with_a_picture_is_named(tmp_path):
+    scenes = load_instances(str(make_coco(tmp_path)), "train")
+    narrow = Instances(scenes.records, ["cat"], scenes.form, True)
+    with pytest.raises(ValueError, match="object 0 has class 1, beyond the 1 classes"):
+        narrow.read(0)
+    beyond = scenes.records.map(lambda row: dict(objects=row["objects"].replace("[5, 5, 20, 15]", "[50, 5, 20, 15]")))
+    with pytest.raises(ValueError, match=r"box \[50, 5, 20, 15\] lies beyond its 40 x 30 pixels"):
+        Instances(beyond, scenes.classes, scenes.form, True).read(2)
+
+
+def test_the_demo_data_has_one_object_in_each_picture():
+    scenes = load_instances("shapes", "test")
+    target = targets_of(scenes.read(5))
+    rows, columns = target["masks"][0].nonzero().unbind(1)
+    box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert target["boxes"].tolist() == [box] and target["labels"].tolist() == [5]
+
+
+def test_coco_mini_as_it_lies(photographs):
+    scenes = load_instances(photographs("coco-mini"), "train")
+    assert len(scenes) == 308 and scenes.classes[0] == "person" and scenes.has_masks
+    sizes = [len(json.loads(text)) for text in scenes.records["objects"]]
+    assert min(sizes) == 0 and sum(sizes) > 2000
+    crowded = next(i for i, text in enumerate(scenes.records["objects"]) if '"iscrowd": true' in text)
+    scene = scenes.read(crowded)
+    assert len(targets_of(scene)["boxes"]) < len(scene["objects"])
