@@ -107,8 +107,8 @@ def card(folder: Path, config: dict, parameters: int, format: str = "smae") -> s
     """The text of a model card with the hub's front matter: what it is, recipe, metrics, how to load it.
 
     ``config``: the content of a run's config.json, or no more than the model's arguments under
-    "model" (and "classifier", "segmenter" or "detector"). The metrics are the last of metrics.jsonl in ``folder``. None if
-    people have edited the card there.
+    "model" (and "classifier", "segmenter" or "detector"). The metrics are the last of metrics.jsonl
+    in ``folder``. None if people have edited the card there.
     """
     file, log = folder / "README.md", folder / "metrics.jsonl"
     if file.exists() and MARK not in file.read_text(encoding="utf-8", errors="replace"):

@@ -134,7 +134,7 @@ def targets_of(scene: dict) -> dict:
     """
     image, objects = scene["image"], [each for each in scene["objects"] if not each["iscrowd"]]
     size = tuple(image.shape[1:])
-    boxes = torch.tensor([each["bbox"] for each in objects]).reshape(-1, 4)
+    boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     limits = torch.tensor(size[::-1] * 2)
     boxes = boxes.clamp(min=0).minimum(limits)

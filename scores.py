@@ -71,6 +71,8 @@ def average_precision(
     """
     categories = [dict(id=i, name=name) for i, name in enumerate(classes)]
     numbered = [dict(annotation, id=number) for number, annotation in enumerate(truth, start=1)]
+    other = "segmentation" if kind == "bbox" else "bbox"  # the size of a detection is that of what is judged
+    found = [{key: value for key, value in each.items() if key != other} for each in found]
     content = dict(images=images, annotations=numbered, categories=categories)
     with contextlib.redirect_stdout(io.StringIO()):
         known = faster_coco_eval.COCO(content)

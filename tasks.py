@@ -243,7 +243,7 @@ class Detection:
         drawn = [overlays.boxed(scene["image"], torch.empty(0, 4), None, [], [])]
         parts = [[dict(each, label=each["category"]) for each in scene["objects"]]] if "objects" in scene else []
         for objects in [*parts, [each for each in found if each["score"] >= SHOWN_SCORE]]:
-            boxes = torch.tensor([each["bbox"] for each in objects]).reshape(-1, 4)
+            boxes = torch.tensor([each["bbox"] for each in objects], dtype=torch.float32).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
             masks = None
             if objects and all("segmentation" in each for each in objects):

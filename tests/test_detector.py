@@ -1,11 +1,12 @@
 """Detectors: windows of attention against plain attention, pyramids, checkpoints."""
 
 import pytest
-import smae
 import torch
+from torchvision.ops import box_iou
+
+import smae
 from detector import Detector, Pyramid, attend_within
 from smae import SMAE
-from torchvision.ops import box_iou
 
 CLASSES = ["cat", "dog"]
 SMALL = dict(side=64, width=8, rois=8, proposals=16)
@@ -42,9 +43,7 @@ def test_four_blocks_attend_globally():
 @pytest.mark.parametrize("window", [0, 2, 3])
 def test_the_encoder_in_a_detector_computes_what_it_does_alone(window):
     """Where the window covers all, without the CLS token, which detection leaves out."""
-    encoder = SMAE(
-        width=16, depth=3, heads=2, decoder_depth=0, image_size=16, patch_size=8, class_token=False
-    ).eval()
+    encoder = SMAE(width=16, depth=3, heads=2, decoder_depth=0, image_size=16, patch_size=8, class_token=False).eval()
     images = torch.randn(2, 3, 16, 16)
     found = Pyramid(encoder, window, 8).encode(images)
     assert torch.allclose(found.flatten(2).mT, encoder.encode(images, layer=3), atol=1e-6)

@@ -6,40 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from coco_files import HEIGHT, WIDTH, coco_content, make_coco
 from helpers import picture
-from instances import Instances, load_instances, rle, targets_of
 from PIL import Image
 
-WIDTH, HEIGHT = 40, 30
-POLYGON = [5.0, 5.0, 25.0, 5.0, 25.0, 20.0, 5.0, 20.0]
-
-
-def coco_content() -> dict:
-    """Three pictures: two objects, of which one is a crowd; one object; none."""
-    crowd = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
-    crowd[2:9, 30:38] = 1
-    runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], crowd.flatten("F"), [2]])))).tolist()
-    objects = [
-        dict(image_id=7, category_id=3, bbox=[5, 5, 20, 15], area=300, iscrowd=0, segmentation=[POLYGON]),
-        dict(image_id=7, category_id=9, bbox=[30, 2, 8, 7], area=56, iscrowd=1,
-             segmentation=dict(size=[HEIGHT, WIDTH], counts=runs)),
-        dict(image_id=5, category_id=9, bbox=[1, 1, 10, 10], area=100, iscrowd=0,
-             segmentation=[[1, 1, 11, 1, 11, 11, 1, 11]]),
-    ]  # fmt: skip
-    return dict(
-        images=[dict(id=i, file_name=f"{i}.jpg", width=WIDTH, height=HEIGHT) for i in (7, 5, 6)],
-        annotations=[dict(each, id=number) for number, each in enumerate(objects, start=1)],
-        categories=[dict(id=9, name="dog"), dict(id=3, name="cat")],
-    )
-
-
-def make_coco(root, split="train2017", content=None):
-    (root / split).mkdir(parents=True)
-    (root / "annotations").mkdir(exist_ok=True)
-    for number in (5, 6, 7):
-        picture(WIDTH, HEIGHT, seed=number).save(root / split / f"{number}.jpg")
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content or coco_content()))
-    return root
+from instances import Instances, load_instances, rle, targets_of
 
 
 def test_the_files_of_coco_are_read_as_pycocotools_reads_them(tmp_path):
@@ -108,7 +79,9 @@ def table(boxes, categories, masks=None, **more) -> datasets.Dataset:
 def test_columns_of_boxes_with_masks(tmp_path):
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[5:20, 5:25], mask[2:8, 30:36] = 1, 2
-    data = table([[[5, 5, 20, 15], [30, 2, 6, 6]], []], [[1, 0], []], [Image.fromarray(mask), Image.fromarray(mask * 0)])
+    data = table(
+        [[[5, 5, 20, 15], [30, 2, 6, 6]], []], [[1, 0], []], [Image.fromarray(mask), Image.fromarray(mask * 0)]
+    )
     data.save_to_disk(tmp_path / "data")
     scenes = load_instances(str(tmp_path / "data"), "train")
     assert scenes.classes == ["cat", "dog"] and scenes.has_masks
@@ -132,7 +105,7 @@ def test_boxes_of_another_format_are_noticed(tmp_path):
 def test_masks_that_do_not_number_the_objects_are_noticed(tmp_path):
     white = Image.fromarray(np.full((HEIGHT, WIDTH), 255, np.uint8))
     table([[[5, 5, 20, 15], [30, 2, 6, 6]]] * 3, [[1, 0]] * 3, [white] * 3).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match="objects sampled from .* have an empty mask"):
+    with pytest.raises(ValueError, match=r"objects sampled from .* have an empty mask"):
         load_instances(str(tmp_path / "data"), "train")
 
 

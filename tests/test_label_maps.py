@@ -4,8 +4,9 @@ import datasets
 import numpy as np
 import pytest
 from helpers import picture
-from label_maps import COLOUR, IGNORED, Labels, load_label_maps, map_values, read_classes, understand, without
 from PIL import Image
+
+from label_maps import COLOUR, IGNORED, Labels, load_label_maps, map_values, read_classes, understand, without
 
 SIZE = (20, 12)  # width and height
 
@@ -135,7 +136,9 @@ def test_splits_may_be_above_or_below_the_folders_of_pictures(tmp_path):
 def test_a_column_of_label_maps_is_found(tmp_path):
     masks = [Image.fromarray(labels_of(0, 1, 2).astype(np.uint8))] * 2
     kinds = datasets.Features(
-        image=datasets.Image(), annotation=datasets.Image(), present=datasets.List(datasets.ClassLabel(names=list("abc")))
+        image=datasets.Image(),
+        annotation=datasets.Image(),
+        present=datasets.List(datasets.ClassLabel(names=list("abc"))),
     )
     columns = dict(image=[picture(*SIZE)] * 2, annotation=masks, present=[[0, 1], [2]])
     datasets.Dataset.from_dict(columns, kinds).save_to_disk(tmp_path / "data")

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torchvision import tv_tensors
+
 from data import TooManyBadImages
 from instances import load_instances
 from label_maps import IGNORED, load_label_maps
 from readers import Share
 from scenes import LabelCrop, ObjectCrop, Pictures, SceneBatches, each_scene, hold_out
-from torchvision import tv_tensors
 
 
 def a_scene(height=24, width=36) -> dict:

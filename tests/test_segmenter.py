@@ -1,12 +1,13 @@
 """Segmenters: the UPerNet head against transformers', what is trained, checkpoints."""
 
 import pytest
-import smae
 import torch
-from segmenter import IGNORED, Segmenter, UPerNet, pixel_loss
 from torch import nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetHead
+
+import smae
+from segmenter import IGNORED, Segmenter, UPerNet, pixel_loss
 
 CLASSES = ["sky", "road", "tree"]
 

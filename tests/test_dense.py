@@ -1,0 +1,317 @@
+"""dense.py from end to end: segmentation, detection, test, predictions, resuming."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from coco_files import make_coco
+from helpers import ROOT, contents, picture, records, run
+from PIL import Image
+from torch import nn
+
+import dense
+import smae
+import tasks
+from detector import Detector
+from label_maps import load_label_maps
+from segmenter import Segmenter
+
+MODEL = "--checkpoint random --width 32 --depth 2 --heads 2 --image-size 32".split()
+QUICK = [*MODEL, *"--epochs 2 --max-images 32 --max-test-images 6 --batch-size 8 --workers 0 --precision no".split()]
+SEGMENT = ["segment", *QUICK, *"--head upernet --head-width 8".split()]
+DETECT = ["detect", *QUICK, *"--head-width 8 --rois 8 --proposals 16".split()]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A small encoder, saved."""
+    folder = tmp_path_factory.mktemp("encoder")
+    smae.save(smae.SMAE(width=32, depth=2, heads=2, decoder_depth=0, image_size=32, patch_size=8), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A segmenter and a detector, trained for an epoch."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for command in (SEGMENT, DETECT):
+            dense.main([*command, "--epochs", 1, "--out", folder / command[0]])
+    return folder
+
+
+def test_a_segmenter_is_trained_tested_and_compared_with_its_floor(encoder, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["segment", *QUICK, "--checkpoint", encoder, "--floor", "--out", out]
+    found = dense.main(command)
+    assert set(dense.FILES["segment"]) <= contents(out).keys()
+    assert found["images"] == 6 and 0 < found["miou"] < 100 and 0 < found["floor"]["miou"] < 100
+    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(found))
+    assert [record["miou"] for record in records(out)][-1] == found["miou"]
+    assert "floor, an untrained encoder: mIoU" in capsys.readouterr().out
+    model = smae.load(out)
+    assert type(model) is Segmenter and model.classes[0] == "background"
+    weights = smae.load(encoder).state_dict()
+    assert all(torch.equal(tensor, model.encoder.state_dict()[name]) for name, tensor in weights.items())  # frozen
+    assert type(smae.load(out / "floor")) is Segmenter
+    with pytest.raises(ValueError, match="holds another run"):
+        dense.main(command)
+
+
+def test_a_detector_is_trained_and_tested(tmp_path):
+    found = dense.main([*DETECT, "--out", tmp_path])
+    assert set(dense.FILES["detect"]) <= contents(tmp_path).keys()
+    assert found["images"] == 6 and {"box_ap", "mask_ap", "box_ap_small", "mask_by_class"} <= found.keys()
+    assert type(smae.load(tmp_path)) is Detector
+    assert smae.encoder_of(smae.load(tmp_path)).config["width"] == 32
+    assert records(tmp_path)[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize("command", [SEGMENT, DETECT], ids=["segment", "detect"])
+def test_a_run_stopped_within_an_epoch_resumes_to_the_bit(tmp_path, monkeypatch, command):
+    dense.main([*command, "--out", tmp_path / "whole", "--workers", 1])
+    kind, losses = (tasks.Segmentation if command is SEGMENT else tasks.Detection), []
+    loss = kind.loss
+
+    def counted(self, *arguments):
+        losses.append(loss(self, *arguments))
+        if len(losses) == 6:  # in the second epoch of four steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses[-1]
+
+    monkeypatch.setattr(kind, "loss", counted)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM in epoch 2, after step 6"):
+        dense.main([*command, "--out", tmp_path / "parts"])
+    assert (tmp_path / "parts" / "checkpoint-00000006").is_dir()
+    found = dense.main([*command, "--out", tmp_path / "parts", "--resume"])
+    assert len(losses) == 8
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert parts["model.safetensors"] == whole["model.safetensors"]
+    expected = json.loads(whole["result.json"])
+    metric = "miou" if command is SEGMENT else "box_ap"
+    assert found[metric] == expected[metric]
+    assert [record["loss"] for record in records(tmp_path / "parts")] == [
+        record["loss"] for record in records(tmp_path / "whole")
+    ]
+
+
+def test_a_finished_run_is_resumed_to_the_same_result(trained, tmp_path):
+    shutil.copytree(trained / "segment", tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = dense.main([*SEGMENT, "--epochs", 1, "--out", tmp_path / "run", "--resume"])
+    assert found["miou"] == before["miou"] and found["iou"] == before["iou"]
+
+
+def test_resuming_with_another_head_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "segment", tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot resume with other options: --head-width was 8"):
+        dense.main([*SEGMENT, "--epochs", 1, "--head-width", 16, "--out", tmp_path / "run", "--resume"])
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(trained, tmp_path, task):
+    before = json.loads((trained / task / "result.json").read_text())
+    how = ["--checkpoint", trained / task, "--split", "test", "--max-images", 6, "--workers", 0, "--precision", "no"]
+    found = dense.main(["test", *how, "--out", tmp_path / "one"])
+    done = run("test", *how, "--out", tmp_path / "two", processes=2, script="dense.py")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert again["processes"] == 2
+    for name in ("images", "miou", "iou") if task == "segment" else ("images", "box_ap", "mask_ap", "box_ap50"):
+        assert found[name] == before[name] and again[name] == pytest.approx(before[name], abs=1e-9)
+
+
+def test_two_processes_train_one_model(tmp_path):
+    done = run(*SEGMENT, "--out", tmp_path, processes=2, script="dense.py")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["processes"] == 2
+
+
+def test_predictions_of_a_segmenter_are_label_maps_with_a_palette(trained, photos, tmp_path):
+    how = ["--dataset", photos, "--split", "train", "--max-bad-images", 0.1, "--precision", "no"]
+    found = dense.main(["predict", "--checkpoint", trained / "segment", *how, "--out", tmp_path])
+    assert found["images"] == 39  # one of 40 is broken
+    file = sorted((tmp_path / "label_maps").iterdir())[5]
+    with Image.open(file) as labels, Image.open(photos / f"{file.stem.split('-')[1]}.png") as picture:
+        assert labels.mode == "P" and labels.size == picture.size
+        assert np.asarray(labels).max() < 13 and len(labels.getpalette()) > 39
+    assert len(list((tmp_path / "overlays").iterdir())) == 39 and (tmp_path / "predictions.png").exists()
+
+
+def test_predictions_of_a_detector_are_boxes_and_pictures(trained, photos, tmp_path, monkeypatch):
+    how = ["--dataset", photos, "--split", "train", "--max-bad-images", 0.1, "--precision", "no"]
+    monkeypatch.setattr(tasks, "SHOWN_SCORE", 0.0)  # it has hardly learned
+    found = dense.main(["predict", "--checkpoint", trained / "detect", *how, "--out", tmp_path])
+    boxes = json.loads((tmp_path / "detections.json").read_text())
+    assert found["images"] == 39 and boxes[0].keys() >= {
+        "image_id",
+        "category_id",
+        "bbox",
+        "score",
+        "segmentation",
+        "file",
+    }
+    with Image.open(sorted((tmp_path / "overlays").iterdir())[0]) as drawn:
+        assert min(drawn.size) >= 256
+
+
+def test_detections_are_written_under_the_ids_of_the_data(tmp_path):
+    """And pycocotools gives them the same score."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    for split in ("train2017", "val2017"):
+        make_coco(tmp_path / "coco", split)
+    torch.manual_seed(0)
+    how = ["--dataset", tmp_path / "coco", "--batch-size", 2, "--max-images", 3, "--epochs", 40, "--test-every", 40]
+    found = dense.main([*DETECT, *how, "--lr", 3e-3, "--out", tmp_path / "run"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(tmp_path / "coco" / "annotations" / "instances_val2017.json")
+        boxes = truth.loadRes(str(tmp_path / "run" / "detections.json"))
+        evaluation = COCOeval(truth, boxes, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert found["box_ap"] == pytest.approx(100 * evaluation.stats[0])
+    assert {each["category_id"] for each in json.loads((tmp_path / "run" / "detections.json").read_text())} <= {3, 9}
+
+
+def test_pictures_are_held_out_where_no_split_is_for_the_test(tmp_path, capsys):
+    for number in range(20):
+        for name, image in (("images", picture(40, 32, seed=number)), ("masks", Image.new("L", (40, 32), number % 2))):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "data" / name / f"{number}.png")
+    command = [*SEGMENT, "--dataset", tmp_path / "data", "--batch-size", 4, "--out", tmp_path / "run"]
+    assert dense.main(command)["images"] == 2
+    assert "every tenth picture is held out (2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["segment", "--image-size", 30], "is not a positive multiple of the patch size 8"),
+        (["detect", "--image-size", 40], "must be a multiple of 32"),
+        (["segment", "--head", "upernet", "--batch-size", 1], "BatchNorm needs at least two pictures"),
+        (["segment", "--blocks", 9], "blocks must lie between 1 and 2"),
+        (["segment", "--scale", 2, 1], "--scale takes two factors"),
+        (["segment", "--test-split", "oak"], "Unknown split 'oak'"),
+        (["segment", "--checkpoint", "pixels"], "has nothing to train on"),
+        (["detect", "--window", -1], "window must not be negative"),
+        (["detect", "--test-every", 0], "--test-every must be at least 1"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        dense.main([options[0], *QUICK, *options[1:], "--out", tmp_path / "run"])
+
+
+def test_an_encoder_alone_neither_predicts_nor_is_tested(encoder, tmp_path):
+    for command in ("test", "predict"):
+        with pytest.raises(ValueError, match="is no segmenter or detector"):
+            dense.main([command, "--checkpoint", encoder, "--precision", "no", "--out", tmp_path / "run"])
+
+
+def test_a_test_on_other_classes_is_refused(trained, tmp_path):
+    for number in range(3):
+        for name, image in (("images", picture(40, 32, seed=number)), ("masks", Image.new("L", (40, 32), number % 2))):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "data" / name / f"{number}.png")
+    how = ["--dataset", tmp_path / "data", "--split", "train", "--precision", "no", "--out", tmp_path / "run"]
+    with pytest.raises(ValueError, match=r"classes of .* \(class 0, class 1, ...\) are not those of"):
+        dense.main(["test", "--checkpoint", trained / "segment", *how])
+
+
+def test_a_missing_requirement_is_one_line(tmp_path):
+    code = (
+        "import sys; sys.modules['torchmetrics'] = None; sys.argv = ['dense.py', 'segment']; import dense; dense.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith("pip install torchmetrics faster-coco-eval")
+
+
+def test_presets_are_the_recipes():
+    args = dense.parse_arguments(["segment", "--preset", "ade20k", "--dataset", "ade"])
+    assert (args.head, args.image_size, args.batch_size, args.lr, args.schedule) == ("upernet", 512, 16, 1e-4, "linear")
+    assert args.slide and args.drop_path == 0.1 and tuple(args.scale) == (0.5, 2.0) and args.head_width == 512
+    assert round(args.epochs * (20210 // args.batch_size), -4) == 160_000
+    args = dense.parse_arguments(["detect", "--preset", "coco", "--batch-size", "16"])
+    assert (args.image_size, args.batch_size, args.lr, args.weight_decay, args.epochs) == (1024, 16, 1e-4, 0.1, 100)
+    assert args.schedule == "steps" and tuple(args.scale) == (0.1, 2.0) and args.window == 14
+    dense.fill_defaults(args)
+    assert (args.layer_decay == 0.7 and args.max_images is None) or args.dataset == "shapes"
+
+
+# ------------------------------------------------------------------------------ tasks
+
+
+class Columns(nn.Module):
+    """Stands for a segmenter: its logits are the pixels."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.statistics, self.classes = encoder, ([0.0] * 3, [1.0] * 3), list("abc")
+        self.sizes = []
+
+    def forward(self, images):
+        self.sizes.append(tuple(images.shape[2:]))
+        return images
+
+
+def test_pictures_are_segmented_at_their_own_size(small_model):
+    task = tasks.Segmentation(Columns(small_model), side=32)
+    labels = torch.arange(3).repeat_interleave(30).expand(60, -1)  # (60, 90)
+    image = (nn.functional.one_hot(labels, 3) * 255).to(torch.uint8).movedim(-1, 0)
+    found = task.predict(task.prepare(dict(image=image)))
+    assert task.model.sizes == [(32, 48)]
+    assert found.shape == (60, 90) and (found == labels).float().mean() > 0.97
+
+
+def test_a_sliding_window_covers_all_and_averages(small_model):
+    whole, sliding = (tasks.Segmentation(Columns(small_model), 32, slide) for slide in (False, True))
+    image = torch.randint(0, 256, (3, 50, 130), dtype=torch.uint8)
+    scene = whole.prepare(dict(image=image))
+    assert torch.equal(sliding.predict(scene), whole.predict(scene))
+    assert set(sliding.model.sizes) == {(32, 32)} and len(sliding.model.sizes) == 4
+    assert tasks.window_starts(83, 32) == [0, 17, 34, 51] and tasks.window_starts(32, 32) == [0]
+
+
+def test_boxes_return_to_the_size_of_the_picture(small_model, monkeypatch):
+    task = tasks.Detection(Detector(small_model, ["cat"], side=64, width=8, rois=8, proposals=8), side=64)
+    scene = task.prepare(dict(image=torch.zeros(3, 100, 200, dtype=torch.uint8)))
+    assert scene["input"].shape == (3, 32, 64)
+    answer = dict(
+        boxes=torch.tensor([[8.0, 4, 40, 20]]),
+        scores=torch.ones(1),
+        labels=torch.zeros(1),
+        masks=torch.ones(1, 1, 28, 28),
+    )
+    monkeypatch.setattr(task.model, "forward", lambda images, sizes: [answer])
+    (found,) = task.predict(scene)
+    assert found["bbox"] == pytest.approx([25, 12.5, 100, 50])
+    left, top, width, height = tasks.rle.toBbox(found["segmentation"])
+    assert abs(left - 25) < 4 and abs(top - 12.5) < 4 and abs(width - 100) < 7 and abs(height - 50) < 7
+
+
+def test_the_demo_scores_are_those_of_the_drawing():
+    """A segmenter that knew the truth would have 100 %."""
+    maps = load_label_maps("shapes", "test").select(range(24))
+    matrix = sum(
+        tasks.scores.confusion(labels, labels, 13, -1)
+        for labels in (maps.read(i)["labels"].as_subclass(torch.Tensor) for i in range(24))
+    )
+    assert tasks.scores.iou_scores(matrix, maps.classes)["miou"] == 100
