@@ -221,7 +221,7 @@ def test_wrong_options_are_one_line(tmp_path, options, message):
 
 def test_an_encoder_alone_neither_predicts_nor_is_tested(encoder, tmp_path):
     for command in ("test", "predict"):
-        with pytest.raises(ValueError, match="is no segmenter or detector"):
+        with pytest.raises(ValueError, match="is neither a segmenter nor a detector"):
             dense.main([command, "--checkpoint", encoder, "--precision", "no", "--out", tmp_path / "run"])
 
 
