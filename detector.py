@@ -23,6 +23,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
 
 LEVELS = (4, 2, 1, 1 / 2)  # resolutions of the pyramid, in that of the encoder
 
@@ -52,6 +53,8 @@ class Detector(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
+        if not classes:
+            raise ValueError("a detector needs classes, got none")
         numbers = dict(side=side, width=width, rois=rois, proposals=proposals)
         for name, value in numbers.items():
             if value < 1:
@@ -65,17 +68,19 @@ class Detector(nn.Module):
         self.multiple = pyramid.multiple
 
         anchor_sizes = tuple((8 * stride,) for stride in pyramid.strides)
-        anchors = AnchorGenerator(anchor_sizes, ((0.5, 1.0, 2.0),) * len(anchor_sizes))
+        anchors = Anchors(anchor_sizes, ((0.5, 1.0, 2.0),) * len(anchor_sizes))
         options = dict(
             rpn_anchor_generator=anchors,
             rpn_head=RegionHead(width, 3, conv_depth=2),
             rpn_post_nms_top_n_train=proposals,
             rpn_post_nms_top_n_test=proposals,
+            box_roi_pool=RegionPool(7, pyramid.strides[0]),
             box_head=FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm_layer=ChannelNorm),
             box_predictor=BoxPredictor(4 * width, len(classes) + 1),
             box_batch_size_per_image=rois,
         )
         if masks:
+            options["mask_roi_pool"] = RegionPool(14, pyramid.strides[0])
             options["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=ChannelNorm)
             options["mask_predictor"] = MaskRCNNPredictor(width, width, len(classes) + 1)
         rcnn = (MaskRCNN if masks else FasterRCNN)(pyramid, **options)
@@ -110,6 +115,16 @@ class Detector(nn.Module):
         return found
 
 
+def stride_of(patch_size: int) -> int:
+    """Pixels per patch in a detector: the next power of two."""
+    return 2 ** math.ceil(math.log2(patch_size))
+
+
+def smallest_side(patch_size: int) -> int:
+    """What the sides of images must be multiples of: a cell of the coarsest map, in pixels."""
+    return 4 * stride_of(patch_size)
+
+
 class Pyramid(nn.Module):
     """ViTDet's simple feature pyramid: the encoder's last map at five resolutions.
 
@@ -127,11 +142,11 @@ class Pyramid(nn.Module):
                 getattr(encoder, name).requires_grad_(False)
         depth = len(encoder.blocks)
         self.attending_globally = {round(depth * part / 4) for part in (1, 2, 3, 4)}
-        self.stride = 2 ** math.ceil(math.log2(encoder.patch_size))
+        self.stride = stride_of(encoder.patch_size)
         if self.stride < 4:
             raise ValueError(f"detection needs patches of at least 3 pixels, got {encoder.patch_size}")
         self.strides = [round(self.stride / level) for level in LEVELS] + [4 * self.stride]
-        self.multiple = 4 * self.stride
+        self.multiple = smallest_side(encoder.patch_size)
         d = encoder.config["width"]
         self.scale = nn.ModuleList(
             [
@@ -203,6 +218,29 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Anchors(AnchorGenerator):
+    """Torchvision's, in float32 whatever the type of the maps."""
+
+    def forward(self, pictures: ImageList, maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(pictures, [each[:, :1].float() for each in maps])
+
+
+class RegionPool(MultiScaleRoIAlign):
+    """Torchvision's pooling of regions to ``cells`` a side, where a cell of the finest map has ``stride`` pixels.
+
+    Torchvision takes the scales of all maps from the size of the first picture without its padding,
+    which may be much smaller than what the maps cover.
+    """
+
+    def __init__(self, cells: int, stride: int):
+        super().__init__([str(i) for i in range(len(LEVELS))], cells, sampling_ratio=2)
+        self.stride = stride
+
+    def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        covered = tuple(cells * self.stride for cells in maps["0"].shape[2:])
+        return super().forward(maps, boxes, [covered] * len(sizes))
 
 
 class RegionHead(RPNHead):

@@ -336,19 +336,18 @@ def find_pairs(root: Path, split: str) -> Pairs | None:
     """The pictures of a split in images/ and their masks, of the same name, in masks/ or annotations/.
 
     Splits are folders in both (images/train), or hold both (train/images); without any, all pictures
-    are "train". A picture without a mask has None, which is said. None if there are no such folders.
-    Raises ValueError for an unknown split.
+    are "train". Pictures without a mask are left out, which is said. None if there are no such
+    folders. Raises ValueError for an unknown split, or one without masks.
     """
     if not root.is_dir():
         return None
-    places, children = {}, _children(root)
     both = _pair_in(root)
     if both:
         images, masks = both
         places = {name: (images / name, masks / name) for name in _children(images) if split_kind(name)}
         places = places or {"train": both}
     else:
-        found = {name: _pair_in(root / name) for name in children}
+        found = {name: _pair_in(root / name) for name in _children(root)}
         places = {name: pair for name, pair in found.items() if pair and split_kind(name)}
     if not places:
         return None
@@ -356,29 +355,38 @@ def find_pairs(root: Path, split: str) -> Pairs | None:
     if not names:
         raise ValueError(f"Unknown split {split!r}: {root} has {', '.join(sorted(places))}")
     images, masks = places[names[0]]
-    files = list_files(images).images
-    by_stem = {os.path.splitext(file)[0]: file for file in (list_files(masks).images if masks.is_dir() else [])}
-    if not files:
-        raise ValueError(f"split {split!r} of {root} is empty")
-    found = [by_stem.get(os.path.splitext(file)[0]) for file in files]
-    missing = [file for file, mask in zip(files, found) if mask is None]
+    found = _masks_of(images, masks)
+    pairs = {file: mask for file, mask in found.items() if mask is not None}
+    missing = [file for file in found if file not in pairs]
+    if not pairs:
+        raise ValueError(f"split {split!r} of {root} has no pictures in {images.name} with a mask in {masks.name}")
     if missing:
-        say_once(f"{images}: {len(missing)} of {len(files)} pictures have no mask in {masks}, for example {missing[0]}")
+        say_once(f"{images}: left out {len(missing)} of {len(found)} pictures without a mask, for example {missing[0]}")
     columns = dict(
-        image=[_image(os.path.abspath(images / file)) for file in files],
-        mask=[mask and _image(os.path.abspath(masks / mask)) for mask in found],
+        image=[_image(os.path.abspath(images / file)) for file in pairs],
+        mask=[_image(os.path.abspath(masks / mask)) for mask in pairs.values()],
     )
     features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
     name = datasets.NamedSplit(re.sub(r"\W", "_", names[0]))
     return Pairs(
         datasets.Dataset.from_dict(columns, features, split=name),
-        is_ade20k=masks.parent.name == "annotations" and names[0] in ("training", "validation"),
+        is_ade20k=masks.parent.name == "annotations" and next(iter(pairs)).startswith("ADE_"),
     )
 
 
+def _masks_of(images: Path, masks: Path) -> dict[str, str | None]:
+    """For each picture in ``images`` the mask of the same name in ``masks``, None if there is none."""
+    listed = list_files(masks).images if masks.is_dir() else []
+    by_stem = {os.path.splitext(file)[0]: file for file in listed}
+    return {file: by_stem.get(os.path.splitext(file)[0]) for file in list_files(images).images}
+
+
 def _pair_in(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of pictures and of masks in ``folder``."""
+    """The folders of pictures and of masks in ``folder``, those that share the most names."""
     names = _children(folder)
     images = [name for name in names if re.fullmatch(PICTURE_FOLDERS, name, re.IGNORECASE)]
     masks = [name for name in names if re.fullmatch(MASK_FOLDERS, name, re.IGNORECASE)]
-    return (folder / images[0], folder / masks[0]) if images and masks else None
+    pairs = [(folder / one, folder / other) for one in images for other in masks]
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    return max(pairs, key=lambda pair: sum(mask is not None for mask in _masks_of(*pair).values()))

@@ -26,6 +26,7 @@ except ModuleNotFoundError:  # dense.py says so
 
 OBJECT_COLUMNS = ("objects", "annotations")
 MASK_COLUMNS = ("instances", "instance_mask", "mask")
+ROBOFLOW = "_annotations.coco.json"
 FIELDS = {  # of a column of objects, under the names that data sets give them
     "bbox": ("bbox", "bboxes", "boxes", "box"),
     "category": ("category", "categories", "category_id", "label", "labels", "class"),
@@ -65,10 +66,11 @@ class Instances:
 
     def image_id(self, index: int) -> int | str:
         """The number of a picture in its data: its id, if there is one, else its index."""
-        return self.records[index].get("image_id", index)
+        record = self.records[index]
+        return json.loads(record["image_id"]) if "image_id" in record else index
 
     def read(self, index: int) -> dict:
-        """A picture: "image" (c, H, W) uint8; "objects", COCO's annotations; "name".
+        """A picture: "image" (c, H, W) uint8; "objects", COCO's annotations; "has_masks"; "name".
 
         Their "segmentation" is run-length encoded. Raises ValueError for a class beyond the classes or
         a box beyond the picture; whatever PIL raises for broken files.
@@ -76,6 +78,8 @@ class Instances:
         record = self.records[index]
         image = pixels.to_tensor(data.decode(record["image"], self.form))
         height, width = image.shape[1:]
+        if record.get("size") not in (None, [width, height]):
+            raise ValueError(f"its annotations are of a picture of {record['size']} pixels, it has {[width, height]}")
         objects = json.loads(record["objects"])
         for number, each in enumerate(objects):
             if not 0 <= each["category"] < len(self.classes):
@@ -91,7 +95,10 @@ class Instances:
                 area = float(rle.area(each["segmentation"]))
             each["area"] = area if each.get("area") is None else each["area"]
             each["iscrowd"] = int(each.get("iscrowd") or 0)
-        return dict(image=tv_tensors.Image(image), objects=objects, name=name_of(record, index))
+            if not self.has_masks:
+                each.pop("segmentation", None)
+        name = name_of(record, index)
+        return dict(image=tv_tensors.Image(image), objects=objects, has_masks=self.has_masks, name=name)
 
     def encode_masks(self, objects: list[dict], record: dict, height: int, width: int):
         """Give each object its segmentation, run-length encoded."""
@@ -105,7 +112,7 @@ class Instances:
             for each, segmentation in zip(objects, found):
                 each["segmentation"] = segmentation
         for each in objects:
-            each["segmentation"] = encode(each.get("segmentation"), height, width)
+            each["segmentation"] = encode(each.get("segmentation") or [corners(each["bbox"])], height, width)
 
 
 def check_box(bbox: Sequence[float], width: int, height: int):
@@ -116,15 +123,24 @@ def check_box(bbox: Sequence[float], width: int, height: int):
 
 
 def encode(segmentation, height: int, width: int) -> dict:
-    """A mask in any of COCO's forms (polygons, run lengths, none), run-length encoded."""
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
+    """A mask in any of COCO's forms (polygons, run lengths), run-length encoded. Raises ValueError for another size."""
     if isinstance(segmentation, dict):
-        return rle.frPyObjects(segmentation, height, width)
-    polygons = [polygon for polygon in segmentation or [] if len(polygon) >= 6]
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"an object's mask is of {segmentation['size']} pixels, expected {[height, width]}")
+        is_encoded = not isinstance(segmentation["counts"], list)
+        return segmentation if is_encoded else rle.frPyObjects(segmentation, height, width)
+    if segmentation and not isinstance(segmentation[0], list):
+        segmentation = [segmentation]  # a single polygon
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not polygons:
         return rle.encode(np.zeros((height, width), np.uint8, order="F"))
     return rle.merge(rle.frPyObjects(polygons, height, width))
+
+
+def corners(bbox: Sequence[float]) -> list[float]:
+    """The polygon of a box: what stands for the mask of an object that has none."""
+    left, top, width, height = bbox
+    return [left, top, left + width, top, left + width, top + height, left, top + height]
 
 
 def targets_of(scene: dict) -> dict:
@@ -143,7 +159,7 @@ def targets_of(scene: dict) -> dict:
         boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
         labels=torch.tensor([each["category"] for each in objects], dtype=torch.int64),
     )
-    if all("segmentation" in each for each in scene["objects"]):
+    if scene["has_masks"]:
         masks = [rle.decode(each["segmentation"]) for each in objects]
         stack = np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
         found["masks"] = tv_tensors.Mask(torch.from_numpy(stack))
@@ -176,15 +192,19 @@ def load_instances(
         return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, form, True))
     file = find_annotations(Path(name).expanduser(), split)
     if file is not None:
-        records, names, category_ids = read_coco(file, split, like)
-        return _checked(name, Instances(records, names, form, True, category_ids))
+        if classes:
+            raise ValueError(f"--classes {classes}: {file} names its classes itself")
+        records, names, category_ids, has_masks = read_coco(file, split, like)
+        return _checked(name, Instances(records, names, form, has_masks, category_ids))
     records = data.load_images(name, split, image_column, "")
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
     fields = _fields(name, records, column)
     mask = _mask_column(records, mask_column, name)
     names = like.classes if like else _class_names(records, column, fields["category"], classes)
     texts = [json.dumps(_objects(row, fields, boxes)) for row in records[column]]
-    kept = records.select_columns([key for key in ("image", "image_id", mask) if key and key in records.features])
+    kept = records.select_columns([key for key in ("image", mask) if key])
+    if "image_id" in records.features:
+        kept = kept.add_column("image_id", [json.dumps(each) for each in records["image_id"]])
     if mask:
         kept = kept.rename_column(mask, "mask") if mask != "mask" else kept
         kept = kept.cast_column("mask", datasets.Image(decode=False))
@@ -246,8 +266,11 @@ def _by_field(row: dict | list[dict]) -> dict[str, list]:
 def _objects(row: dict | list[dict], fields: dict[str, str | None], boxes: str) -> list[dict]:
     """The objects of a picture as Instances takes them."""
     columns = _by_field(row)
-    values = {field: columns.get(key) for field, key in fields.items() if key}
-    found = [dict(zip(values, each)) for each in zip(*(column or [] for column in values.values()))]
+    count = len(columns.get(fields["bbox"]) or [])
+    values = {field: columns.get(key) or [None] * count for field, key in fields.items() if key}
+    if any(len(column) != count for column in values.values()):
+        raise ValueError(f"a picture has lists of objects of different lengths: {row}"[:300])
+    found = [dict(zip(values, each)) for each in zip(*values.values())]
     for each in found:
         each["bbox"] = [float(x) for x in each["bbox"]]
         if boxes == "xyxy":
@@ -258,7 +281,7 @@ def _objects(row: dict | list[dict], fields: dict[str, str | None], boxes: str) 
 
 def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
     """``scenes``, unless boxes or masks of a sample do not fit the pictures. Raises ValueError."""
-    beyond, count, empty, example = 0, 0, 0, ""
+    beyond, count, empty, largest, example = 0, 0, 0, 0.0, ""
     for index in data.evenly_spaced(len(scenes), 64):
         record = scenes.records[int(index)]
         try:
@@ -271,7 +294,7 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
         for each in objects:
             left, top, w, h = each["bbox"]
             fits = left >= -2 and top >= -2 and w > 0 and h > 0 and left + w <= width + 2 and top + h <= height + 2
-            count += 1
+            count, largest = count + 1, max(largest, w, h)
             empty += scenes.has_masks and not rle.area(each["segmentation"])
             if not fits:
                 beyond += 1
@@ -281,6 +304,8 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
             f"{beyond} of {count} boxes sampled from {name} do not lie in their pictures, for example (left, top, "
             f"width, height) {example}: perhaps they are --boxes {'xyxy' if boxes == 'xywh' else 'xywh'}"
         )
+    if count and largest <= 1:
+        raise ValueError(f"the boxes of {name} are fractions of the picture: expected pixels")
     if empty > 0.05 * count:
         raise ValueError(
             f"{empty} of {count} objects sampled from {name} have an empty mask: in a column of masks, the first "
@@ -300,7 +325,7 @@ def find_annotations(root: Path, split: str) -> Path | None:
     if not root.is_dir():
         return None
     found = {file.stem.removeprefix("instances_"): file for file in sorted(root.glob("annotations/instances_*.json"))}
-    found |= {file.parent.name: file for file in sorted(root.glob("*/_annotations.coco.json"))}
+    found |= {file.parent.name: file for file in sorted(root.glob(f"*/{ROBOFLOW}"))}
     if not found:
         return None
     chosen = [name for name in found if split in (name, folders.split_kind(name))]
@@ -309,59 +334,67 @@ def find_annotations(root: Path, split: str) -> Path | None:
     return found[chosen[-1]]  # of train2014 and train2017 the newer one
 
 
-def read_coco(file: Path, split: str, like: Instances | None = None) -> tuple[datasets.Dataset, list[str], list[int]]:
-    """The records that :class:`Instances` takes, the names of the classes, and their category ids."""
-    content = json.loads(file.read_text())
+def read_coco(
+    file: Path, split: str, like: Instances | None = None
+) -> tuple[datasets.Dataset, list[str], list[int], bool]:
+    """What :class:`Instances` takes: records, names of the classes, their category ids, whether there are masks.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
     missing = {"images", "annotations", "categories"} - content.keys()
     if missing:
         raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it is no file of COCO's instances")
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    used = {each["category_id"] for each in content["annotations"]}
-    # Roboflow's files begin with a category 0 that no object has
-    categories = [each for each in categories if each["id"] in used or each["id"] != 0]
+    if file.name == ROBOFLOW:  # its files begin with a category 0 that no object has
+        used = {each["category_id"] for each in content["annotations"]}
+        categories = [each for each in categories if each["id"] in used or each["id"] != 0]
+    has_masks = any(each.get("segmentation") for each in content["annotations"])
+    place = _place_of_pictures(file, content["images"])
     names, ids = [each["name"] for each in categories], [each["id"] for each in categories]
     if like:
         names, ids = like.classes, like.category_ids
     features = datasets.Features(
-        image=datasets.Image(decode=False), image_id=datasets.Value("int64"), objects=datasets.Value("string")
+        image=datasets.Image(decode=False),
+        image_id=datasets.Value("string"),
+        size=datasets.List(datasets.Value("int32")),
+        objects=datasets.Value("string"),
     )
     status = file.stat()
     version = status.st_mtime_ns, status.st_size
-    arguments = dict(file=str(file.resolve()), version=version, ids=tuple(ids))  # datasets would divide a list
+    # datasets would divide a list
+    arguments = dict(file=str(file.resolve()), place=str(place), version=version, ids=tuple(ids))
     del content
     name = datasets.NamedSplit(re.sub(r"\W", "_", split))
     records = datasets.Dataset.from_generator(coco_records, features=features, gen_kwargs=arguments, split=name)
-    return records, names, ids
+    return records, names, ids, has_masks
 
 
-def coco_records(file: str, version: tuple, ids: tuple[int, ...]) -> Iterator[dict]:
+def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...]) -> Iterator[dict]:
     """A record for each picture of a file of COCO. ``version`` is only for the cache of ``datasets``."""
-    content = json.loads(Path(file).read_text())
+    content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     category = {number: i for i, number in enumerate(ids)}
     objects = {}
     for each in content["annotations"]:
         kept = {key: each[key] for key in ("bbox", "area", "iscrowd", "segmentation") if key in each}
         objects.setdefault(each["image_id"], []).append(kept | dict(category=category.get(each["category_id"], -1)))
-    place = _PictureFolder(Path(file))
-    for image in sorted(content["images"], key=lambda image: image["id"]):
+    for image in sorted(content["images"], key=lambda image: str(image["file_name"])):
+        size = [image.get("width"), image.get("height")]
         yield dict(
-            image=dict(bytes=None, path=place.path(image["file_name"])),
-            image_id=image["id"],
+            image=dict(bytes=None, path=str(Path(place) / image["file_name"])),
+            image_id=json.dumps(image["id"]),
+            size=size if all(size) else None,
             objects=json.dumps(objects.get(image["id"], [])),
         )
 
 
-class _PictureFolder:
-    """Finds the pictures that a file of annotations names: beside it, or in the folders of its split."""
-
-    def __init__(self, file: Path):
-        root, name = file.parent.parent, file.stem.removeprefix("instances_")
-        self.places = [file.parent, root / name, root / "images" / name, root / "images", root]
-        self.last = self.places[1]
-
-    def path(self, name: str) -> str:
-        for place in [self.last, *self.places]:
-            if (place / name).is_file():
-                self.last = place
-                break
-        return str(self.last / name)
+def _place_of_pictures(file: Path, images: list[dict]) -> Path:
+    """Where the pictures lie that a file of annotations names. Raises FileNotFoundError."""
+    root, name = file.parent.parent, file.stem.removeprefix("instances_")
+    places = [file.parent, root / name, root / "images" / name, root / "images", root]
+    for image in images[:10]:
+        for place in places:
+            if (place / image["file_name"]).is_file():
+                return place
+    example = images[0]["file_name"] if images else "none"
+    raise FileNotFoundError(f"the pictures of {file}, such as {example}, are not in {', '.join(map(str, places))}")

@@ -3,7 +3,9 @@
 Letters in shapes: ``H``/``W`` image height/width in pixels.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ import pixels
 import shapes
 
 IGNORED = -1  # the label of pixels that are neither trained on nor scored
+UNKNOWN = -2  # of values that have no class
+VOID_NAMES = ("void", "ignore", "ignored")  # in a file of classes
 VOID = 255  # the value that label maps of 8 bits use for these, unless only it and 0 occur
 COLOUR = 1 << 24  # added to the colours of RGB label maps, which thereby differ from numbers
 MOST_CLASSES = 1000
@@ -34,13 +38,29 @@ class Labels(NamedTuple):
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """The class of each value (H, W): int64. Raises ValueError, with counts, for values without a class."""
-        found, where = np.unique(values, return_inverse=True)
-        unknown = [int(value) for value in found if int(value) not in self.class_of]
-        if unknown:
-            shown = ", ".join(f"{describe_value(value)} ({(values == value).sum()} pixels)" for value in unknown[:5])
-            raise ValueError(f"its label map has labels beyond the {len(self.classes)} classes: {shown}")
-        table = np.array([self.class_of[int(value)] for value in found], np.int64)
-        return table[where].reshape(values.shape)
+        if values.max() < len(self._table()):
+            found = self._table()[values]
+        else:  # colours
+            known, where = np.unique(values, return_inverse=True)
+            found = np.array([self.class_of.get(int(value), UNKNOWN) for value in known])[where].reshape(values.shape)
+        if (found == UNKNOWN).any():
+            unknown, counts = np.unique(values[found == UNKNOWN], return_counts=True)
+            shown = ", ".join(f"{describe_value(value)} ({count} pixels)" for value, count in zip(unknown, counts))
+            raise ValueError(f"its label map has labels beyond the {len(self.classes)} classes: {shown[:200]}")
+        return found
+
+    def _table(self) -> np.ndarray:
+        """The class of each number below 65,536."""
+        return _table(tuple(self.class_of.items()))
+
+
+@functools.lru_cache(maxsize=8)
+def _table(class_of: tuple[tuple[int, int], ...]) -> np.ndarray:
+    table = np.full(2**16, UNKNOWN)
+    for value, number in class_of:
+        if value < len(table):
+            table[value] = number
+    return table
 
 
 def describe_value(value: int) -> str:
@@ -56,6 +76,8 @@ def map_values(mask: Image.Image) -> np.ndarray:
 
     Raises ValueError for modes that hold no labels.
     """
+    if getattr(mask, "format", None) == "JPEG":
+        raise ValueError("its label map is a JPEG, which blurs labels: expected PNG or another lossless format")
     if mask.mode in ("L", "P", "1", "I") or mask.mode.startswith("I;16"):
         return np.asarray(mask).astype(np.int64)
     if mask.mode != "RGB":
@@ -69,27 +91,31 @@ def map_values(mask: Image.Image) -> np.ndarray:
 # ------------------------------------------------------------------------------ classes
 
 
-def read_classes(file: Path) -> Labels:
+def read_classes(file: Path, first: int = 0) -> Labels:
     """The classes that a text file lists, one in each line: ``name``, ``VALUE name`` or ``R G B name``.
 
-    Without values, classes are numbered from 0. Raises ValueError.
+    Without values, classes are numbered from ``first``. Values of the same name are one class, those
+    named void or ignore are none. Raises ValueError.
     """
-    lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"--classes {file} lists no classes")
+    lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     numbers = [_leading_numbers(words) for words in lines]
-    kinds = {len(values) for values in numbers}
-    if kinds == {3}:
-        values = [COLOUR + (r << 16) + (g << 8) + b if len({r, g, b}) > 1 else r for r, g, b in numbers]
-        values = values + [COLOUR + r * 0x010101 for r, g, b in numbers if r == g == b]
-        targets = [*range(len(lines)), *(i for i, (r, g, b) in enumerate(numbers) if r == g == b)]
-        return Labels([" ".join(words[3:]) for words in lines], dict(zip(values, targets)))
-    if kinds == {1}:
-        names = [" ".join(words[1:]) for words in lines]
-        return Labels(names, {value: i for i, (value,) in enumerate(numbers)})
-    if kinds != {0}:
+    counts = {len(values) for values in numbers}
+    if len(counts) != 1:
         raise ValueError(f"--classes {file}: expected lines of one kind: name, VALUE name, or R G B name")
-    return Labels([" ".join(words) for words in lines], {i: i for i in range(len(lines))})
+    count = counts.pop()
+    names = [" ".join(words[count:]) for words in lines]
+    classes = [name for name in dict.fromkeys(names) if name.lower() not in VOID_NAMES]
+    class_of = {}
+    for line, (values, name) in enumerate(zip(numbers, names)):
+        number = classes.index(name) if name in classes else IGNORED
+        if count == 3:
+            red, green, blue = values
+            class_of[COLOUR + (red << 16) + (green << 8) + blue] = number
+            if red == green == blue:  # a map of one colour may look grey
+                class_of[red] = number
+        else:
+            class_of[values[0] if values else first + line] = number
+    return Labels(classes, class_of)
 
 
 def _leading_numbers(words: list[str]) -> tuple[int, ...]:
@@ -118,6 +144,8 @@ def understand(maps: Iterable[np.ndarray], ignored: Sequence[int] = ()) -> Label
     if values == {0, VOID}:
         return Labels(["background", "object"], {0: 0, VOID: 1})
     values = sorted(values - {VOID})
+    if not values:
+        raise ValueError("the label maps hold no classes")
     return Labels([f"class {value}" for value in values], {value: i for i, value in enumerate(values)})
 
 
@@ -126,7 +154,7 @@ def without(labels: Labels, ignored: Sequence[int]) -> Labels:
     left_out = {labels.class_of[value] for value in ignored if value in labels.class_of}
     kept = [i for i in range(len(labels.classes)) if i not in left_out]
     number = {old: new for new, old in enumerate(kept)} | dict.fromkeys(left_out, IGNORED)
-    class_of = {VOID: IGNORED} | {value: number[i] for value, i in labels.class_of.items()}
+    class_of = {VOID: IGNORED} | {value: number.get(i, IGNORED) for value, i in labels.class_of.items()}
     return Labels([labels.classes[i] for i in kept], class_of | dict.fromkeys(ignored, IGNORED))
 
 
@@ -218,11 +246,11 @@ def load_label_maps(
     else:
         records = pairs.records
     if labels is None:
-        if pairs is not None and pairs.is_ade20k and not ignored:
-            ignored = (0,)
+        is_ade20k = pairs is not None and pairs.is_ade20k
+        if is_ade20k:
+            ignored = (0, *ignored)
             data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
-        labels = _find_labels(name, records, classes, pairs.is_ade20k if pairs else False, ignored)
-        labels = without(labels, ignored)
+        labels = without(_find_labels(name, records, classes, is_ade20k, ignored), ignored)
     return LabelMaps(_undecoded(records), labels, form)
 
 
@@ -263,12 +291,13 @@ def _find_labels(
     if classes:
         if not Path(classes).is_file():
             raise ValueError(f"--classes {classes} is neither a text file nor a column: {', '.join(records.features)}")
-        return read_classes(Path(classes))
+        return read_classes(Path(classes), first=int(is_ade20k))
     if is_ade20k:
         listed = Path(name).expanduser() / "objectInfo150.txt"
         names = [f"class {i}" for i in range(1, 151)]
         if listed.is_file():
-            names = [line.split("\t")[-1].split(",")[0].strip() for line in listed.read_text().splitlines()[1:151]]
+            lines = listed.read_text(encoding="utf-8-sig").splitlines()[1:151]
+            names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
         return Labels(names, {i: i - 1 for i in range(1, len(names) + 1)})
     data.say_once(f"{name}: looking through {len(records)} label maps for their classes (--classes would name them)")
     return understand(_all_values(_undecoded(records)), ignored)
@@ -280,10 +309,17 @@ def _class_names(feature) -> list[str] | None:
 
 
 def _all_values(records: datasets.Dataset) -> Iterable[np.ndarray]:
-    """The values of every label map that can be read."""
-    for record in records.select_columns(["mask"]):
+    """The values of every label map that can be read. Raises ValueError if none can, with a reason."""
+    masks, reasons = records.select_columns(["mask"]), []
+
+    def values(index: int) -> np.ndarray | None:
         try:
-            values = map_values(data.open_upright(record["mask"]))
-        except Exception:  # reading reports it
-            continue
-        yield np.unique(values)
+            return np.unique(map_values(data.open_upright(masks[index]["mask"])))
+        except Exception as error:  # reading reports it
+            reasons.append(error)
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        yield from (found for found in pool.map(values, range(len(masks))) if found is not None)
+    if len(reasons) == len(masks):
+        raise ValueError(f"none of the {len(masks)} label maps can be read, for example {data.one_line(reasons[0])}")

@@ -27,10 +27,10 @@ def palette(count: int) -> np.ndarray:
     return colours.astype(np.uint8)
 
 
-def label_picture(labels: Tensor) -> Image.Image:
-    """A label map (H, W) as a picture with a palette; beyond 256 classes, of 16 bits without one."""
+def label_picture(labels: Tensor, classes: int) -> Image.Image:
+    """A label map (H, W) as a picture with a palette; of more than 256 ``classes``, of 16 bits without one."""
     values = labels.cpu().numpy()
-    if values.max() > 255:
+    if classes > 256:
         return Image.fromarray(values.astype(np.uint16))
     picture = Image.fromarray(values.astype(np.uint8), mode="P")
     picture.putpalette(palette(256).tobytes())
@@ -38,11 +38,11 @@ def label_picture(labels: Tensor) -> Image.Image:
 
 
 def tinted(image: Tensor, labels: Tensor, classes: int, alpha: float = 0.6) -> Tensor:
-    """A picture (c, H, W) uint8 in the colours of its label map (H, W); IGNORED pixels black: (3, H, W) uint8."""
-    colours = torch.from_numpy(palette(classes + 1)[1:].astype(np.float32))  # the first is black
+    """A picture (c, H, W) uint8 in the colours of its label map (H, W); IGNORED pixels white: (3, H, W) uint8."""
+    colours = torch.from_numpy(palette(classes).astype(np.float32))
     painted = colours[labels.clamp(min=0).cpu()].movedim(-1, 0)
     mixed = (alpha * painted + (1 - alpha) * three_channels(image)).round()
-    return torch.where(labels.cpu() == IGNORED, 0, mixed).to(torch.uint8)
+    return torch.where(labels.cpu() == IGNORED, 255, mixed).to(torch.uint8)
 
 
 def three_channels(image: Tensor) -> Tensor:

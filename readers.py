@@ -61,6 +61,8 @@ class Plan(NamedTuple):
         """This process's indices (micro-batches, b) in an epoch after ``seen`` pictures."""
         order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
         steps = self.steps_left(seen)
+        if not steps:
+            return np.empty((0, self.micro_batch_size), np.int64)
         by_rank = rearrange(
             order[seen : seen + steps * self.batch_size],
             "(step micro rank b) -> rank (step micro) b",

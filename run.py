@@ -382,7 +382,7 @@ class Run:
                 raise Diverged(
                     f"the loss is {value} in epoch {self.progress.epoch}, step {step} of the run"
                     f"{self._of_phase()}, images {', '.join(map(str, images))} of the data; the checkpoints are "
-                    "older: continue from one with --resume, with a lower --blr perhaps, or with --clip-grad 1"
+                    "older: continue from one with --resume, with a lower learning rate perhaps, or with --clip-grad 1"
                 )
         if values:
             speed = self.progress.seen / (time.perf_counter() - self.clock)

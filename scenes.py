@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 import data
@@ -89,55 +90,81 @@ class LabelCrop:
         self.side, self.scale = side, scale
         self.distort = distortion() if distort else None
 
-    def __call__(self, scene: dict) -> dict:
-        image, labels = scene["image"], scene["labels"]
-        low, high = self.scale
-        factor = self.side * (low + (high - low) * torch.rand(()).item()) / min(image.shape[1:])
-        size = [max(1, round(length * factor)) for length in image.shape[1:]]
-        image, labels = v2.functional.resize(image, size), v2.functional.resize(labels, size)
-        beyond = [max(0, self.side - length) for length in size]
-        if any(beyond):
-            padding = [0, 0, beyond[1], beyond[0]]
-            image = v2.functional.pad(image, padding, fill=grey(image))
-            labels = v2.functional.pad(labels, padding, fill=IGNORED)
+    def __call__(self, scene: dict) -> dict[str, Tensor]:
+        parts = dict(image=scene["image"], labels=scene["labels"])
+        parts = scaled(parts, self.side * draw(*self.scale) / min(parts["image"].shape[1:]))
+        parts = padded(parts, self.side)
         for _ in range(10):
-            top, left = (int(torch.randint(length - self.side + 1, ())) for length in labels.shape)
-            box = top, left, self.side, self.side
-            found = v2.functional.crop(labels, *box)
-            counts = torch.bincount(found[found != IGNORED])
+            found = cropped(parts, self.side)
+            counts = torch.bincount(found["labels"][found["labels"] != IGNORED])
             if len(counts) and counts.max() <= MOST_OF_ONE_CLASS * counts.sum():
                 break
-        image, labels = v2.functional.crop(image, *box), found
-        if torch.rand(()) < 0.5:
-            image, labels = v2.functional.horizontal_flip(image), v2.functional.horizontal_flip(labels)
+        found = flipped_by_chance(found)
+        image = found["image"].as_subclass(Tensor)
         if self.distort and image.shape[0] == 3:
             image = self.distort(image)
-        return dict(image=image.as_subclass(Tensor), labels=labels.as_subclass(Tensor))
+        return dict(image=image, labels=found["labels"].as_subclass(Tensor))
 
 
 class ObjectCrop:
     """Large-scale jitter: a random square of a picture and its objects, scaled, cropped, flipped.
 
     The long side of the picture becomes ``side`` times a factor drawn from ``scale``. What lies beyond
-    the picture is grey. Objects of which nothing is left are left out.
+    the picture is grey. Objects of which nothing is left are left out; the boxes of the others are
+    those of what is left of their masks.
     """
 
     def __init__(self, side: int, scale: tuple[float, float]):
-        self.side = side
-        self.jitter = v2.ScaleJitter((side, side), scale_range=tuple(scale), antialias=True)
-        self.flip = v2.RandomHorizontalFlip()
+        self.side, self.scale = side, scale
 
-    def __call__(self, scene: dict) -> dict:
-        target = targets_of(scene)
-        image = target.pop("image")
-        crop = v2.RandomCrop(self.side, pad_if_needed=True, fill={tv_tensors.Image: grey(image), "others": 0})
-        image, target = self.flip(crop(*self.jitter(image, target)))
-        boxes = target["boxes"].as_subclass(Tensor)
+    def __call__(self, scene: dict) -> dict[str, Tensor]:
+        parts = targets_of(scene)
+        labels = parts.pop("labels")
+        parts = scaled(parts, self.side * draw(*self.scale) / max(parts["image"].shape[1:]))
+        parts = flipped_by_chance(cropped(padded(parts, self.side), self.side))
+        found = {name: values.as_subclass(Tensor) for name, values in parts.items()} | dict(labels=labels)
+        image, boxes = found.pop("image"), found["boxes"].clamp(0, self.side)
+        if "masks" in found:
+            seen = found["masks"].flatten(1).bool().any(dim=1)
+            boxes[seen] = masks_to_boxes(found["masks"][seen]) + torch.tensor([0, 0, 1, 1])
         kept = (boxes[:, 2:] - boxes[:, :2]).min(dim=1).values >= 1
-        if "masks" in target:
-            kept &= target["masks"].flatten(1).bool().any(dim=1)
-        target = {name: values.as_subclass(Tensor)[kept] for name, values in target.items()}
-        return dict(image=image.as_subclass(Tensor)) | target
+        kept = kept & seen if "masks" in found else kept
+        found["boxes"] = boxes
+        return dict(image=image) | {name: values[kept] for name, values in found.items()}
+
+
+def draw(low: float, high: float) -> float:
+    """A random number between the two."""
+    return low + (high - low) * torch.rand(()).item()
+
+
+def scaled(parts: dict, factor: float) -> dict:
+    """Pictures, label maps, boxes and masks of a scene, ``factor`` times as large."""
+    size = [max(1, round(length * factor)) for length in parts["image"].shape[1:]]
+    return {name: v2.functional.resize(part, size) for name, part in parts.items()}
+
+
+def padded(parts: dict, side: int) -> dict:
+    """Parts of a scene, at the right and at the bottom filled up to ``side``: grey, IGNORED, no object."""
+    height, width = parts["image"].shape[1:]
+    beyond = [0, 0, max(0, side - width), max(0, side - height)]
+    if not any(beyond):
+        return parts
+    fills = dict(image=grey(parts["image"]), labels=IGNORED)
+    return {name: v2.functional.pad(part, beyond, fill=fills.get(name, 0)) for name, part in parts.items()}
+
+
+def cropped(parts: dict, side: int) -> dict:
+    """A random square of parts of a scene."""
+    top, left = (int(torch.randint(length - side + 1, ())) for length in parts["image"].shape[1:])
+    return {name: v2.functional.crop(part, top, left, side, side) for name, part in parts.items()}
+
+
+def flipped_by_chance(parts: dict) -> dict:
+    """Parts of a scene, with probability 1/2 mirrored."""
+    if torch.rand(()) < 0.5:
+        return parts
+    return {name: v2.functional.horizontal_flip(part) for name, part in parts.items()}
 
 
 def grey(image: Tensor) -> list[int]:
@@ -155,13 +182,14 @@ def distortion() -> Callable[[Tensor], Tensor]:
 
 
 class SceneBatch(NamedTuple):
-    """Crops for training: ``images`` (b, c, H, W) uint8; ``targets``, a dictionary for each; their ``indices`` (b,).
+    """Crops for training: ``images`` (b, c, H, W) uint8, and the ``indices`` (b,) of their pictures.
 
-    ``bad``: the broken pictures met.
+    ``targets``: "labels" (b, H, W) int16; or of all pictures one after the other "boxes" (k, 4),
+    "labels" (k,) and "masks" (k, H, W), and their "counts" (b,). ``bad``: the broken pictures met.
     """
 
     images: Tensor
-    targets: list[dict[str, Tensor]]
+    targets: dict[str, Tensor]
     indices: np.ndarray
     bad: list[BadImage]
 
@@ -196,11 +224,8 @@ class SceneBatches(TrainBatches):
 
     def _check_and_move(self, batches) -> Iterator[SceneBatch]:
         for batch in super()._check_and_move(batches):
-            targets = [
-                {name: values.to(self.device, non_blocking=True) for name, values in target.items()}
-                for target in batch.targets
-            ]
-            yield batch._replace(targets=targets)
+            moved = {name: values.to(self.device, non_blocking=True) for name, values in batch.targets.items()}
+            yield batch._replace(targets=moved)
 
 
 class SceneCrops(torch.utils.data.Dataset):
@@ -212,28 +237,43 @@ class SceneCrops(torch.utils.data.Dataset):
     def __getitem__(self, request: Request) -> SceneBatch:
         epoch, indices, _ = request
         seeds = uniform((self.seed, epoch, RandomStream.AUGMENT), indices, 1)[:, 0] * 2**24
-        targets, bad = [], []
+        crops, bad = [], []
         with torch.random.fork_rng(devices=[]):
             for index, seed in zip(indices, seeds):
-                scene, met = self._read_or_next(int(index))
+                crop, met = self._crop_or_next(int(index), int(seed))
                 bad += met
-                if scene is None:  # too many are broken: the caller stops
-                    return SceneBatch(torch.empty(0), [], indices, bad)
-                torch.default_generator.manual_seed(int(seed))
-                targets.append(in_shared_memory(self.augment(scene)))
-        images = torch.stack([target.pop("image") for target in targets])
-        return SceneBatch(shared(images), targets, indices, bad)
+                if crop is None:  # too many are broken: the caller stops
+                    return SceneBatch(torch.empty(0), {}, indices, bad)
+                crops.append(crop)
+        images = torch.stack([crop.pop("image") for crop in crops])
+        return SceneBatch(shared(images), in_shared_memory(joined(crops)), indices, bad)
 
-    def _read_or_next(self, index: int) -> tuple[dict | None, list[BadImage]]:
-        """Scene ``index`` or the next one that can be read, and the broken ones before; None after too many."""
+    def _crop_or_next(self, index: int, seed: int) -> tuple[dict | None, list[BadImage]]:
+        """A crop of scene ``index`` or of the next one that can be read, or None; and the broken ones before."""
         bad = []
         for i in range(index, index + self.tries):
             i = i % len(self.scenes)
+            torch.default_generator.manual_seed(seed)
             try:
-                return self.scenes.read(i), bad
+                return self.augment(self.scenes.read(i)), bad
             except Exception as error:  # a decoder raises anything on a broken file
                 bad.append(describe(self.scenes, i, error))
         return None, bad
+
+
+def joined(targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The targets of a :class:`SceneBatch`: few tensors, because each takes a file handle on its way."""
+    if "boxes" not in targets[0]:
+        return dict(labels=torch.stack([target["labels"] for target in targets]).to(torch.int16))
+    together = {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
+    return together | dict(counts=torch.tensor([len(target["boxes"]) for target in targets]))
+
+
+def apart(targets: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The boxes, labels and masks of each picture of a :class:`SceneBatch`."""
+    counts = targets["counts"].tolist()
+    parts = {name: values.split(counts) for name, values in targets.items() if name != "counts"}
+    return [{name: values[i] for name, values in parts.items()} for i in range(len(counts))]
 
 
 def in_shared_memory(scene: dict) -> dict:

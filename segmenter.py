@@ -26,7 +26,9 @@ class Segmenter(nn.Module):
     ``head``: "linear", BatchNorm and a 1x1 convolution on the patch tokens, whose encoder is frozen;
     or "upernet". ``blocks``: the encoder blocks (counted from 1) whose tokens the head reads: any
     number for the linear head (default: the last), four for UPerNet (default: after 1/3, 1/2, 2/3
-    and all of them). ``width``: channels of UPerNet. Raises ValueError where these make no sense.
+    and all of them). ``width``: channels of UPerNet. ``side`` and ``slide``: the short side, in
+    pixels, that pictures should have, and whether they are seen through a window of that side.
+    Raises ValueError where these make no sense.
     """
 
     task = "segmenter"
@@ -38,6 +40,8 @@ class Segmenter(nn.Module):
         head: str = "linear",
         blocks: Sequence[int] | None = None,
         width: int = 512,
+        side: int = 512,
+        slide: bool = False,
         drop_path: float = 0.0,
     ):
         super().__init__()
@@ -46,14 +50,17 @@ class Segmenter(nn.Module):
             blocks = [depth] if head == "linear" else [max(1, round(depth * part)) for part in (1 / 3, 1 / 2, 2 / 3, 1)]
         if head not in HEADS:
             raise ValueError(f"the head must be {' or '.join(HEADS)}, got {head!r}")
+        if not classes or width < 2 or side < 1:
+            raise ValueError(f"expected classes, and a width and side, got {list(classes)}, {width} and {side}")
         if not blocks or not all(1 <= block <= depth for block in blocks):
             raise ValueError(f"blocks must lie between 1 and {depth}, got {blocks}")
         if head == "upernet" and len(blocks) != 4:
             raise ValueError(f"UPerNet reads four blocks, got {len(blocks)}")
-        self.encoder = encoder.copy_encoder(drop_path)
-        self.encoder.norm.requires_grad_(False)  # of no use here
-        self.arguments = dict(classes=list(classes), head=head, blocks=list(blocks), width=width)
         self.classes, self.blocks, self.frozen = list(classes), list(blocks), head == "linear"
+        self.encoder = encoder.copy_encoder(0.0 if self.frozen else drop_path)
+        for unused in (self.encoder.norm, self.encoder.blocks[max(blocks) :]):
+            unused.requires_grad_(False)
+        self.arguments = dict(classes=self.classes, head=head, blocks=self.blocks, width=width, side=side, slide=slide)
         self.config, self.statistics = self.encoder.config, self.encoder.statistics
         d = self.config["width"]
         if self.frozen:

@@ -3,8 +3,8 @@
 Letters in shapes: ``b`` batch, ``c`` channels, ``k`` objects, ``H``/``W`` image height/width in pixels.
 """
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ from instances import Instances, rle
 from label_maps import IGNORED, LabelMaps
 from readers import Share
 from run import lost_processes
-from scenes import LabelCrop, ObjectCrop, Scenes, each_scene, resize
+from scenes import LabelCrop, ObjectCrop, Scenes, apart, each_scene, resize
 from segmenter import Segmenter
 
 SHOWN_SCORE = 0.5  # of the boxes that are drawn
+BAND = 2**26  # logits that are held at once at the size of a picture
 
 
 class Task(Protocol):
@@ -35,30 +36,57 @@ class Task(Protocol):
 
     model: nn.Module
     metric: str  # the name of the score that counts
+    prepare: "Prepare"
 
-    def augment(self, scale: tuple[float, float]):
+    def augment(self, scale: tuple[float, float]) -> Callable[[dict], dict]:
         """What turns a scene into a training crop and its target."""
 
-    def loss(self, trained: nn.Module, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    def loss(self, trained: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> Tensor:
         """The loss of normalised crops (b, c, H, W); ``trained`` is the model to call."""
-
-    def prepare(self, scene: dict) -> dict:
-        """Add what a prediction needs to a scene, in a worker process."""
 
     def predict(self, scene: dict):
         """The prediction for a prepared scene, at the picture's own size."""
 
-    def test(self, scenes: Scenes, accelerator: Accelerator, workers: int, max_bad: float) -> dict:
-        """The scores on all pictures, in the main process."""
+    def test(self, scenes: Scenes, accelerator: Accelerator, **options) -> dict:
+        """The scores on all pictures, in the main process; ``options`` are those of :func:`predictions`."""
 
     def draw(self, scene: dict, found) -> tuple[Tensor, ...]:
         """The picture, the truth if it is known, and the prediction: (3, H, W) uint8 each."""
 
+    @staticmethod
+    def describe(found: dict) -> str:
+        """The scores in a line."""
+
+
+class Prepare(NamedTuple):
+    """Adds to a scene the "input" of the model, in a worker process: the picture at another size.
+
+    Its short side becomes ``side``, or with ``longest`` its long side. Sides are rounded to multiples
+    of ``multiple``, and those of pictures that are not ``longest`` are at least ``side``.
+    """
+
+    side: int
+    multiple: int = 1
+    longest: bool = False
+
+    def __call__(self, scene: dict) -> dict:
+        size = scene["image"].shape[1:]
+        factor = self.side / (max if self.longest else min)(size)
+        least = 1 if self.longest else self.side
+        size = tuple(max(least, round(length * factor / self.multiple) * self.multiple) for length in size)
+        return scene | dict(input=resize(scene["image"], size))
+
 
 def predictions(
-    task: Task, scenes: Scenes, accelerator: Accelerator, workers: int, max_bad: float
+    task: Task,
+    scenes: Scenes,
+    accelerator: Accelerator,
+    *,
+    workers: int,
+    max_bad: float,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[int, dict, object]]:
-    """Index, scene and prediction of this process's share of the pictures.
+    """Index, scene and prediction of this process's share of the pictures, until it is ``stopped``.
 
     Broken pictures are left out and named. More than the share ``max_bad`` of all pictures raise
     TooManyBadImages, in all processes at once.
@@ -75,6 +103,8 @@ def predictions(
     with lost_processes(share.world):
         for index, scene, bad in each_scene(scenes, task.prepare, workers, share):
             bar.update(share.world)
+            if stopped():
+                break
             if bad:
                 broken.append(bad)
                 continue
@@ -92,13 +122,10 @@ def predictions(
             )
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def normalized(image: Tensor, model: nn.Module) -> Tensor:
     """A picture (c, H, W) uint8 as a normalised batch of one, on the device of the model."""
-    return data.normalize(data.to_device(image, device_of(model))[None], *model.statistics)
+    device = next(model.parameters()).device
+    return data.normalize(data.to_device(image, device)[None], *model.statistics)
 
 
 # ------------------------------------------------------------------------------ segmentation
@@ -107,51 +134,45 @@ def normalized(image: Tensor, model: nn.Module) -> Tensor:
 class Segmentation:
     """Label maps by a Segmenter.
 
-    ``side``: of the crops; also the short side that pictures get for the test. They are seen whole,
-    or with ``slide`` through a window of that side, whose places overlap by a third.
+    Its ``side`` is that of the crops, and the short side that pictures get for the test. They are seen
+    whole, or with ``slide`` through a window of that side, whose places overlap by a third.
     """
 
-    metric, scales = "miou", (0.5, 2.0)
+    metric = "miou"
 
-    def __init__(self, model: Segmenter, side: int, slide: bool = False):
+    def __init__(self, model: Segmenter, slide: bool | None = None):
+        self.model, self.side = model, model.arguments["side"]
+        self.slide = model.arguments["slide"] if slide is None else slide
         p = model.encoder.patch_size
-        if side % p:
-            raise ValueError(f"--image-size must be a multiple of the patch size {p}, got {side}")
-        self.model, self.side, self.slide = model, side, slide
+        if self.side % p:
+            raise ValueError(f"--image-size must be a multiple of the patch size {p}, got {self.side}")
+        self.prepare = Prepare(self.side, multiple=p)
 
     def augment(self, scale: tuple[float, float]) -> LabelCrop:
         return LabelCrop(self.side, scale)
 
-    def loss(self, trained: nn.Module, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        return trained(images, torch.stack([target["labels"] for target in targets]))
-
-    def prepare(self, scene: dict) -> dict:
-        p, size = self.model.encoder.patch_size, scene["image"].shape[1:]
-        factor = self.side / min(size)
-        size = tuple(max(self.side, round(length * factor / p) * p) for length in size)
-        return scene | dict(input=resize(scene["image"], size))
+    def loss(self, trained: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        return trained(images, targets["labels"].long())
 
     def predict(self, scene: dict) -> Tensor:
         """The class of each pixel: (H, W) int64."""
-        images, size = normalized(scene["input"], self.model), scene["image"].shape[1:]
+        images, side = normalized(scene["input"], self.model), self.side
         if not self.slide:
-            logits = self.model(images)
-        else:
-            logits, counts = 0, torch.zeros(images.shape[2:], device=images.device)
-            for top in window_starts(images.shape[2], self.side):
-                for left in window_starts(images.shape[3], self.side):
-                    window = images[..., top : top + self.side, left : left + self.side]
-                    beyond = images.shape[3] - left - self.side, images.shape[2] - top - self.side
-                    logits = logits + F.pad(self.model(window), (left, beyond[0], top, beyond[1]))
-                    counts[top : top + self.side, left : left + self.side] += 1
-            logits = logits / counts
-        return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)[0].argmax(dim=0)
+            return classes_at(self.model(images), scene["image"].shape[1:])
+        logits = torch.zeros(1, len(self.model.classes), *images.shape[2:], device=images.device)
+        counts = torch.zeros(images.shape[2:], device=images.device)
+        for top in window_starts(images.shape[2], side):
+            for left in window_starts(images.shape[3], side):
+                window = (..., slice(top, top + side), slice(left, left + side))
+                logits[window] += self.model(images[window])
+                counts[window] += 1
+        return classes_at(logits / counts, scene["image"].shape[1:])
 
-    def test(self, scenes: LabelMaps, accelerator: Accelerator, workers: int, max_bad: float) -> dict:
+    def test(self, scenes: LabelMaps, accelerator: Accelerator, **options) -> dict:
         count = len(scenes.classes)
         matrix = torch.zeros(count, count, dtype=torch.int64, device=accelerator.device)
         images = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        for _, scene, found in predictions(self, scenes, accelerator, workers, max_bad):
+        for _, scene, found in predictions(self, scenes, accelerator, **options):
             truth = data.to_device(scene["labels"].as_subclass(Tensor), found.device)
             matrix += scores.confusion(found, truth, count, IGNORED)
             images += 1
@@ -165,7 +186,6 @@ class Segmentation:
 
     @staticmethod
     def describe(found: dict) -> str:
-        """The scores in a line."""
         names = dict(miou="mIoU", mean_accuracy="mean accuracy", pixel_accuracy="pixel accuracy")
         return ", ".join(f"{title} {found[name]:.2f} %" for name, title in names.items())
 
@@ -176,30 +196,45 @@ def window_starts(length: int, side: int) -> list[int]:
     return np.linspace(0, length - side, count).round().astype(int).tolist()
 
 
+def classes_at(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The class (H, W) of each pixel of ``size``, from logits (1, classes, h, w), interpolated bilinearly.
+
+    In bands of rows: the logits of a photograph of 12 megapixels in 150 classes would take 7 GB.
+    """
+    (height, width), h = size, logits.shape[2]
+    logits = F.interpolate(logits, (h, width), mode="bilinear", align_corners=False)[0]
+    rows = max(1, BAND // (logits.shape[0] * width))
+    place = ((torch.arange(height, device=logits.device) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
+    above = place.floor().long()
+    below, weight = (above + 1).clamp(max=h - 1), (place - above)[:, None]
+    found = []
+    for band in torch.arange(height, device=logits.device).split(rows):
+        mixed = torch.lerp(logits[:, above[band]], logits[:, below[band]], weight[band])
+        found.append(mixed.argmax(dim=0))
+    return torch.cat(found)
+
+
 # ------------------------------------------------------------------------------ detection
 
 
 class Detection:
-    """Boxes and masks by a Detector. ``side``: of the crops; also the long side that pictures get for the test."""
+    """Boxes and masks by a Detector. Its ``side`` is that of the crops, and the long side of pictures in the test."""
 
-    metric, scales = "box_ap", (0.1, 2.0)
+    metric = "box_ap"
 
-    def __init__(self, model: Detector, side: int):
-        if side % model.multiple:
-            raise ValueError(f"--image-size must be a multiple of {model.multiple} (four patches), got {side}")
-        self.model, self.side = model, side
+    def __init__(self, model: Detector):
+        self.model, self.side = model, model.arguments["side"]
+        if self.side % model.multiple:
+            raise ValueError(
+                f"--image-size must be a multiple of {model.multiple}, the stride of the coarsest map, got {self.side}"
+            )
+        self.prepare = Prepare(self.side, longest=True)
 
     def augment(self, scale: tuple[float, float]) -> ObjectCrop:
         return ObjectCrop(self.side, scale)
 
-    def loss(self, trained: nn.Module, images: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        return trained(images, [tuple(images.shape[2:])] * len(images), targets)
-
-    def prepare(self, scene: dict) -> dict:
-        size = scene["image"].shape[1:]
-        factor = self.side / max(size)
-        size = tuple(max(1, round(length * factor)) for length in size)
-        return scene | dict(input=resize(scene["image"], size))
+    def loss(self, trained: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        return trained(images, [tuple(images.shape[2:])] * len(images), apart(targets))
 
     def predict(self, scene: dict) -> list[dict]:
         """The objects, in COCO's result format but for image and category: "bbox", "score", "label", "segmentation"."""
@@ -214,16 +249,15 @@ class Detection:
                 boxes.tolist(), found["scores"].tolist(), found["labels"].tolist()
             )
         ]
-        if found["masks"] is not None and results:
-            shapes = paste_masks_in_image(found["masks"], boxes, (height, width))[:, 0] >= 0.5
-            stack = np.asfortranarray(shapes.cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
-            for result, segmentation in zip(results, rle.encode(stack)):
-                result["segmentation"] = segmentation
+        if found["masks"] is not None:  # one by one: at the size of a photograph they are large
+            for result, mask, box in zip(results, found["masks"], boxes):
+                shape = paste_masks_in_image(mask[None], box[None], (height, width))[0, 0] >= 0.5
+                result["segmentation"] = rle.encode(np.asfortranarray(shape.cpu().numpy().astype(np.uint8)))
         return results
 
-    def test(self, scenes: Instances, accelerator: Accelerator, workers: int, max_bad: float) -> dict:
+    def test(self, scenes: Instances, accelerator: Accelerator, **options) -> dict:
         images, truth, results = [], [], []
-        for index, scene, found in predictions(self, scenes, accelerator, workers, max_bad):
+        for index, scene, found in predictions(self, scenes, accelerator, **options):
             height, width = scene["image"].shape[1:]
             images.append(dict(id=index, height=height, width=width))
             truth += [dict(each, image_id=index, category_id=each["category"]) for each in scene["objects"]]
@@ -258,7 +292,6 @@ class Detection:
 
     @staticmethod
     def describe(found: dict) -> str:
-        """The scores in a line."""
         words = []
         for kind in ("box", "mask"):
             if f"{kind}_ap" in found:

@@ -1,5 +1,6 @@
 """dense.py from end to end: segmentation, detection, test, predictions, resuming."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -25,7 +26,10 @@ from label_maps import load_label_maps
 from segmenter import Segmenter
 
 MODEL = "--checkpoint random --width 32 --depth 2 --heads 2 --image-size 32".split()
-QUICK = [*MODEL, *"--epochs 2 --max-images 32 --max-test-images 6 --batch-size 8 --workers 0 --precision no".split()]
+QUICK = [
+    *MODEL,
+    *"--no-floor --epochs 2 --max-images 32 --max-test-images 6 --batch-size 8 --workers 0 --precision no".split(),
+]
 SEGMENT = ["segment", *QUICK, *"--head upernet --head-width 8".split()]
 DETECT = ["detect", *QUICK, *"--head-width 8 --rois 8 --proposals 16".split()]
 
@@ -56,7 +60,7 @@ def trained(tmp_path_factory):
 
 def test_a_segmenter_is_trained_tested_and_compared_with_its_floor(encoder, tmp_path, capsys):
     out = tmp_path / "run"
-    command = ["segment", *QUICK, "--checkpoint", encoder, "--floor", "--out", out]
+    command = ["segment", *QUICK, "--head", "linear", "--checkpoint", encoder, "--floor", "--out", out]
     found = dense.main(command)
     assert set(dense.FILES["segment"]) <= contents(out).keys()
     assert found["images"] == 6 and 0 < found["miou"] < 100 and 0 < found["floor"]["miou"] < 100
@@ -114,6 +118,34 @@ def test_a_finished_run_is_resumed_to_the_same_result(trained, tmp_path):
     before = json.loads((tmp_path / "run" / "result.json").read_text())
     found = dense.main([*SEGMENT, "--epochs", 1, "--out", tmp_path / "run", "--resume"])
     assert found["miou"] == before["miou"] and found["iou"] == before["iou"]
+
+
+def test_a_test_that_fails_costs_no_training(tmp_path, monkeypatch):
+    """The test pictures may be broken, or the time of the job may be over."""
+    losses, loss, predict = [], tasks.Segmentation.loss, tasks.Segmentation.predict
+
+    def stopped(self, scene):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, scene)
+
+    monkeypatch.setattr(tasks.Segmentation, "loss", lambda *a: losses.append(loss(*a)) or losses[-1])
+    monkeypatch.setattr(tasks.Segmentation, "predict", stopped)
+    command = [*SEGMENT, "--epochs", 1, "--out", tmp_path]
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM in epoch 1, after step 4"):
+        dense.main(command)
+    monkeypatch.setattr(tasks.Segmentation, "predict", predict)
+    assert dense.main([*command, "--resume"])["images"] == 6 and len(losses) == 4
+
+
+def test_predictions_overwrite_nothing_unless_told_to(trained, photos, tmp_path):
+    (tmp_path / "label_maps").mkdir()
+    (tmp_path / "label_maps" / "truth.png").write_bytes(b"mine")
+    how = ["predict", "--checkpoint", trained / "segment", "--dataset", photos, "--precision", "no", "--out", tmp_path]
+    with pytest.raises(ValueError, match="holds another run \\(label_maps\\)"):
+        dense.main(how)
+    with pytest.raises(FileNotFoundError):
+        dense.main([*how, "--checkpoint", tmp_path / "typo", "--overwrite"])
+    assert (tmp_path / "label_maps" / "truth.png").read_bytes() == b"mine"
 
 
 def test_resuming_with_another_head_is_refused(trained, tmp_path):
@@ -230,9 +262,10 @@ def test_a_test_on_other_classes_is_refused(trained, tmp_path):
         for name, image in (("images", picture(40, 32, seed=number)), ("masks", Image.new("L", (40, 32), number % 2))):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             image.save(tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "names.txt").write_text("earth\nsea\n")
     how = ["--dataset", tmp_path / "data", "--split", "train", "--precision", "no", "--out", tmp_path / "run"]
-    with pytest.raises(ValueError, match=r"classes of .* \(class 0, class 1, ...\) are not those of"):
-        dense.main(["test", "--checkpoint", trained / "segment", *how])
+    with pytest.raises(ValueError, match=r"classes of .* \(earth, sea, ...\) are not those of"):
+        dense.main(["test", "--checkpoint", trained / "segment", "--classes", tmp_path / "names.txt", *how])
 
 
 def test_a_missing_requirement_is_one_line(tmp_path):
@@ -245,15 +278,24 @@ def test_a_missing_requirement_is_one_line(tmp_path):
 
 
 def test_presets_are_the_recipes():
-    args = dense.parse_arguments(["segment", "--preset", "ade20k", "--dataset", "ade"])
+    args = options_of("segment", "--preset", "ade20k", "--dataset", "ade")
     assert (args.head, args.image_size, args.batch_size, args.lr, args.schedule) == ("upernet", 512, 16, 1e-4, "linear")
     assert args.slide and args.drop_path == 0.1 and tuple(args.scale) == (0.5, 2.0) and args.head_width == 512
     assert round(args.epochs * (20210 // args.batch_size), -4) == 160_000
-    args = dense.parse_arguments(["detect", "--preset", "coco", "--batch-size", "16"])
+    assert args.layer_decay == 0.65 and not options_of("segment", "--preset", "ade20k", "--no-slide").slide
+    args = options_of("detect", "--preset", "coco", "--dataset", "coco", "--batch-size", "16")
     assert (args.image_size, args.batch_size, args.lr, args.weight_decay, args.epochs) == (1024, 16, 1e-4, 0.1, 100)
     assert args.schedule == "steps" and tuple(args.scale) == (0.1, 2.0) and args.window == 14
+    assert args.layer_decay == 0.7 and args.max_images is None and (args.head_width, args.rois) == (256, 512)
+    args = options_of("detect", "--dataset", "mine")
+    assert args.preset == "own" and args.head_width == 256 and not args.floor
+    assert options_of("detect").max_images == 1000
+
+
+def options_of(*arguments) -> argparse.Namespace:
+    args = dense.build_parser().parse_args([*arguments, "--checkpoint", "somewhere"])
     dense.fill_defaults(args)
-    assert (args.layer_decay == 0.7 and args.max_images is None) or args.dataset == "shapes"
+    return args
 
 
 # ------------------------------------------------------------------------------ tasks
@@ -265,6 +307,7 @@ class Columns(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder, self.statistics, self.classes = encoder, ([0.0] * 3, [1.0] * 3), list("abc")
+        self.arguments = dict(side=32, slide=False)
         self.sizes = []
 
     def forward(self, images):
@@ -273,7 +316,7 @@ class Columns(nn.Module):
 
 
 def test_pictures_are_segmented_at_their_own_size(small_model):
-    task = tasks.Segmentation(Columns(small_model), side=32)
+    task = tasks.Segmentation(Columns(small_model))
     labels = torch.arange(3).repeat_interleave(30).expand(60, -1)  # (60, 90)
     image = (nn.functional.one_hot(labels, 3) * 255).to(torch.uint8).movedim(-1, 0)
     found = task.predict(task.prepare(dict(image=image)))
@@ -282,16 +325,25 @@ def test_pictures_are_segmented_at_their_own_size(small_model):
 
 
 def test_a_sliding_window_covers_all_and_averages(small_model):
-    whole, sliding = (tasks.Segmentation(Columns(small_model), 32, slide) for slide in (False, True))
+    whole, sliding = (tasks.Segmentation(Columns(small_model), slide) for slide in (False, True))
     image = torch.randint(0, 256, (3, 50, 130), dtype=torch.uint8)
     scene = whole.prepare(dict(image=image))
-    assert torch.equal(sliding.predict(scene), whole.predict(scene))
+    assert (sliding.predict(scene) == whole.predict(scene)).float().mean() > 0.999
     assert set(sliding.model.sizes) == {(32, 32)} and len(sliding.model.sizes) == 4
     assert tasks.window_starts(83, 32) == [0, 17, 34, 51] and tasks.window_starts(32, 32) == [0]
 
 
+@pytest.mark.parametrize("band", [1, 2**26])
+def test_classes_at_a_size_are_those_of_interpolated_logits(monkeypatch, band):
+    monkeypatch.setattr(tasks, "BAND", band)
+    logits = torch.randn(1, 5, 9, 13)
+    for size in ((40, 60), (9, 13), (5, 7)):
+        expected = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+        assert (tasks.classes_at(logits, size) == expected).float().mean() > 0.999
+
+
 def test_boxes_return_to_the_size_of_the_picture(small_model, monkeypatch):
-    task = tasks.Detection(Detector(small_model, ["cat"], side=64, width=8, rois=8, proposals=8), side=64)
+    task = tasks.Detection(Detector(small_model, ["cat"], side=64, width=8, rois=8, proposals=8))
     scene = task.prepare(dict(image=torch.zeros(3, 100, 200, dtype=torch.uint8)))
     assert scene["input"].shape == (3, 32, 64)
     answer = dict(

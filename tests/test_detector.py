@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 import smae
@@ -85,9 +86,22 @@ def test_boxes_and_scores_are_not_rounded_to_bfloat16(small_model):
     with torch.autocast("cpu", torch.bfloat16):
         found = model(torch.randn(1, 3, 64, 64), [(64, 64)])[0]
     assert len(found["boxes"])
+    maps = list(model.backbone(torch.randn(1, 3, 64, 64)).values())
+    anchors = model.rpn.anchor_generator(ImageList(torch.randn(1, 3, 64, 64), [(64, 64)]), [m.bfloat16() for m in maps])
+    assert anchors[0].dtype == torch.float32
     for name in ("boxes", "scores"):
         assert found[name].dtype == torch.float32
         assert not torch.equal(found[name], found[name].bfloat16().float())
+
+
+def test_results_do_not_depend_on_the_first_picture(small_model):
+    """Torchvision keeps the scales of its maps from the first picture, whose padding it does not know."""
+    models = [Detector(small_model, CLASSES, **SMALL).eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    wide, square = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 64, 64)
+    models[0](wide, [(20, 64)])
+    found = [model(square, [(64, 64)])[0] for model in models]
+    assert torch.equal(found[0]["boxes"], found[1]["boxes"])
 
 
 def test_a_detector_learns_where_one_object_is(small_model):

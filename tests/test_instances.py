@@ -6,11 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from coco_files import HEIGHT, WIDTH, coco_content, make_coco
+from coco_files import HEIGHT, POLYGON, WIDTH, coco_content, make_coco
 from helpers import picture
 from PIL import Image
 
-from instances import Instances, load_instances, rle, targets_of
+from instances import Instances, encode, load_instances, rle, targets_of
 
 
 def test_the_files_of_coco_are_read_as_pycocotools_reads_them(tmp_path):
@@ -102,6 +102,53 @@ def test_boxes_of_another_format_are_noticed(tmp_path):
     assert "masks" not in targets_of(scenes.read(0))
 
 
+def test_boxes_that_are_fractions_are_noticed(tmp_path):
+    table([[[0.1, 0.2, 0.3, 0.3]]] * 4, [[0]] * 4).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="fractions of the picture: expected pixels"):
+        load_instances(str(tmp_path / "data"), "train")
+
+
+def test_files_of_coco_without_masks_give_boxes_and_missing_masks_are_boxes(tmp_path):
+    content = coco_content()
+    content["annotations"][2]["segmentation"] = []
+    scenes = load_instances(str(make_coco(tmp_path / "some", content=content)), "train")
+    assert scenes.has_masks and rle.area(scenes.read(0)["objects"][0]["segmentation"]) == 100
+    for each in content["annotations"]:
+        each["segmentation"] = []
+    scenes = load_instances(str(make_coco(tmp_path / "none", content=content)), "train")
+    assert not scenes.has_masks and "masks" not in targets_of(scenes.read(0))
+
+
+def test_files_of_coco_in_other_forms(tmp_path):
+    content = coco_content()
+    content["annotations"][0]["segmentation"] = POLYGON  # not in a list
+    for each in (*content["images"], *content["annotations"]):
+        for name in {"id", "image_id"} & each.keys() if "file_name" in each else {"image_id"}:
+            each[name] = f"picture-{each[name]}"
+    scenes = load_instances(str(make_coco(tmp_path, content=content)), "train")
+    assert scenes.image_id(2) == "picture-7" and rle.area(scenes.read(2)["objects"][0]["segmentation"]) == 300
+    with pytest.raises(ValueError, match="names its classes itself"):
+        load_instances(str(tmp_path), "train", classes="names.txt")
+
+
+def test_pictures_that_are_not_there_are_named_and_found_once_they_are(tmp_path):
+    make_coco(tmp_path)
+    (tmp_path / "train2017").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"the pictures of .*, such as 7.jpg, are not in"):
+        load_instances(str(tmp_path), "train")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "images" / "train2017")
+    assert load_instances(str(tmp_path), "train").read(0)["image"].shape == (3, HEIGHT, WIDTH)
+
+
+def test_missing_values_of_objects_do_not_hide_them(tmp_path):
+    objects = [dict(bbox=[[5.0, 5, 20, 15]] * 2, category=[1, 0], area=None), dict(bbox=[], category=[], area=[])]
+    data = datasets.Dataset.from_dict(dict(image=[picture(WIDTH, HEIGHT)] * 2, objects=objects))
+    data.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "data")
+    scenes = load_instances(str(tmp_path / "data"), "train")
+    assert len(scenes.read(0)["objects"]) == 2 and scenes.classes == ["class 0", "class 1"]
+
+
 def test_masks_that_do_not_number_the_objects_are_noticed(tmp_path):
     white = Image.fromarray(np.full((HEIGHT, WIDTH), 255, np.uint8))
     table([[[5, 5, 20, 15], [30, 2, 6, 6]]] * 3, [[1, 0]] * 3, [white] * 3).save_to_disk(tmp_path / "data")
@@ -114,6 +161,11 @@ def test_what_is_wrong_with_a_picture_is_named(tmp_path):
     narrow = Instances(scenes.records, ["cat"], scenes.form, True)
     with pytest.raises(ValueError, match="object 0 has class 1, beyond the 1 classes"):
         narrow.read(0)
+    turned = scenes.records.map(lambda row: dict(size=[HEIGHT, WIDTH]))
+    with pytest.raises(ValueError, match=r"annotations are of a picture of \[30, 40\] pixels, it has \[40, 30\]"):
+        Instances(turned, scenes.classes, scenes.form, True).read(0)
+    with pytest.raises(ValueError, match=r"mask is of \[4, 4\] pixels"):
+        encode(dict(size=[4, 4], counts=[16]), HEIGHT, WIDTH)
     beyond = scenes.records.map(lambda row: dict(objects=row["objects"].replace("[5, 5, 20, 15]", "[50, 5, 20, 15]")))
     with pytest.raises(ValueError, match=r"box \[50, 5, 20, 15\] lies beyond its 40 x 30 pixels"):
         Instances(beyond, scenes.classes, scenes.form, True).read(2)

@@ -80,6 +80,8 @@ def test_files_of_classes(tmp_path):
     assert read_classes(file) == Labels(["sky", "side walk"], {7: 0, 24: 1})
     file.write_text("1 2 3 sky\n9 9 9 grey\n")
     assert read_classes(file) == Labels(["sky", "grey"], {COLOUR + 0x010203: 0, 9: 1, COLOUR + 0x090909: 1})
+    file.write_text("\ufeff7 road\n8 road\n9 sky\n0 Void\n", encoding="utf-8")
+    assert read_classes(file) == Labels(["road", "sky"], {7: 0, 8: 0, 9: 1, 0: IGNORED})
     file.write_text("7 sky\nroad\n")
     with pytest.raises(ValueError, match="lines of one kind"):
         read_classes(file)
@@ -99,15 +101,18 @@ def test_a_class_in_the_middle_can_be_ignored():
 def test_what_is_wrong_is_named(tmp_path, capsys):
     make_folder(tmp_path, {"a": labels_of(0, 1), "b": labels_of(0, 1), "c": labels_of(0, 1)[:-1], "d": None})
     maps = load_label_maps(str(tmp_path), "train")
-    assert "1 of 4 pictures have no mask" in capsys.readouterr().err
+    assert "left out 1 of 4 pictures without a mask, for example d.jpg" in capsys.readouterr().err and len(maps) == 3
     maps.labels = Labels(["class 0"], {0: 0})
     with pytest.raises(ValueError, match=r"labels beyond the 1 classes: 1 \(120 pixels\)"):
         maps.read(0)
     maps.labels = Labels(["class 0", "class 1"], {0: 0, 1: 1})
     with pytest.raises(ValueError, match="label map has 20 x 11 pixels, the picture 20 x 12"):
         maps.read(2)
+    columns = dict(image=[picture(*SIZE)], mask=[None])
+    kinds = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+    maps.records = datasets.Dataset.from_dict(columns, kinds).cast_column("image", datasets.Image(decode=False))
     with pytest.raises(ValueError, match="it has no label map"):
-        maps.read(3)
+        maps.read(0)
 
 
 def test_the_folders_of_ade20k(tmp_path, capsys):
@@ -121,6 +126,9 @@ def test_the_folders_of_ade20k(tmp_path, capsys):
     tests = load_label_maps(str(tmp_path), "validation", labels=maps.labels)
     assert np.array_equal(tests.read(0)["labels"], labels_of(0, 1))
     assert "0 is void" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("\n".join(f"name {i}" for i in range(1, 151)))
+    maps = load_label_maps(str(tmp_path), "train", classes=str(tmp_path / "names.txt"), ignored=[255])
+    assert maps.classes[0] == "name 1" and np.array_equal(maps.read(0)["labels"], labels_of(IGNORED, 149, 2))
 
 
 def test_splits_may_be_above_or_below_the_folders_of_pictures(tmp_path):
@@ -131,6 +139,30 @@ def test_splits_may_be_above_or_below_the_folders_of_pictures(tmp_path):
         assert "val-a" in load_label_maps(str(tmp_path / root), "validation").read(0)["name"]
         with pytest.raises(ValueError, match="Unknown split 'test'"):
             load_label_maps(str(tmp_path / root), "test")
+
+
+def test_maps_that_cannot_hold_labels_are_refused(tmp_path):
+    make_folder(tmp_path / "lossy", {"a": labels_of(0, 1)})
+    Image.fromarray(labels_of(0, 9).astype(np.uint8)).save(tmp_path / "lossy" / "masks" / "a.jpg")
+    (tmp_path / "lossy" / "masks" / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"none of the 1 label maps can be read.* is a JPEG"):
+        load_label_maps(str(tmp_path / "lossy"), "train")
+    make_folder(tmp_path / "void", {"a": labels_of(255)})
+    with pytest.raises(ValueError, match="the label maps hold no classes"):
+        load_label_maps(str(tmp_path / "void"), "train")
+
+
+def test_of_several_folders_the_one_with_masks_of_the_pictures_is_taken(tmp_path):
+    """As in Pascal VOC, whose Annotations are XML, and which has masks for some of the pictures."""
+    make_folder(tmp_path, {"a": labels_of(0, 1), "b": None}, "JPEGImages", "SegmentationClass", mode="P")
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations" / "a.xml").write_text("<annotation/>")
+    maps = load_label_maps(str(tmp_path), "train")
+    assert len(maps) == 1 and np.array_equal(maps.read(0)["labels"], labels_of(0, 1))
+    make_folder(tmp_path / "none", {"a": None})
+    (tmp_path / "none" / "masks").mkdir()
+    with pytest.raises(ValueError, match="no pictures in images with a mask in masks"):
+        load_label_maps(str(tmp_path / "none"), "train")
 
 
 def test_a_column_of_label_maps_is_found(tmp_path):

@@ -8,13 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHELVES = [  # from top to bottom; reproduce drives other commands
     {"reproduce"},
-    {"train", "eval", "analyze", "bench"},
-    {"run", "encoders", "pictures", "looks", "contest", "report"},
+    {"train", "eval", "dense", "analyze", "bench"},
+    {"run", "encoders", "pictures", "looks", "contest", "report", "tasks", "scores", "overlays"},
     {"cli", "guide", "checkpoint"},
-    {"batches", "readers", "cropping", "data", "folders", "objects", "pixels", "shapes", "labelled"},
-    {"smae", "convert", "masks", "measures", "probes", "optim", "hub"},
+    {"batches", "readers", "cropping", "data", "folders", "objects", "pixels", "shapes", "labelled"}
+    | {"label_maps", "instances", "scenes"},
+    {"smae", "convert", "masks", "measures", "probes", "optim", "hub", "segmenter", "detector"},
 ]
-ALONE = {"smae": {"convert", "hub"}, "hub": set(), "masks": set(), "convert": set(), "measures": set(), "optim": set()}
+ALONE = {name: set() for name in ("hub", "masks", "convert", "measures", "optim", "segmenter", "detector")}
+ALONE["smae"] = {"convert", "hub", "segmenter", "detector"}
 
 
 def imports(file: Path) -> set[str]:

@@ -67,6 +67,14 @@ def test_upernet_trains_everything_that_it_uses(small_model):
     assert model.blocks == [1, 2, 2, 3]
 
 
+def test_what_no_head_reads_is_not_trained(small_model):
+    model = Segmenter(small_model, CLASSES, "upernet", blocks=[1, 1, 2, 2], width=8, drop_path=0.5)
+    model(torch.randn(2, 3, 32, 32), torch.randint(0, 3, (2, 32, 32))).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    frozen = Segmenter(small_model, CLASSES, "linear", drop_path=0.5)
+    assert all(block.drop_path == 0 for block in frozen.encoder.blocks)
+
+
 def test_the_head_reads_the_blocks_that_it_names(small_model):
     images = torch.randn(1, 3, 32, 32)
     maps = small_model.intermediate(images, [3, 1])
@@ -112,5 +120,7 @@ def test_what_makes_no_sense_is_refused(small_model):
     }.items():
         with pytest.raises(ValueError, match=message):
             Segmenter(small_model, CLASSES, **dict([arguments]))
+    with pytest.raises(ValueError, match="expected classes"):
+        Segmenter(small_model, [])
     with pytest.raises(ValueError, match="four blocks"):
         Segmenter(small_model, CLASSES, "upernet", blocks=[1, 2])
