@@ -11,6 +11,7 @@ from foreign import mae_checkpoint, same_weights, timm_vit
 from helpers import QUICK, ROOT, SMALL, contents, records, run, train_here
 
 import checkpoint
+import dense
 import eval as judge
 import smae
 import train
@@ -294,6 +295,9 @@ def test_readme_example_runs_as_it_stands(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", command)
     judge.main()
     monkeypatch.chdir(tmp_path)
+    dense.main(
+        ["segment", "--max-images", 16, "--max-test-images", 2, "--epochs", 1, "--no-floor", "--precision", "no"]
+    )
     for block in blocks:
         if "train.main" not in block:  # test_clusters.py runs that one, smaller
             exec(compile(block, "README.md", "exec"), {})
