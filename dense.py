@@ -469,7 +469,7 @@ def draw(task: Task, scenes: Scenes, file: Path, text: str):
     if rows:
         titles = ["picture", "truth", "prediction"] if len(rows[0]) == 3 else ["picture", "prediction"]
         with smae.whole_file(file) as part:
-            overlays.sheet(rows, titles, text).savefig(part, format="png")
+            overlays.sheet(rows, titles, text, task.legend()).savefig(part, format="png")
 
 
 def write_detections(file: Path, results: list[dict], scenes: Scenes):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torchvision.utils
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
@@ -74,18 +75,32 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.movedim(0, -1).numpy()))
 
 
-def sheet(rows: list[tuple[Tensor, ...]], titles: Sequence[str], text: str) -> Figure:
-    """A figure of rows of pictures (3, H, W) uint8, all fitted into squares of the same side."""
-    columns = {title: np.stack([_square(row[i]) for row in rows]) for i, title in enumerate(titles)}
-    return pictures.contact_sheet(columns, text)
+def sheet(
+    rows: list[tuple[Tensor, ...]], titles: Sequence[str], text: str, legend: dict[str, tuple] | None = None
+) -> Figure:
+    """A figure of rows of pictures (3, H, W) uint8, fitted into frames of one size, and a ``legend`` of colours."""
+    fitted = [[_fitted(picture) for picture in row] for row in rows]
+    width, height = (max(sizes) for sizes in zip(*(picture.size for row in fitted for picture in row)))
+    columns = {}
+    for i, title in enumerate(titles):
+        columns[title] = np.stack([_framed(row[i], width, height) for row in fitted])
+    figure = pictures.contact_sheet(columns, text)
+    if legend:
+        patches = [Patch(color=colour, label=name) for name, colour in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
 
 
-def _square(image: Tensor, side: int = 384) -> np.ndarray:
-    """A picture fitted into a white square (side, side, 3), in 0 ... 1."""
+def _fitted(image: Tensor, side: int = 384) -> Image.Image:
+    """A picture (3, H, W) whose long side has ``side`` pixels."""
     image = as_picture(image)
     factor = side / max(image.size)
     how = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.BILINEAR
-    image = image.resize([max(1, round(length * factor)) for length in image.size], how)
-    canvas = Image.new("RGB", (side, side), "white")
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return image.resize([max(1, round(length * factor)) for length in image.size], how)
+
+
+def _framed(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """A picture in the middle of a white frame: (height, width, 3), in 0 ... 1."""
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return np.asarray(canvas) / 255

@@ -28,6 +28,7 @@ from scenes import LabelCrop, ObjectCrop, Scenes, apart, each_scene, resize
 from segmenter import Segmenter
 
 SHOWN_SCORE = 0.5  # of the boxes that are drawn
+MOST_IN_LEGEND = 24  # classes
 BAND = 2**26  # logits that are held at once at the size of a picture
 
 
@@ -52,6 +53,9 @@ class Task(Protocol):
 
     def draw(self, scene: dict, found) -> tuple[Tensor, ...]:
         """The picture, the truth if it is known, and the prediction: (3, H, W) uint8 each."""
+
+    def legend(self) -> dict[str, tuple]:
+        """The colours, 0 ... 1, of the first classes, where names are not drawn."""
 
     @staticmethod
     def describe(found: dict) -> str:
@@ -184,6 +188,10 @@ class Segmentation:
         truth = [overlays.tinted(image, scene["labels"].as_subclass(Tensor), count)] if "labels" in scene else []
         return overlays.three_channels(image), *truth, overlays.tinted(image, found, count)
 
+    def legend(self) -> dict[str, tuple]:
+        names = self.model.classes[:MOST_IN_LEGEND]
+        return dict(zip(names, (overlays.palette(len(names)) / 255).tolist()))
+
     @staticmethod
     def describe(found: dict) -> str:
         names = dict(miou="mIoU", mean_accuracy="mean accuracy", pixel_accuracy="pixel accuracy")
@@ -289,6 +297,9 @@ class Detection:
             ]
             drawn.append(overlays.boxed(scene["image"], boxes, masks, labels, names))
         return tuple(drawn)
+
+    def legend(self) -> dict[str, tuple]:
+        return {}
 
     @staticmethod
     def describe(found: dict) -> str:

@@ -167,10 +167,12 @@ def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(tr
         assert found[name] == before[name] and again[name] == pytest.approx(before[name], abs=1e-9)
 
 
-def test_two_processes_train_one_model(tmp_path):
-    done = run(*SEGMENT, "--out", tmp_path, processes=2, script="dense.py")
+def test_two_processes_train_one_model_and_then_its_floor(encoder, tmp_path):
+    how = ["--checkpoint", encoder, "--floor", "--epochs", 1, "--log-with", "tensorboard"]
+    done = run(*SEGMENT, *how, "--out", tmp_path, processes=2, script="dense.py")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "result.json").read_text())["processes"] == 2
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["processes"] == 2 and found["images"] == found["floor"]["images"] == 6
 
 
 def test_predictions_of_a_segmenter_are_label_maps_with_a_palette(trained, photos, tmp_path):
