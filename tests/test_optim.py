@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import convert
+import detector
 import optim
+import segmenter
 import smae
 
 
@@ -14,6 +16,26 @@ def test_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     assert rates[55] == pytest.approx(1.0) and rates[10] == 2.0 and 0 < rates[99] < 0.002
     assert all(a >= b for a, b in pairwise(rates[10:]))
     assert optim.learning_rate(0, 5, 5, 1.0) == pytest.approx(0.2)
+
+
+def test_learning_rate_falls_in_a_straight_line_or_in_steps():
+    line = [optim.learning_rate(step, 100, 10, 2.0, schedule="linear") for step in range(100)]
+    assert line[9] == line[10] == 2.0 and line[55] == pytest.approx(1.0) and line[99] == pytest.approx(2 / 90)
+    steps = [optim.learning_rate(step, 54, 2, 2.0, schedule="steps") for step in range(54)]
+    assert steps[1:48] == [2.0] * 47 and steps[48:52] == pytest.approx([0.2] * 4)
+    assert steps[52:] == pytest.approx([0.02] * 2)
+
+
+def test_layers_of_every_model_on_an_encoder_have_their_learning_rates(small_model):
+    for model in (
+        segmenter.Segmenter(small_model, ["a", "b"], "upernet", width=8),
+        detector.Detector(small_model, ["a"], side=64, width=8),
+    ):
+        scale = {id(p): group["scale"] for group in optim.layer_groups(model, 0.5, 0.05) for p in group["params"]}
+        scales = {name: scale[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+        assert {s for name, s in scales.items() if "encoder." not in name} == {1.0}
+        assert {s for name, s in scales.items() if "encoder.blocks.0." in name} == {0.5**3}
+        assert {s for name, s in scales.items() if "encoder.embed." in name} == {0.5**4}
 
 
 @pytest.mark.parametrize("learned_positions", [False, True])
