@@ -261,26 +261,33 @@ def load_encoder(args: argparse.Namespace) -> smae.SMAE:
     return encoder
 
 
-def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, like=None) -> Scenes:
-    """A split of the data for a "segmenter" or "detector"; ``like``: what has the classes, if they are known.
+def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, known: dict) -> Scenes:
+    """A split of the data for a "segmenter" or "detector"; ``known``: see :func:`classes_of`.
 
     Raises FileNotFoundError or ValueError.
     """
     how = dict(image_column=args.image_column, mask_column=args.mask_column, classes=args.classes)
     if task == "segmenter":
         ignored = getattr(args, "ignore_index", ())
-        scenes = load_label_maps(args.dataset, split, **how, ignored=ignored, labels=like and like.labels)
+        scenes = load_label_maps(args.dataset, split, **how, ignored=ignored, **known)
     else:
-        scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, like=like)
-    scenes.form = getattr(like, "form", None) or data.pixel_format(scenes.records, channels)
+        scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, **known)
+    scenes.form = data.pixel_format(scenes.records, channels)
     return scenes
 
 
-def load_tests(args: argparse.Namespace, task: str, split: str | None, channels: int, like) -> Scenes | None:
+def classes_of(scenes: Scenes) -> dict:
+    """The argument by which another split gets the same classes."""
+    if isinstance(scenes, Instances):
+        return dict(known=(scenes.classes, scenes.category_ids))
+    return dict(labels=scenes.labels)
+
+
+def load_tests(args: argparse.Namespace, task: str, split: str | None, channels: int, known: dict) -> Scenes | None:
     """The pictures to test on: ``split``, or the first of validation, val and test that exists; None if none does."""
     for name in [split] if split else ("validation", "val", "test"):
         try:
-            return load_scenes(args, task, name, channels, like)
+            return load_scenes(args, task, name, channels, known)
         except ValueError as error:
             if split or ("Unknown split" not in str(error) and "is empty" not in str(error)):
                 raise
@@ -290,9 +297,11 @@ def load_tests(args: argparse.Namespace, task: str, split: str | None, channels:
 def load_both(args: argparse.Namespace, channels: int) -> tuple[Scenes, Scenes]:
     """Pictures to train on and to test on; without a split for the test, every tenth is held out. Raises ValueError."""
     task = "segmenter" if args.command == "segment" else "detector"
-    training = load_scenes(args, task, args.split, channels)
-    tests = load_tests(args, task, args.test_split, channels, training)
-    if tests is None:
+    training = load_scenes(args, task, args.split, channels, known={})
+    tests = load_tests(args, task, args.test_split, channels, classes_of(training))
+    if tests is not None:
+        tests.form = training.form
+    else:
         training, tests = hold_out(training)
         data.say_once(f"{args.dataset} has no split for the test: every tenth picture is held out ({len(tests)})")
     return some_of(training, args.max_images), some_of(tests, args.max_test_images)
@@ -506,13 +515,12 @@ def load_task(args: argparse.Namespace, device: torch.device) -> tuple[Task, dic
 def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """Test a trained model on a split. Raises ValueError if that has other classes."""
     task, config = load_task(args, accelerator.device)
-    model, known = task.model, config.get("data", {})
-    like = None
-    if not args.classes and "class_of" in known:
-        like = argparse.Namespace(labels=Labels(model.classes, dict(known["class_of"])))
-    elif not args.classes and "category_ids" in known:
-        like = argparse.Namespace(classes=model.classes, category_ids=known["category_ids"])
-    scenes = load_tests(args, model.task, args.split, model.config["channels"], like)
+    model, seen, known = task.model, config.get("data", {}), {}
+    if "class_of" in seen and not args.classes:
+        known = dict(labels=Labels(model.classes, dict(seen["class_of"])))
+    elif "category_ids" in seen and not args.classes:
+        known = dict(known=(model.classes, seen["category_ids"]))
+    scenes = load_tests(args, model.task, args.split, model.config["channels"], known)
     if scenes is None:
         raise ValueError(f"{args.dataset} has no split validation, val or test: name one with --split")
     if scenes.classes != model.classes:

@@ -178,7 +178,7 @@ def load_instances(
     classes: str | None = None,
     boxes: str = "xywh",
     form: data.PixelFormat = data.RGB,
-    like: Instances | None = None,
+    known: tuple[list[str], list[int]] | None = None,
 ) -> Instances:
     """Load pictures with objects.
 
@@ -186,7 +186,8 @@ def load_instances(
     SPLIT/_annotations.coco.json; or what ``data.load_images`` takes, with a column of objects (a
     dictionary of lists: bbox, category, perhaps area and iscrowd) and perhaps one of masks, in which
     object i has the value i + 1. ``classes``: a text file with a name in each line. ``boxes``: "xywh" or
-    "xyxy". ``like``: another split, whose classes these are. Raises FileNotFoundError or ValueError.
+    "xyxy". ``known``: classes and category ids of another split, which this one has too. Raises
+    FileNotFoundError or ValueError.
     """
     if name in data.DEMO:
         return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, form, True))
@@ -194,13 +195,13 @@ def load_instances(
     if file is not None:
         if classes:
             raise ValueError(f"--classes {classes}: {file} names its classes itself")
-        records, names, category_ids, has_masks = read_coco(file, split, like)
+        records, names, category_ids, has_masks = read_coco(file, split, known)
         return _checked(name, Instances(records, names, form, has_masks, category_ids))
     records = data.load_images(name, split, image_column, "")
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
     fields = _fields(name, records, column)
     mask = _mask_column(records, mask_column, name)
-    names = like.classes if like else _class_names(records, column, fields["category"], classes)
+    names = known[0] if known else _class_names(records, column, fields["category"], classes)
     texts = [json.dumps(_objects(row, fields, boxes)) for row in records[column]]
     kept = records.select_columns([key for key in ("image", mask) if key])
     if "image_id" in records.features:
@@ -335,7 +336,7 @@ def find_annotations(root: Path, split: str) -> Path | None:
 
 
 def read_coco(
-    file: Path, split: str, like: Instances | None = None
+    file: Path, split: str, known: tuple[list[str], list[int]] | None = None
 ) -> tuple[datasets.Dataset, list[str], list[int], bool]:
     """What :class:`Instances` takes: records, names of the classes, their category ids, whether there are masks.
 
@@ -352,8 +353,8 @@ def read_coco(
     has_masks = any(each.get("segmentation") for each in content["annotations"])
     place = _place_of_pictures(file, content["images"])
     names, ids = [each["name"] for each in categories], [each["id"] for each in categories]
-    if like:
-        names, ids = like.classes, like.category_ids
+    if known:
+        names, ids = known
     features = datasets.Features(
         image=datasets.Image(decode=False),
         image_id=datasets.Value("string"),

@@ -44,7 +44,7 @@ def test_another_split_has_the_classes_of_the_first(tmp_path):
     content["categories"].insert(0, dict(id=1, name="owl"))
     make_coco(tmp_path, "val2017", content)
     training = load_instances(str(tmp_path), "train")
-    tests = load_instances(str(tmp_path), "validation", like=training)
+    tests = load_instances(str(tmp_path), "validation", known=(training.classes, training.category_ids))
     assert tests.classes == ["cat", "dog"]
     assert tests.read(2)["objects"][0]["category"] == 0
 
