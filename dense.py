@@ -472,8 +472,7 @@ def draw(task: Task, scenes: Scenes, file: Path, text: str):
             scene = task.prepare(scenes.read(int(index)))
         except Exception:  # a broken picture; the test reports it
             continue
-        with torch.no_grad():
-            rows.append(task.draw(scene, task.predict(scene)))
+        rows.append(task.draw(scene, task.predict(scene)))
     task.model.train(training)
     if rows:
         titles = ["picture", "truth", "prediction"] if len(rows[0]) == 3 else ["picture", "prediction"]

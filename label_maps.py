@@ -23,7 +23,7 @@ import shapes
 
 IGNORED = -1  # the label of pixels that are neither trained on nor scored
 UNKNOWN = -2  # of values that have no class
-VOID_NAMES = ("void", "ignore", "ignored")  # in a file of classes
+VOID_NAMES = ("void", "unlabelled", "unlabeled", "ignore", "ignored")  # of what is no class
 VOID = 255  # the value that label maps of 8 bits use for these, unless only it and 0 occur
 COLOUR = 1 << 24  # added to the colours of RGB label maps, which thereby differ from numbers
 MOST_CLASSES = 1000
@@ -95,7 +95,7 @@ def read_classes(file: Path, first: int = 0) -> Labels:
     """The classes that a text file lists, one in each line: ``name``, ``VALUE name`` or ``R G B name``.
 
     Without values, classes are numbered from ``first``. Values of the same name are one class, those
-    named void or ignore are none. Raises ValueError.
+    of VOID_NAMES are none. Raises ValueError.
     """
     lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     numbers = [_leading_numbers(words) for words in lines]
@@ -104,18 +104,21 @@ def read_classes(file: Path, first: int = 0) -> Labels:
         raise ValueError(f"--classes {file}: expected lines of one kind: name, VALUE name, or R G B name")
     count = counts.pop()
     names = [" ".join(words[count:]) for words in lines]
+    if count < 3:
+        return numbered(names, [values[0] for values in numbers] if count else range(first, first + len(names)))
+    colours = [COLOUR + (red << 16) + (green << 8) + blue for red, green, blue in numbers]
+    greys = {red: name for (red, green, blue), name in zip(numbers, names) if red == green == blue}
+    return numbered([*names, *greys.values()], [*colours, *greys])  # a map of one colour may look grey
+
+
+def numbered(names: Sequence[str], values: Iterable[int] | None = None) -> Labels:
+    """Classes of these ``names``, for the ``values`` in label maps (default: 0, 1, ...)."""
     classes = [name for name in dict.fromkeys(names) if name.lower() not in VOID_NAMES]
-    class_of = {}
-    for line, (values, name) in enumerate(zip(numbers, names)):
-        number = classes.index(name) if name in classes else IGNORED
-        if count == 3:
-            red, green, blue = values
-            class_of[COLOUR + (red << 16) + (green << 8) + blue] = number
-            if red == green == blue:  # a map of one colour may look grey
-                class_of[red] = number
-        else:
-            class_of[values[0] if values else first + line] = number
-    return Labels(classes, class_of)
+    number = {name: i for i, name in enumerate(classes)}
+    if void := [name for name in dict.fromkeys(names) if name not in number]:
+        data.say_once(f"no class: {', '.join(void)}")
+    values = range(len(names)) if values is None else values
+    return Labels(classes, {value: number.get(name, IGNORED) for value, name in zip(values, names)})
 
 
 def _leading_numbers(words: list[str]) -> tuple[int, ...]:
@@ -287,7 +290,7 @@ def _find_labels(
         names = _class_names(records.features[column])
         if names is None:
             raise ValueError(f"--classes {column}: the column holds no list of named classes")
-        return Labels(names, {i: i for i in range(len(names))})
+        return numbered(names)
     if classes:
         if not Path(classes).is_file():
             raise ValueError(f"--classes {classes} is neither a text file nor a column: {', '.join(records.features)}")

@@ -112,7 +112,7 @@ def predictions(
             if bad:
                 broken.append(bad)
                 continue
-            with torch.no_grad(), accelerator.autocast():
+            with accelerator.autocast():
                 found = task.predict(scene)
             yield index, scene, found
     bar.close()
@@ -158,6 +158,7 @@ class Segmentation:
     def loss(self, trained: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> Tensor:
         return trained(images, targets["labels"].long())
 
+    @torch.no_grad()
     def predict(self, scene: dict) -> Tensor:
         """The class of each pixel: (H, W) int64."""
         images, side = normalized(scene["input"], self.model), self.side
@@ -244,6 +245,7 @@ class Detection:
     def loss(self, trained: nn.Module, images: Tensor, targets: dict[str, Tensor]) -> Tensor:
         return trained(images, [tuple(images.shape[2:])] * len(images), apart(targets))
 
+    @torch.no_grad()
     def predict(self, scene: dict) -> list[dict]:
         """The objects, in COCO's result format but for image and category: "bbox", "score", "label", "segmentation"."""
         images, (height, width) = normalized(scene["input"], self.model), scene["image"].shape[1:]

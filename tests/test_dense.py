@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -277,6 +278,16 @@ def test_a_missing_requirement_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].endswith("pip install torchmetrics faster-coco-eval")
+
+
+def test_the_example_of_the_docs_runs_as_it_stands(trained, monkeypatch, capsys):
+    text = (ROOT / "docs" / "dense.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (trained / "runs").mkdir()
+    (trained / "runs" / "detect").symlink_to(trained / "detect")
+    monkeypatch.chdir(trained)
+    exec(compile(block, "dense.md", "exec"), {})
+    assert re.search(r"\w+ 0\.\d+ \[", capsys.readouterr().out)
 
 
 def test_presets_are_the_recipes():

@@ -188,8 +188,9 @@ def test_the_demo_data_has_the_background_and_the_shapes():
     assert scene["labels"].unique().tolist() == [0, 6]
 
 
-def test_camvid_as_it_lies(photographs):
-    maps = load_label_maps(photographs("camvid11"), "test", ignored=[11])
+def test_camvid_as_it_lies(photographs, capsys):
+    maps = load_label_maps(photographs("camvid11"), "test")
+    assert "no class: unlabelled" in capsys.readouterr().err
     assert len(maps) == 233 and maps.classes[:2] == ["sky", "building"] and len(maps.classes) == 11
     assert maps.read(0)["labels"].shape == (240, 320)
     assert maps.read(0)["labels"].min() == IGNORED
