@@ -43,7 +43,7 @@ from scenes import Pictures, SceneBatches, Scenes, hold_out
 from segmenter import HEADS, Segmenter
 from tasks import Detection, Segmentation, Task, coco_results, predictions
 
-DEMO = "shapes:easy"  # in a few minutes nothing learns the classes of shapes
+DEMO = "shapes:easy"  # in a few minutes nothing learns the classes of shapes; a detector, none at all
 PRESETS = {  # the defaults of each task: on the demo data, on your own, and the recipes of papers
     "segment": {
         "demo": dict(
@@ -144,6 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if name in ("detect", "test"):
             group.add_argument("--boxes", choices=["xywh", "xyxy"], default="xywh", help="what boxes in a column are")
+        if name == "detect":
+            group.add_argument(
+                "--single-class",
+                action=argparse.BooleanOptionalAction,
+                help="find objects of any class, without telling which (default: on the demo data)",
+            )
         if name != "detect":
             sub.add_argument(
                 "--slide",
@@ -222,6 +228,7 @@ def fill_defaults(args: argparse.Namespace):
     if args.epochs and args.warmup_epochs is None:
         args.warmup_epochs = preset["warmup_epochs"] * args.epochs // preset["epochs"]
     common = dict(schedule="cosine", drop_path=0.0, floor=on_demo)
+    common |= dict(single_class=on_demo) if args.command == "detect" else {}
     for name, value in (common | OTHERWISE[args.command] | preset).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -262,7 +269,7 @@ def load_encoder(args: argparse.Namespace) -> smae.SMAE:
 
 
 def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, known: dict) -> Scenes:
-    """A split of the data for a "segmenter" or "detector"; ``known``: see :func:`classes_of`.
+    """A split of the data for a "segmenter" or "detector"; ``known``: the result of :func:`classes_of`, or {}.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -271,23 +278,27 @@ def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, 
         ignored = getattr(args, "ignore_index", ())
         scenes = load_label_maps(args.dataset, split, **how, ignored=ignored, **known)
     else:
+        single = known.pop("single_class", getattr(args, "single_class", False))
         scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, **known)
+        scenes = scenes.as_one_class() if single else scenes
     scenes.form = data.pixel_format(scenes.records, channels)
     return scenes
 
 
 def classes_of(scenes: Scenes) -> dict:
     """The argument by which another split gets the same classes."""
-    if isinstance(scenes, Instances):
-        return dict(known=(scenes.classes, scenes.category_ids))
-    return dict(labels=scenes.labels)
+    if not isinstance(scenes, Instances):
+        return dict(labels=scenes.labels)
+    if scenes.single_class:
+        return dict(single_class=True)
+    return dict(known=(scenes.classes, scenes.category_ids))
 
 
 def load_tests(args: argparse.Namespace, task: str, split: str | None, channels: int, known: dict) -> Scenes | None:
     """The pictures to test on: ``split``, or the first of validation, val and test that exists; None if none does."""
     for name in [split] if split else ("validation", "val", "test"):
         try:
-            return load_scenes(args, task, name, channels, known)
+            return load_scenes(args, task, name, channels, dict(known))
         except ValueError as error:
             if split or ("Unknown split" not in str(error) and "is empty" not in str(error)):
                 raise
@@ -517,6 +528,8 @@ def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     model, seen, known = task.model, config.get("data", {}), {}
     if "class_of" in seen and not args.classes:
         known = dict(labels=Labels(model.classes, dict(seen["class_of"])))
+    elif config.get("detect", {}).get("single_class"):
+        known = dict(single_class=True)
     elif "category_ids" in seen and not args.classes:
         known = dict(known=(model.classes, seen["category_ids"]))
     scenes = load_tests(args, model.task, args.split, model.config["channels"], known)

@@ -42,7 +42,8 @@ class Instances:
     dictionary of COCO's "bbox" (left, top, width, height), "category" (a class from 0), and perhaps
     "area", "iscrowd" and "segmentation". With a column mask, an undecoded picture, object i has the
     value i + 1 in it; a single object has all that is not 0. ``has_masks``: whether objects have
-    shapes. ``category_ids``: the numbers of the classes in the files of the data.
+    shapes. ``category_ids``: the numbers of the classes in the files of the data. ``single_class``:
+    whether all objects count as the only class.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Instances:
         form: data.PixelFormat,
         has_masks: bool,
         category_ids: Sequence[int] | None = None,
+        single_class: bool = False,
     ):
         self.records, self.classes, self.form, self.has_masks = records, list(classes), form, has_masks
+        self.single_class = single_class
         self.category_ids = list(category_ids or range(len(classes)))
 
     def __len__(self) -> int:
@@ -62,7 +65,11 @@ class Instances:
     def select(self, indices: Sequence[int]) -> "Instances":
         """Some of the pictures."""
         records = self.records.select(indices)
-        return Instances(records, self.classes, self.form, self.has_masks, self.category_ids)
+        return Instances(records, self.classes, self.form, self.has_masks, self.category_ids, self.single_class)
+
+    def as_one_class(self) -> "Instances":
+        """The same objects, all of a class "object"."""
+        return Instances(self.records, ["object"], self.form, self.has_masks, self.category_ids[:1], single_class=True)
 
     def image_id(self, index: int) -> int | str:
         """The number of a picture in its data: its id, if there is one, else its index."""
@@ -82,6 +89,7 @@ class Instances:
             raise ValueError(f"its annotations are of a picture of {record['size']} pixels, it has {[width, height]}")
         objects = json.loads(record["objects"])
         for number, each in enumerate(objects):
+            each["category"] = 0 if self.single_class else each["category"]
             if not 0 <= each["category"] < len(self.classes):
                 raise ValueError(
                     f"object {number} has class {each['category']}, beyond the {len(self.classes)} classes"

@@ -32,7 +32,7 @@ QUICK = [
     *"--no-floor --epochs 2 --max-images 32 --max-test-images 6 --batch-size 8 --workers 0 --precision no".split(),
 ]
 SEGMENT = ["segment", *QUICK, *"--head upernet --head-width 8".split()]
-DETECT = ["detect", *QUICK, *"--head-width 8 --rois 8 --proposals 16".split()]
+DETECT = ["detect", *QUICK, *"--no-single-class --head-width 8 --rois 8 --proposals 16".split()]
 
 
 @pytest.fixture(autouse=True)
@@ -269,6 +269,17 @@ def test_a_test_on_other_classes_is_refused(trained, tmp_path):
     how = ["--dataset", tmp_path / "data", "--split", "train", "--precision", "no", "--out", tmp_path / "run"]
     with pytest.raises(ValueError, match=r"classes of .* \(earth, sea, ...\) are not those of"):
         dense.main(["test", "--checkpoint", trained / "segment", "--classes", tmp_path / "names.txt", *how])
+
+
+def test_objects_of_any_class_are_found_as_one(tmp_path):
+    for split in ("train2017", "val2017"):
+        make_coco(tmp_path / "coco", split)
+    how = ["--dataset", tmp_path / "coco", "--single-class", "--batch-size", 2, "--max-images", 3, "--epochs", 1]
+    found = dense.main([*DETECT, *how, "--out", tmp_path / "run"])
+    assert smae.load(tmp_path / "run").classes == ["object"] and list(found["box_by_class"]) == ["object"]
+    again = ["test", "--checkpoint", tmp_path / "run", "--dataset", tmp_path / "coco", "--precision", "no"]
+    assert dense.main([*again, "--out", tmp_path / "test"])["box_ap"] == found["box_ap"]
+    assert options_of("detect").single_class and not options_of("detect", "--dataset", "mine").single_class
 
 
 def test_a_missing_requirement_is_one_line(tmp_path):
