@@ -110,6 +110,9 @@ def test_ignored_pixels_do_not_count():
     changed[:, :, 0] += 100  # its pixels are ignored, up to those that interpolation mixes with others
     assert pixel_loss(logits, labels) == pytest.approx(pixel_loss(changed, labels).item(), rel=1e-6)
     assert pixel_loss(logits, torch.full_like(labels, IGNORED)) == 0
+    same_size = labels[:, ::2, ::2]
+    expected = nn.functional.cross_entropy(logits, same_size, ignore_index=IGNORED)  # the mean of the others
+    assert pixel_loss(logits, same_size) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_what_makes_no_sense_is_refused(small_model):
