@@ -22,6 +22,7 @@ from torch import nn
 import dense
 import smae
 import tasks
+from data import TooManyBadImages
 from detector import Detector
 from label_maps import load_label_maps
 from segmenter import Segmenter
@@ -136,6 +137,30 @@ def test_a_test_that_fails_costs_no_training(tmp_path, monkeypatch):
         dense.main(command)
     monkeypatch.setattr(tasks.Segmentation, "predict", predict)
     assert dense.main([*command, "--resume"])["images"] == 6 and len(losses) == 4
+
+
+def test_broken_test_pictures_cost_no_training(tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise TooManyBadImages("2 of 6 pictures are broken")
+
+    losses, loss, judge = [], tasks.Segmentation.loss, tasks.Segmentation.test
+    monkeypatch.setattr(tasks.Segmentation, "loss", lambda *a: losses.append(loss(*a)) or losses[-1])
+    monkeypatch.setattr(tasks.Segmentation, "test", broken)
+    command = [*SEGMENT, "--epochs", 1, "--out", tmp_path]
+    with pytest.raises(TooManyBadImages):
+        dense.main(command)
+    monkeypatch.setattr(tasks.Segmentation, "test", judge)
+    assert dense.main([*command, "--max-bad-images", 0.5, "--resume"])["images"] == 6 and len(losses) == 4
+
+
+def test_what_is_random_does_not_depend_on_what_was_drawn_before(tmp_path, monkeypatch):
+    judge = tasks.Segmentation.test
+    command = [*SEGMENT, "--test-every", 1]  # UPerNet has dropout
+    dense.main([*command, "--out", tmp_path / "one"])
+    monkeypatch.setattr(tasks.Segmentation, "test", lambda *a, **o: torch.rand(7) is None or judge(*a, **o))
+    dense.main([*command, "--out", tmp_path / "other"])
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert files[0] == files[1]
 
 
 def test_predictions_overwrite_nothing_unless_told_to(trained, photos, tmp_path):
