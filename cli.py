@@ -132,6 +132,9 @@ OPTIONS = {  # that several commands have
     "blr": dict(type=float, help="base learning rate, for a batch of 256 images"),
     "lr": dict(type=float, help="learning rate (default: blr * batch size / 256)"),
     "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
+    "clip-grad": dict(type=float, help="largest gradient norm (default: no clipping)"),
+    "layer-decay": dict(type=float, help="learning rate of a block over that of the next"),
+    "drop-path": dict(type=float, help="stochastic depth of the last block"),
     "precision": dict(
         choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 where the hardware has it"
     ),
@@ -148,6 +151,7 @@ OPTIONS = {  # that several commands have
         type=int, help="steps between more checkpoints (one is written every 15 minutes in any case)"
     ),
     "keep": dict(type=int, default=2, help="number of checkpoints to keep, the newest"),
+    "log-with": dict(help="tracker of Accelerate: tensorboard, wandb, ... (default: none)"),
     "out": dict(type=Path, help="folder for the results"),
     "overwrite": FLAG | dict(help="replace earlier results there"),
 }

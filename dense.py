@@ -191,9 +191,7 @@ def add_training_options(parser: argparse.ArgumentParser, side: str):
     group = parser.add_argument_group("optimisation (defaults: those of the preset)")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "lr", "weight-decay")
     group.add_argument("--schedule", choices=optim.SCHEDULES, help="of the learning rate (default: cosine)")
-    group.add_argument("--layer-decay", type=float, help="learning rate of a block over that of the next")
-    group.add_argument("--drop-path", type=float, help="stochastic depth of the last block")
-    group.add_argument("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
+    cli.add(group, "layer-decay", "drop-path", "clip-grad")
     group.add_argument("--scale", type=float, nargs=2, help="smallest and largest factor on the size of pictures")
     group = parser.add_argument_group("run")
     group.add_argument("--test-every", type=int, help="epochs between tests (default: a fifth of --epochs)")
@@ -202,8 +200,7 @@ def add_training_options(parser: argparse.ArgumentParser, side: str):
         action=argparse.BooleanOptionalAction,
         help="afterwards train an untrained encoder in the same way, in --out/floor (default: on the demo data)",
     )
-    cli.add(group, "resume", "save-every-steps", "keep")
-    group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
+    cli.add(group, "resume", "save-every-steps", "keep", "log-with")
     group = parser.add_argument_group("model", "For --checkpoint random; --heads for any.")
     cli.add(group, *(name for name in cli.MODEL if name != "image-size"))
 
@@ -493,7 +490,7 @@ def draw(task: Task, scenes: Scenes, file: Path, text: str):
 
 def write_detections(file: Path, results: list[dict], scenes: Scenes):
     """Write detections in COCO's result format, under the image and category ids of the data."""
-    ids = [scenes.image_id(index) for index in range(len(scenes))]
+    ids = scenes.image_ids()
     found = []
     for each in results:
         each = each | dict(image_id=ids[each["image_id"]], category_id=scenes.category_ids[each["category_id"]])

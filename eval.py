@@ -104,8 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("finetune", "accuracy after fine-tuning; saves the classifier")
     add_training_options(sub)
-    sub.add_argument("--layer-decay", type=float, default=0.65, help="learning rate of a block over that of the next")
-    sub.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
+    cli.add(sub, "layer-decay", "drop-path", layer_decay=0.65, drop_path=0.1)
     sub.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     sub.add_argument("--mixup", type=float, default=0.8, help="alpha of mixup (0: none)")
     sub.add_argument("--cutmix", type=float, default=1.0, help="alpha of cutmix (0: none)")

@@ -71,10 +71,11 @@ class Instances:
         """The same objects, all of a class "object"."""
         return Instances(self.records, ["object"], self.form, self.has_masks, self.category_ids[:1], single_class=True)
 
-    def image_id(self, index: int) -> int | str:
-        """The number of a picture in its data: its id, if there is one, else its index."""
-        record = self.records[index]
-        return json.loads(record["image_id"]) if "image_id" in record else index
+    def image_ids(self) -> list[int | str]:
+        """The numbers of the pictures in their data: their ids, if there are any, else their indices."""
+        if "image_id" not in self.records.features:
+            return list(range(len(self)))
+        return [json.loads(text) for text in self.records["image_id"]]
 
     def read(self, index: int) -> dict:
         """A picture: "image" (c, H, W) uint8; "objects", COCO's annotations; "has_masks"; "name".

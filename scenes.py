@@ -58,8 +58,8 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.records)
 
-    def image_id(self, index: int) -> int:
-        return index
+    def image_ids(self) -> list[int]:
+        return list(range(len(self)))
 
     def read(self, index: int) -> dict:
         record = self.records[index]

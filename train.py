@@ -149,16 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", epochs=5, warmup_epochs=1, batch_size=128)
     cli.add(group, "blr", "lr", "weight-decay", blr=1e-3, weight_decay=0.05)
-    group.add_argument("--clip-grad", type=float, help="largest gradient norm (default: no clipping)")
-    cli.add(group, "crop-scale", "precision", "compile", "seed", crop_scale=(0.2, 1.0))
+    cli.add(group, "clip-grad", "crop-scale", "precision", "compile", "seed", crop_scale=(0.2, 1.0))
 
     group = parser.add_argument_group("run")
     cli.add(group, "out", "overwrite", out=Path("runs/pretrain"))
     group.add_argument(
         "--save-every", type=int, help="epochs between checkpoints, weights and pictures (default: a tenth of --epochs)"
     )
-    cli.add(group, "resume", "save-every-steps", "keep")
-    group.add_argument("--log-with", help="tracker of Accelerate: tensorboard, wandb, ... (default: none)")
+    cli.add(group, "resume", "save-every-steps", "keep", "log-with")
     group.add_argument(
         "--probe-every",
         type=int,

@@ -18,10 +18,10 @@ def test_the_files_of_coco_are_read_as_pycocotools_reads_them(tmp_path):
 
     scenes = load_instances(str(make_coco(tmp_path)), "train")
     assert scenes.classes == ["cat", "dog"] and scenes.category_ids == [3, 9]
-    assert [scenes.image_id(i) for i in range(3)] == [5, 6, 7]
+    assert scenes.image_ids() == [5, 6, 7]
     theirs = COCO(tmp_path / "annotations" / "instances_train2017.json")
     for index in range(3):
-        ours, expected = scenes.read(index)["objects"], theirs.loadAnns(theirs.getAnnIds([scenes.image_id(index)]))
+        ours, expected = scenes.read(index)["objects"], theirs.loadAnns(theirs.getAnnIds([scenes.image_ids()[index]]))
         assert len(ours) == len(expected)
         for one, other in zip(ours, expected):
             assert np.array_equal(rle.decode(one["segmentation"]), theirs.annToMask(other))
@@ -126,7 +126,7 @@ def test_files_of_coco_in_other_forms(tmp_path):
         for name in {"id", "image_id"} & each.keys() if "file_name" in each else {"image_id"}:
             each[name] = f"picture-{each[name]}"
     scenes = load_instances(str(make_coco(tmp_path, content=content)), "train")
-    assert scenes.image_id(2) == "picture-7" and rle.area(scenes.read(2)["objects"][0]["segmentation"]) == 300
+    assert scenes.image_ids()[2] == "picture-7" and rle.area(scenes.read(2)["objects"][0]["segmentation"]) == 300
     with pytest.raises(ValueError, match="names its classes itself"):
         load_instances(str(tmp_path), "train", classes="names.txt")
 
