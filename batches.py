@@ -204,7 +204,7 @@ class EvalCrops(torch.utils.data.Dataset):
     def prepare(self, index: int, record: dict) -> tuple:
         image, bad = torch.zeros(self.form.channels, *pair(self.size), dtype=torch.uint8), None
         try:
-            image = data.center_crop(data.decode(record["image"], self.form), self.size, self.ratio)
+            image = data.center_crop(data.open_picture(record["image"], self.form), self.size, self.ratio)
         except Exception as error:
             bad = data.describe_bad(index, record["image"], error)
         label = record.get("label")

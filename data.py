@@ -18,15 +18,15 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 import folders
@@ -49,7 +49,6 @@ FILES = {  # single files, and the loader of datasets that reads them
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")  # preferred, where several columns hold images
 NAME_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file")  # of pictures, in text tables
 TEXT_TABLES = (".csv", ".json", ".jsonl")
-ORIENTATION = 0x0112  # an EXIF tag
 DEMO = ("shapes", "shapes:easy")
 ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # for pictures or their paths
 
@@ -412,24 +411,38 @@ def decode(record, form: PixelFormat = RGB) -> Picture:
     return pixels.convert(open_upright(record), form)
 
 
+def open_picture(record, form: PixelFormat = RGB) -> Picture:
+    """As :func:`decode`, but a JPEG is decoded when its pixels are wanted, which may then raise."""
+    if isinstance(record, dict) and (encoded := _encoded(record)):
+        record = dict(bytes=encoded, path=None)
+        if jpeg := pixels.Jpeg.open(encoded, form):
+            return jpeg
+    return decode(record, form)
+
+
 def open_upright(record) -> Image.Image | np.ndarray:
     """The picture of a record, turned as its EXIF says, unless that is damaged; an array of an array column."""
     if record is not None and not isinstance(record, dict):
         return _numbers(np.asarray(record))
-    encoded, path = (record or {}).get("bytes"), (record or {}).get("path")
+    encoded = _encoded(record or {})
+    if encoded is None:
+        return datasets.Image().decode_example(record)
+    if encoded.startswith(b"\x93NUMPY"):
+        return _numbers(np.load(io.BytesIO(encoded)))  # never an object array
+    with Image.open(io.BytesIO(encoded)) as image:
+        image.load()
+    turn = pixels.TURNS.get(pixels.orientation_of(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _encoded(record: dict) -> bytes | None:
+    """The content of a picture's file; None if it lies elsewhere on the net. Raises ValueError if there is none."""
+    encoded, path = record.get("bytes"), record.get("path")
     if encoded is None and path is None:
         raise ValueError("there is no picture (null)")
-    if encoded is None and "://" in path:
-        return datasets.Image().decode_example(record)
-    if encoded is not None and encoded.startswith(b"\x93NUMPY"):
-        return _numbers(np.load(io.BytesIO(encoded)))  # never an object array
-    with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
-        image.load()
-    try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # of many kinds; the pixels are sound
-        return image
+    if encoded is None and "://" not in path:
+        encoded = Path(path).read_bytes()
+    return encoded
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:
@@ -559,22 +572,23 @@ def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
 
 
 def decode_or_next(
-    dataset: datasets.Dataset, index: int, tries: int, form: PixelFormat = RGB
-) -> tuple[Picture, int, list[BadImage]]:
-    """Picture ``index`` or the next one that can be decoded, its label, and the broken ones before.
+    dataset: datasets.Dataset, index: int, tries: int, form: PixelFormat = RGB, use: Callable = lambda picture: picture
+) -> tuple[Any, int, list[BadImage]]:
+    """What ``use`` makes of picture ``index`` or the next that is not broken, its label, and the broken ones before.
 
-    The label is 0 if there is none. After ``tries`` broken pictures the result is blank: the caller
-    then has enough reason to stop.
+    A JPEG that is only broken inside counts as broken if ``use`` wants its pixels. The label is 0
+    if there is none. After ``tries`` broken pictures a blank one is used: the caller then has
+    enough reason to stop.
     """
     bad = []
     for i in range(index, index + tries):
         i, record = i % len(dataset), {}
         try:
             record = dataset[i]
-            return decode(record["image"], form), record.get("label", 0), bad
+            return use(open_picture(record["image"], form)), record.get("label", 0), bad
         except Exception as error:  # a decoder raises anything on a broken file
             bad.append(describe_bad(i, record.get("image"), error))
-    return pixels.blank(form), 0, bad
+    return use(pixels.blank(form)), 0, bad
 
 
 class TooManyBadImages(ValueError):

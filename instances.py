@@ -84,7 +84,7 @@ class Instances:
         a box beyond the picture; whatever PIL raises for broken files.
         """
         record = self.records[index]
-        image = pixels.to_tensor(data.decode(record["image"], self.form))
+        image = pixels.to_tensor(data.open_picture(record["image"], self.form))
         height, width = image.shape[1:]
         if record.get("size") not in (None, [width, height]):
             raise ValueError(f"its annotations are of a picture of {record['size']} pixels, it has {[width, height]}")
@@ -295,7 +295,7 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
     for index in data.evenly_spaced(len(scenes), 64):
         record = scenes.records[int(index)]
         try:
-            width, height = data.decode(record["image"], scenes.form).size
+            width, height = data.open_picture(record["image"], scenes.form).size
             objects = json.loads(record["objects"])
             if scenes.has_masks:
                 scenes.encode_masks(objects, record, height, width)

@@ -188,7 +188,7 @@ class LabelMaps:
         raises for broken files.
         """
         record = self.records[index]
-        image = pixels.to_tensor(data.decode(record["image"], self.form))
+        image = pixels.to_tensor(data.open_picture(record["image"], self.form))
         labels = self.labels.apply(self._values(record))
         if labels.shape != tuple(image.shape[1:]):
             sizes = [f"{width} x {height}" for height, width in (labels.shape, image.shape[1:])]

@@ -16,19 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 import data
+import pixels
 
 SHADES = 32  # more values than this in one mask, up to 255, are shades of a soft one, not classes
 SAMPLES = 32  # masks to look at before their values are understood
 VOID_COLOUR = (224, 224, 192)  # of the rims in Pascal VOC
-TURNS = {  # what an EXIF orientation asks for
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class MaskRule(NamedTuple):
@@ -159,10 +151,10 @@ def turn_of(picture: dict, mask_size: tuple[int, int]) -> Image.Transpose | None
     with contextlib.suppress(Exception):  # a broken picture, or damaged EXIF
         source = picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])
         with Image.open(source) as image:
-            orientation = image.getexif().get(data.ORIENTATION, 1)
+            orientation = image.getexif().get(pixels.ORIENTATION, 1)
             if orientation > 4 and image.size == mask_size and image.width != image.height:
-                return TURNS.get(orientation)
-            if orientation in TURNS and (orientation < 5 or image.width == image.height):
+                return pixels.TURNS.get(orientation)
+            if orientation in pixels.TURNS and (orientation < 5 or image.width == image.height):
                 data.say_once(
                     "WARNING: some pictures are turned or mirrored by their EXIF, and the size of their masks does not "
                     "tell whether these are too: they are taken as they are"
@@ -228,7 +220,7 @@ def sample_pictures(
     images, objects, reason = [], [], "there are none"
     for number, record in enumerate(data.sample_records(dataset, 2 * count, columns)):
         try:
-            image = data.center_crop(data.decode(record["image"], form), size)
+            image = data.center_crop(data.open_picture(record["image"], form), size)
         except Exception as error:  # a broken picture; training counts and reports it
             reason = data.describe_bad(number, record["image"], error).description
             continue

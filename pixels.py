@@ -1,17 +1,19 @@
 """From decoded pictures to bytes: how many channels, which range of values, which square.
 
-Pictures are PIL images, or :class:`Bands` if PIL has no mode for their channels. Letters in shapes:
-``c`` channels, ``H``/``W`` image height/width in pixels.
+Pictures are PIL images, :class:`Bands` if PIL has no mode for their channels, or :class:`Jpeg` as long as they are
+not decoded. Letters in shapes: ``c`` channels, ``H``/``W`` image height/width in pixels.
 """
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 
@@ -28,6 +30,16 @@ class PixelFormat(NamedTuple):
 
 
 RGB = PixelFormat()
+ORIENTATION = 0x0112  # an EXIF tag, and how pictures with its values must be turned
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Bands:
@@ -38,7 +50,78 @@ class Bands:
         self.size = self.width, self.height = self.bands[0].size
 
 
-Picture = Image.Image | Bands
+class Jpeg:
+    """A JPEG in ``encoded`` bytes, which is decoded when its pixels are wanted, no larger than these need.
+
+    ``size``: width and height, upright. What is broken inside raises only then.
+    """
+
+    def __init__(self, encoded: bytes, size: tuple[int, int], orientation: int, form: PixelFormat):
+        self.encoded, self.form = encoded, form
+        self.mirror_rows, self.mirror_columns = orientation in (3, 4, 6, 7), orientation in (2, 3, 7, 8)
+        self.sideways = orientation in (5, 6, 7, 8)
+        self.lying = size
+        self.size = self.width, self.height = size[::-1] if self.sideways else size
+
+    @classmethod
+    def open(cls, encoded: bytes, form: PixelFormat) -> "Jpeg | None":
+        """A JPEG as grey or RGB; None for other files, colours and formats, which PIL must read."""
+        if not encoded.startswith(b"\xff\xd8") or form.channels not in (1, 3):
+            return None
+        with Image.open(io.BytesIO(encoded)) as image:
+            known = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+            return cls(encoded, image.size, orientation_of(image), form) if known else None
+
+    def cut(self, top: int, left: int, height: int, width: int, size: tuple[int, int]) -> Tensor:
+        """Cut out a box and resize it: (c, H, W) uint8."""
+        # where the box lies in the picture that is not turned yet
+        if self.sideways:
+            top, left, height, width, size = left, top, width, height, size[::-1]
+        if self.mirror_rows:
+            top = self.lying[1] - top - height
+        if self.mirror_columns:
+            left = self.lying[0] - left - width
+
+        room = min(height // size[0], width // size[1])
+        factor = next(factor for factor in (8, 4, 2, 1) if factor <= max(room, 1))
+        image = self.decode(factor)
+        if factor == 1:
+            found = resize(from_array(image[top : top + height, left : left + width]), size)
+        else:
+            box = np.array([left, top, left + width, top + height]) / factor
+            low, high = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
+            around = Image.fromarray(image[low[1] : high[1], low[0] : high[0]].squeeze())
+            box = tuple(box - np.tile(low, 2))
+            found = TF.pil_to_tensor(around.resize(size[::-1], Image.Resampling.BICUBIC, box))
+
+        found = found.flip([dim for dim, mirror in ((1, self.mirror_rows), (2, self.mirror_columns)) if mirror])
+        return found.mT if self.sideways else found
+
+    def decode(self, factor: int = 1) -> np.ndarray:
+        """The whole picture, not turned, at a part of its size, 1, 1/2, 1/4 or 1/8: (H, W, c) uint8.
+
+        libjpeg leaves out the work for the details that are not wanted.
+        """
+        width, height = self.lying
+        least = dict(min_height=-(-height // factor), min_width=-(-width // factor)) if factor > 1 else {}
+        try:
+            return simplejpeg.decode_jpeg(self.encoded, "GRAY" if self.form.channels == 1 else "RGB", **least)
+        except ValueError:  # PIL reads it nevertheless, or says what is wrong
+            with Image.open(io.BytesIO(self.encoded)) as image:
+                image.draft(None, (width // factor, height // factor))
+                values = np.array(image.convert("L" if self.form.channels == 1 else "RGB"))
+            return values.reshape(*values.shape[:2], -1)
+
+
+Picture = Image.Image | Bands | Jpeg
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The orientation of a picture by its EXIF, 1 to 8; 1, which is upright, if that is damaged."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of many kinds; the pixels are sound
+        return 1
 
 
 def is_deep(picture: Image.Image | np.ndarray) -> bool:
@@ -184,40 +267,55 @@ def compact(size: Size) -> int | list[int]:
 
 def to_tensor(image: Picture) -> Tensor:
     """A picture as (c, H, W) uint8."""
-    if isinstance(image, Bands):
-        return torch.cat([to_tensor(band) for band in image.bands])
-    return TF.pil_to_tensor(image)
+    return crop(image, (0, 0, image.height, image.width))
 
 
-def crop(image: Picture, box: np.ndarray, flip: bool, size: Size) -> Tensor:
-    """Cut out a box (top, left, height, width) and resize it: (c, H, W) uint8."""
+def crop(image: Picture, box: Sequence[int], flip: bool = False, size: Size | None = None) -> Tensor:
+    """Cut out a box (top, left, height, width) and resize it: (c, H, W) uint8.
+
+    Without a size it keeps its own. What resamples is PIL's antialiased bicubic filter for uint8, as
+    torch has it: values differ from PIL's by 1 at most.
+    """
     if isinstance(image, Bands):
         return torch.cat([crop(band, box, flip, size) for band in image.bands])
     top, left, height, width = (int(x) for x in box)
-    image = stretch(image.crop((left, top, left + width, top + height)), size)
-    return image.flip(-1) if flip else image
+    size = pair(size or (height, width))
+    if isinstance(image, Jpeg):
+        found = image.cut(top, left, height, width, size)
+    else:
+        if (height, width) != (image.height, image.width):
+            image = image.crop((left, top, left + width, top + height))
+        found = resize(TF.pil_to_tensor(image), size)
+    return found.flip(-1) if flip else found
+
+
+def from_array(values: np.ndarray) -> Tensor:
+    """A picture (H, W, c) uint8 as (c, H, W)."""
+    return torch.from_numpy(values).permute(2, 0, 1)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (c, H, W) uint8 by the antialiased bicubic filter."""
+    if image.shape[1:] == size:
+        return image
+    return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
 
 
 def stretch(image: Picture, size: Size) -> Tensor:
     """Resize a whole picture, ignoring its aspect ratio: (c, H, W) uint8."""
-    if isinstance(image, Bands):
-        return torch.cat([stretch(band, size) for band in image.bands])
-    height, width = pair(size)
-    return TF.pil_to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+    return crop(image, (0, 0, image.height, image.width), size=size)
 
 
 def center_crop(image: Picture, size: Size, ratio: float = 1.0) -> Tensor:
     """Resize a picture and cut out its centre: (c, H, W) uint8. ``ratio``: side of the crop over the short side."""
-    if isinstance(image, Bands):
-        return torch.cat([center_crop(band, size, ratio) for band in image.bands])
     limit = 8 * min(image.size)  # a strip of 1 x 10,000 pixels would become enormous
-    if max(image.size) > limit:
-        image = TF.center_crop(image, [min(image.height, limit), min(image.width, limit)])
+    h, w = min(image.height, limit), min(image.width, limit)
+    box = (round((image.height - h) / 2), round((image.width - w) / 2), h, w)
     height, width = pair(size)
     if height == width:
-        image = TF.resize(image, round(height / ratio), InterpolationMode.BICUBIC)
+        short = round(height / ratio)
+        sides = (int(short * h / w), short) if w <= h else (short, int(short * w / h))
     else:
-        scale = max(height / image.height, width / image.width) / ratio
-        sides = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
-        image = TF.resize(image, sides, InterpolationMode.BICUBIC)
-    return TF.pil_to_tensor(TF.center_crop(image, [height, width]))
+        scale = max(height / h, width / w) / ratio
+        sides = (max(height, round(h * scale)), max(width, round(w * scale)))
+    return TF.center_crop(crop(image, box, size=sides), [height, width])

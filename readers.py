@@ -6,13 +6,14 @@
 Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels.
 """
 
+import functools
 import itertools
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
@@ -259,18 +260,37 @@ class MapCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, request: Request) -> Batch:
         epoch, indices, size = request
-        pictures, labels, bad = [], [], []
-        for index in indices:
-            tries = max(1, self.options.bad_limit - len(bad))
-            picture, label, met = data.decode_or_next(self.dataset, int(index), tries, self.options.form)
-            pictures.append(picture)
-            labels.append(label)
-            bad += met
-        sizes = np.array([(picture.height, picture.width) for picture in pictures])
+        bad: list[BadImage] = []
+
+        # open the pictures, which tells their sizes
+        opened = [self._next(int(index), bad) for index in indices]
+        sizes = np.array([(picture.height, picture.width) for picture, _, _ in opened])
+        labels = np.array([label for _, label, _ in opened])
         crops = self.options.crops(sizes, epoch, indices)
-        images = torch.stack([pixels.crop(*each, size) for each in zip(pictures, *crops)])
-        images = self.options.augmented(images, epoch, indices)
-        return Batch(shared(images), indices, bad, np.array(labels), crops.as_fractions(sizes))
+
+        def crop_another(picture: data.Picture, i: int) -> Tensor:
+            sizes[i] = picture.height, picture.width
+            own = self.options.crops(sizes[i : i + 1], epoch, indices[i : i + 1])
+            crops.boxes[i], crops.flips[i] = own.boxes[0], own.flips[0]
+            return pixels.crop(picture, crops.boxes[i], crops.flips[i], size)
+
+        # decode them
+        images = []
+        for i, (picture, _, place) in enumerate(opened):
+            try:
+                images.append(pixels.crop(picture, crops.boxes[i], crops.flips[i], size))
+            except Exception:  # broken inside
+                image, labels[i], _ = self._next(place, bad, use=functools.partial(crop_another, i=i))
+                images.append(image)
+        images = self.options.augmented(torch.stack(images), epoch, indices)
+        return Batch(shared(images), indices, bad, labels, crops.as_fractions(sizes))
+
+    def _next(self, index: int, bad: list[BadImage], **use: Callable) -> tuple[Any, int, int]:
+        """As ``data.decode_or_next``, but adds the broken pictures to ``bad`` and returns where it ended."""
+        tries = max(1, self.options.bad_limit - len(bad))
+        found, label, met = data.decode_or_next(self.dataset, index, tries, self.options.form, **use)
+        bad += met
+        return found, label, index + len(met)
 
 
 class PreloadedReader(IndexReader):
@@ -313,10 +333,12 @@ class PreloadedReader(IndexReader):
         return min(max(short_sides), 2 * max(pair(self.options.size)))
 
     def _store(self, dataset: datasets.Dataset, index: int):
+        def store(picture: data.Picture):
+            self.images[index] = pixels.stretch(picture, self.images.shape[-1])
+            self.sizes[index] = picture.height, picture.width
+
         tries = max(1, self.options.bad_limit - len(self.bad))
-        picture, self.labels[index], met = data.decode_or_next(dataset, index, tries, self.options.form)
-        self.sizes[index] = picture.height, picture.width
-        self.images[index] = pixels.stretch(picture, self.images.shape[-1])
+        _, self.labels[index], met = data.decode_or_next(dataset, index, tries, self.options.form, store)
         self.bad += met
 
     def read(self, requests: list[Request]) -> Iterable[Batch]:
@@ -432,7 +454,7 @@ class StreamCrops(IterableDataset):
 
             # decode and crop the others, until a batch is full
             try:
-                picture = self._decode(record)
+                part = self._crop(self._open(record), index, record.get("label", 0))
             except Exception as error:  # a broken file can raise any error
                 image = None if isinstance(record, Exception) else record["image"]
                 bad.append(data.describe_bad(index, image, error))
@@ -440,17 +462,17 @@ class StreamCrops(IterableDataset):
                     yield self._join([], bad)
                     return
                 continue
-            parts.append(self._crop(picture, index, record.get("label", 0)))
+            parts.append(part)
             if len(parts) == self.batch_size:
                 yield self._join(parts, bad)
                 parts, bad = [], []
         while True:
             yield None
 
-    def _decode(self, record: dict | Exception) -> data.Picture:
+    def _open(self, record: dict | Exception) -> data.Picture:
         if isinstance(record, Exception):
             raise record
-        return data.decode(record["image"], self.options.form)
+        return data.open_picture(record["image"], self.options.form)
 
     def _crop(self, picture: data.Picture, index: int, label: int) -> tuple:
         size = np.array([(picture.height, picture.width)])

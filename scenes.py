@@ -63,7 +63,7 @@ class Pictures:
 
     def read(self, index: int) -> dict:
         record = self.records[index]
-        image = pixels.to_tensor(data.decode(record["image"], self.form))
+        image = pixels.to_tensor(data.open_picture(record["image"], self.form))
         return dict(image=tv_tensors.Image(image), name=name_of(record, index))
 
 

@@ -272,7 +272,7 @@ def test_centre_crops_resize_the_short_side_and_cut_out_the_centre():
     image = picture(80, 40)
     expected = image.resize((64, 32), Image.Resampling.BICUBIC).crop((20, 4, 44, 28))
     result = data.center_crop(image, 24, 0.75)
-    assert np.array_equal(result.permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert np.abs(result.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 1
     assert data.center_crop(image, 24).shape == (3, 24, 24)
 
 
