@@ -3,31 +3,42 @@
     python bench.py step        # a training step of ours against transformers' ViTMAE, and what the guides cost
     python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
     python bench.py cut         # the bi-partition against torch.linalg.eigh, and all that follows the features
+    python bench.py load        # reading JPEGs against torchvision's ImageFolder with MAE's augmentation, on one core
 
-Both models see the same batch, draw their random masks inside the step, and use SDPA and fused
+In ``step`` both models see the same batch, draw their random masks inside the step, and use SDPA and fused
 AdamW. Times are medians over --repeats rounds; in every round each contestant runs once, so that a
 noisy machine treats them alike, and the ratios are medians of the ratios of the rounds.
 """
 
 import argparse
+import io
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import cli
+import data
 import masks
 import smae
-from batches import Batch
-from cropping import Crops
+from batches import Batch, EvalCrops
+from cropping import CropOptions, Crops
 from guide import Guide
+from readers import MapCrops, Request
 
 BASE = "ours, random masks"
+PHOTOGRAPHS = {"500x375": 100, "1600x1200": 24, "4000x3000": 6}  # width x height, and how many are read in a round
 TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +63,14 @@ def parse_arguments() -> argparse.Namespace:
     cut.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="images")
     cut.add_argument("--sides", type=int, nargs="+", default=[14, 24], help="sides of the patch grid, in patches")
     cut.add_argument("--width", type=int, default=768, help="width of the features")
-    for command in (step, cut):
+
+    load = commands.add_parser("load", help="reading JPEGs, on one core", formatter_class=cli.HelpFormatter)
+    load.add_argument("--image-size", type=int, default=224, help="side of the crops, in pixels")
+    for command in (step, cut, load):
+        if command is load:
+            command.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
+            command.add_argument("--json", help="also write the figures to this file")
+            continue
         command.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
         command.add_argument("--repeats", type=int, default=10, help="rounds, after two to warm up")
         command.add_argument("--json", help="also write the figures to this file")
@@ -196,6 +214,75 @@ def bench_cut(
     return seconds
 
 
+def photograph(width: int, height: int, seed: int) -> bytes:
+    """A JPEG with as much detail as a photograph: noise of all scales, and grain."""
+    rng, total, cells = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32), 4
+    while cells < width:
+        rows = cells * height // width + 1
+        for channel in range(3):
+            noise = Image.fromarray(rng.normal(size=(rows, cells)).astype(np.float32))
+            total[..., channel] += cells**-0.8 * np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC))
+        cells *= 2
+    total = 0.8 * total.mean(axis=-1, keepdims=True) + 0.3 * total
+    values = 128 + 55 * total / total.std() + rng.normal(size=(height, width, 1)) * 3
+    buffer = io.BytesIO()
+    Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def bench_load(size: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds per picture of reading JPEGs from files, by ours and by torchvision's ImageFolder.
+
+    Training crops and evaluation crops, as in facebookresearch/mae; and libjpeg alone, which
+    decodes whole pictures from memory.
+    """
+    torch.set_num_threads(1)
+    normalize = [transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)]
+    bicubic = transforms.InterpolationMode.BICUBIC
+    train = [transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=bicubic), transforms.RandomHorizontalFlip()]
+    centre = [transforms.Resize(round(size / 0.875), interpolation=bicubic), transforms.CenterCrop(size)]
+    options, found = CropOptions(size, (0.2, 1.0), seed=0, bad_limit=1), {}
+    for name, count in PHOTOGRAPHS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            encoded = [photograph(*map(int, name.split("x")), seed) for seed in range(count)]
+            for number, content in enumerate(encoded):
+                file = Path(folder) / "train" / "class" / f"{number}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            dataset = data.load_images(folder)
+            ours, ours_centred = MapCrops(dataset, options), EvalCrops(dataset, size, 0.875)
+            theirs = ImageFolder(f"{folder}/train", transforms.Compose(train + normalize))
+            theirs_centred = ImageFolder(f"{folder}/train", transforms.Compose(centre + normalize))
+
+            def epoch(ours=ours, count=count):  # in batches, as in training
+                for start in range(0, count, 64):
+                    ours[Request(1, np.arange(start, min(start + 64, count)), size)]
+
+            contestants = {
+                "ImageFolder": lambda theirs=theirs: [theirs[i] for i in range(len(theirs))],
+                "ours": epoch,
+                "ImageFolder, centre": lambda theirs=theirs_centred: [theirs[i] for i in range(len(theirs))],
+                "ours, centre": lambda ours=ours_centred, count=count: [ours[i] for i in range(count)],
+                "libjpeg alone": lambda encoded=encoded: [simplejpeg.decode_jpeg(each) for each in encoded],
+            }
+            times = measure(contestants, repeats, torch.device("cpu"))
+        times = {key: [value / count for value in values] for key, values in times.items()}
+        print(f"\n{name}, {sum(map(len, encoded)) / count / 1000:.0f} kB each, to {size} px")
+        print(report_rates(times), flush=True)
+        found |= {f"{name}, {key}": values for key, values in times.items()}
+    return found
+
+
+def report_rates(seconds: dict[str, list[float]]) -> str:
+    """A table: pictures per second of one core and of 16, and the ratio to ImageFolder's."""
+    lines = [f"{'':24}{'images/s':>10}{'16 cores':>10}{'/ ImageFolder':>15}"]
+    for name, values in seconds.items():
+        base = seconds["ImageFolder, centre" if "centre" in name else "ImageFolder"]
+        rate, ratio = 1 / statistics.median(values), statistics.median(a / b for a, b in zip(base, values))
+        lines.append(f"{name:24}{rate:10.1f}{16 * rate:10.0f}{ratio:15.2f}")
+    return "\n".join(lines)
+
+
 def report(seconds: dict[str, list[float]], base: str) -> str:
     """A table: median, least and most milliseconds, and the ratio to ``base``."""
     lines = [f"{'':34}{'median ms':>10}{'min':>9}{'max':>9}{'/ ' + base:>24}"]
@@ -234,12 +321,17 @@ def main():
     torch.manual_seed(0)
     if args.command == "step":
         print(f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}", end=", ")
-    print(
-        f"precision {args.precision}, {hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        flush=True,
-    )
+    if args.command == "load":
+        print(f"one core of {platform.machine()}, torch {torch.__version__}, simplejpeg {simplejpeg.__version__}")
+    else:
+        print(
+            f"precision {args.precision}, {hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            flush=True,
+        )
     if args.command == "step":
         seconds = bench_step(args, device)
+    elif args.command == "load":
+        seconds = bench_load(args.image_size, args.repeats)
     else:
         seconds = bench_cut(args.sides, args.batch_sizes, args.width, TYPES[args.precision], args.repeats, device)
     if args.command == "step":
