@@ -4,6 +4,9 @@
     python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
     python bench.py cut         # the bi-partition against torch.linalg.eigh, and all that follows the features
     python bench.py load        # reading JPEGs against torchvision's ImageFolder with MAE's augmentation, on one core
+    python bench.py guide --checkpoint RUN --dataset PICTURES_WITH_MASKS    # what guides cost, and how good they are
+    python bench.py all --mae ../mae    # all of it, in minutes, into bench.md; also against facebookresearch/mae
+    python bench.py scale       # what grows with the number of pictures: 1,281,167 tiny ones, written to --folder
 
 In ``step`` both models see the same batch, draw their random masks inside the step, and use SDPA and fused
 AdamW. Times are medians over --repeats rounds; in every round each contestant runs once, so that a
@@ -11,30 +14,47 @@ noisy machine treats them alike, and the ratios are medians of the ratios of the
 """
 
 import argparse
+import contextlib
+import functools
 import io
+import itertools
 import json
+import math
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import simplejpeg
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+import checkpoint
 import cli
 import data
 import masks
+import measures
 import smae
-from batches import Batch, EvalCrops
-from cropping import CropOptions, Crops
-from guide import Guide
+from batches import Batch, EvalCrops, TrainBatches
+from contest import load_with_masks
+from cropping import CropOptions, Crops, crop_batch
+from guide import Guide, write_maps
+from objects import ObjectMasks
 from readers import MapCrops, Request
 
 BASE = "ours, random masks"
@@ -55,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     step.add_argument("--guide-model", choices=list(smae.PRESETS), default="small", help="size of a frozen guide")
     step.add_argument("--guide-side", type=int, default=224, help="side of the images that it sees, in pixels")
     step.add_argument("--guide-patch-size", type=int, default=14, help="side of its patches, in pixels")
+    step.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
     step.add_argument("--compile", action="store_true", help="compile both models")
 
     cut = commands.add_parser(
@@ -66,8 +87,28 @@ def parse_arguments() -> argparse.Namespace:
 
     load = commands.add_parser("load", help="reading JPEGs, on one core", formatter_class=cli.HelpFormatter)
     load.add_argument("--image-size", type=int, default=224, help="side of the crops, in pixels")
-    for command in (step, cut, load):
-        if command is load:
+    scale = commands.add_parser(
+        "scale", help="what grows with the number of pictures", formatter_class=cli.HelpFormatter
+    )
+    scale.add_argument("--images", type=int, default=1_281_167, help="pictures, as many as ImageNet-1k by default")
+    scale.add_argument("--folder", type=Path, default=Path("runs/scale"), help="where they are written, and stay")
+    scale.add_argument("--read", type=int, default=50_000, help="pictures to read in each of three epochs, at its end")
+    scale.add_argument("--model", choices=list(smae.PRESETS), default="base", help="whose checkpoint is written")
+    scale.add_argument("--workers", type=int, default=min(2, cli.cores()), help="data workers")
+    scale.add_argument("--json", help="also write the figures to this file")
+
+    guides = commands.add_parser("guide", help="guides: cost and quality", formatter_class=cli.HelpFormatter)
+    cli.add(guides, "checkpoint", "dataset", "split", "seed", checkpoint="runs/pretrain")
+    guides.add_argument("--mask-column", default="mask", help="column of object masks")
+    guides.add_argument("--max-images", type=int, default=512, help="pictures, from all over the data")
+    guides.add_argument("--batch-size", type=int, default=64, help="images per step")
+
+    everything = commands.add_parser("all", help="everything, in minutes", formatter_class=cli.HelpFormatter)
+    everything.add_argument("--out", type=Path, default=Path("bench.md"), help="file for the tables")
+    everything.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
+    everything.add_argument("--tiny", action="store_true", help="rehearse: sizes that take seconds, figures of no use")
+    for command in (step, cut, load, guides):
+        if command in (load, guides):
             command.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
             command.add_argument("--json", help="also write the figures to this file")
             continue
@@ -159,6 +200,10 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
 
         return run
 
+    others = {}
+    if args.mae:
+        mae = mae_of(args.mae, ours).to(device).train()
+        others["facebookresearch/mae"] = training_step(mae, lambda: mae(images, mask_ratio=0.75)[0], images, dtype)
     features = autocast(lambda: guide.features(images, guide.layer))
     seen = features()
 
@@ -166,6 +211,7 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
         {
             BASE: training_step(ours, lambda: forward(images, masks.random_mask(b, n, device=device)), images, dtype),
             "transformers": training_step(peer, lambda: peer_forward(images).loss, images, dtype),
+            **others,
             "ours, cached guide": training_step(
                 ours, lambda: forward(images, guide.mask(guide.cached_relevance(batch), noise)), images, dtype
             ),
@@ -230,7 +276,7 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def bench_load(size: int, repeats: int) -> dict[str, list[float]]:
+def bench_load(size: int, repeats: int, photographs: dict[str, int] = PHOTOGRAPHS) -> dict[str, list[float]]:
     """Seconds per picture of reading JPEGs from files, by ours and by torchvision's ImageFolder.
 
     Training crops and evaluation crops, as in facebookresearch/mae; and libjpeg alone, which
@@ -242,7 +288,7 @@ def bench_load(size: int, repeats: int) -> dict[str, list[float]]:
     train = [transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=bicubic), transforms.RandomHorizontalFlip()]
     centre = [transforms.Resize(round(size / 0.875), interpolation=bicubic), transforms.CenterCrop(size)]
     options, found = CropOptions(size, (0.2, 1.0), seed=0, bad_limit=1), {}
-    for name, count in PHOTOGRAPHS.items():
+    for name, count in photographs.items():
         with tempfile.TemporaryDirectory() as folder:
             encoded = [photograph(*map(int, name.split("x")), seed) for seed in range(count)]
             for number, content in enumerate(encoded):
@@ -283,6 +329,324 @@ def report_rates(seconds: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
+def bench_guides(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Guides of a checkpoint on random crops: what they add to a training step, and their rank-AUC against the object.
+
+    Online at the usual layer and at half the depth; cached, which cuts the crops out of the
+    relevance of whole pictures; and the floor that knows only the centre of the picture.
+    """
+    model = smae.load(args.checkpoint, device)
+    dataset = load_with_masks(args.dataset, args.split, None, args.mask_column, None)
+    dataset = dataset.select(data.evenly_spaced(len(dataset), args.max_images))
+    objects, size, depth = ObjectMasks(dataset, args.mask_column), tuple(model.config["image_size"]), len(model.blocks)
+    batches = TrainBatches(dataset, size, min(args.batch_size, len(dataset)), seed=args.seed, device=device)
+    guides = {
+        f"online, layer {depth - 1} of {depth}": Guide(model),
+        f"online, layer {-(-depth // 2)} of {depth}": Guide(model, layer=-(-depth // 2)),
+        "cached": Guide(model, cached=True),
+        "centre of the picture": Guide(model, source="centre", cached=True),
+    }
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        guides["cached"].cache_relevance(batches, accelerator, Path(folder) / "maps.npy")
+        print(f"the pass of the cached guide: {len(dataset) / (time.perf_counter() - start):.0f} images/s")
+
+        def scores(guide: Guide, batch: Batch, images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return guide.cached_relevance(batch) if guide.cached else guide.relevance(images)[0]
+
+        found: dict[str, list[Tensor]] = {name: [] for name in guides}
+        for batch in batches.epoch(1):
+            images = data.normalize(batch.images, *model.statistics)
+            truth = objects.coverage(batch.indices, (64, 64))[:, None]
+            boxes, flips = torch.as_tensor(batch.crops.boxes) * 64, torch.as_tensor(batch.crops.flips)
+            share = crop_batch(truth, boxes, flips, model.grid(images), "area").flatten(1)
+            shows = ((share > 0.5).float().mean(dim=1) - 0.5).abs() < 0.48
+            for name, guide in guides.items():
+                found[name].append(measures.rank_auc(scores(guide, batch, images).cpu()[shows], share[shows]))
+
+        noise = torch.rand(images.shape[0], model.patch_count, device=device)
+        random = masks.random_mask(*noise.shape, device=device)
+        contestants = {BASE: training_step(model, lambda: model(images, random), images, None)}
+        for name, guide in guides.items():
+            contestants[name] = lambda guide=guide: guide.mask(scores(guide, batch, images), noise)
+        seconds = measure(contestants, args.repeats, device)
+    print(f"{'':30}{'share of a step':>16}{'rank-AUC':>10}")
+    for name, parts in found.items():
+        ratio, auc = statistics.median(a / b for a, b in zip(seconds[name], seconds[BASE])), torch.cat(parts)
+        print(f"{name:30}{ratio:16.3f}{auc.nanmean().item():10.3f}")
+    print(f"rank-AUC over {len(auc)} crops of {args.dataset} that show an object")
+    return seconds
+
+
+# ------------------------------------------------------------------------------ everything
+
+
+class Tables:
+    """A markdown file that grows section by section, so that nothing is lost if the command is cut off."""
+
+    def __init__(self, file: Path, hardware: str):
+        self.file, self.start = file, time.perf_counter()
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        versions = ", ".join(
+            f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "accelerate", "pillow")
+        )
+        self.file.write_text(
+            f"# bench.py all\n\n{hardware}, {cli.cores()} cores, {torch.get_num_threads()} threads; {versions}; "
+            f"commit {revision or 'unknown'}\n"
+        )
+
+    def add(self, title: str, columns: list[str], rows: list[list]):
+        lines = [f"\n## {title}\n", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row) + " |" for row in rows]
+        with self.file.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+        print("\n".join(lines), f"\n({time.perf_counter() - self.start:.0f} s so far)", flush=True)
+
+    def add_times(self, title: str, seconds: dict[str, list[float]], base: str):
+        """Medians in ms, and how many times as long as ``base``, in the same rounds."""
+        rows = []
+        for name, values in seconds.items():
+            ratio = statistics.median(a / b for a, b in zip(values, seconds[base]))
+            rows.append([name, 1000 * statistics.median(values), ratio])
+        self.add(title, ["", "ms", f"/ {base}"], rows)
+
+
+def mae_of(folder: Path, model: smae.SMAE) -> torch.nn.Module:
+    """facebookresearch/mae, imported from its folder, of the sizes of ``model``."""
+    sys.path.insert(0, str(folder))
+    try:
+        import models_mae
+    finally:
+        sys.path.remove(str(folder))
+    sizes = model.config
+    return models_mae.MaskedAutoencoderViT(
+        img_size=sizes["image_size"][0],
+        patch_size=sizes["patch_size"],
+        embed_dim=sizes["width"],
+        depth=sizes["depth"],
+        num_heads=sizes["heads"],
+        decoder_embed_dim=sizes["decoder_width"],
+        decoder_depth=sizes["decoder_depth"],
+        decoder_num_heads=sizes["decoder_heads"],
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+        norm_pix_loss=True,
+    )
+
+
+def bench_all(args: argparse.Namespace, device: torch.device, hardware: str):
+    """Everything that a reader may ask: reading, steps, guides, cuts, evaluation, whole runs, memory, ceilings."""
+    tables, gpu, tiny = Tables(args.out, hardware), device.type == "cuda", args.tiny
+    precision, repeats = cli.best_precision(), 2 if tiny else 5
+
+    # a training step and the guides
+    cases = [("tiny", 64, 8, 16 if tiny else 128)] if not gpu or tiny else [("base", 224, 16, 256)]
+    cases += [("base", 224, 16, 8)] if not gpu and not tiny else []
+    for name, side, patch, batch in cases:
+        case = dict(
+            model=name, image_size=side, patch_size=patch, batch_size=batch, precision=precision, repeats=repeats
+        )
+        case |= dict(guide_model="tiny" if tiny else "small", guide_side=side, guide_patch_size=patch)
+        seconds = bench_step(argparse.Namespace(**case, compile=False, mae=args.mae), device)
+        tables.add_times(f"Training step: {name}/{patch}, {side} px, batch {batch}, {precision}", seconds, BASE)
+
+    # the cut
+    sides, batches = ([4], [4]) if tiny else ([14, 24], [64, 256]) if gpu else ([14], [64])
+    with contextlib.redirect_stdout(io.StringIO()):
+        seconds = bench_cut(sides, batches, 64 if tiny else 768, TYPES[precision], repeats, device)
+    tables.add_times("Bi-partition", seconds, next(iter(seconds)))
+
+    # evaluation and whole runs, in processes of their own, whose memory can be measured
+    count, epochs = (64, 1) if tiny else (4000, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["--max-images", count, "--out"]
+        runs = {
+            "train.py, random masks": ["train.py", "--mask", "random"],
+            "train.py, self-guided": ["train.py", "--guide-start", 1],
+            "train.py, self-guided, --preload": ["train.py", "--guide-start", 1, "--preload"],
+            "eval.py knn": ["eval.py", "knn", "--checkpoint", f"{folder}/0"],
+            "eval.py linear": ["eval.py", "linear", "--checkpoint", f"{folder}/0"],
+        }
+        rows = []
+        for number, (name, (script, *options)) in enumerate(runs.items()):
+            if script == "train.py":
+                options += ["--epochs", epochs, "--batch-size", 32 if tiny else 128]
+            start = time.perf_counter()
+            command = [sys.executable, script, *map(str, options), *map(str, common), f"{folder}/{number}"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
+            records = Path(folder, str(number), "metrics.jsonl")
+            rate = json.loads(records.read_text().splitlines()[-1])["images_per_second"] if records.exists() else ""
+            rows.append([name, time.perf_counter() - start, rate])
+        tables.add(f"Whole runs, {count} pictures of shapes", ["", "s, all in all", "images/s in the last epoch"], rows)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        tables.add("Memory", ["", "GiB"], [["largest process of these runs", peak]])
+
+    if gpu or tiny:
+        bench_ceiling(tables, device, tiny)
+
+    # reading, last: it confines torch to one thread
+    with contextlib.redirect_stdout(io.StringIO()):
+        kinds = {"500x375": 8} if tiny else PHOTOGRAPHS
+        seconds = bench_load(32 if tiny else 224, 1 if tiny else 5, kinds)
+    rows = []
+    for name, values in seconds.items():
+        kind = name.split(", ", 1)[0]
+        base = seconds[f"{kind}, ImageFolder" + (", centre" if "centre" in name else "")]
+        ratio = statistics.median(a / b for a, b in zip(base, values))
+        rows.append([name, 1 / statistics.median(values), ratio])
+    tables.add("Reading JPEGs, one core", ["", "images/s", "/ ImageFolder"], rows)
+    print(f"wrote {args.out} in {time.perf_counter() - tables.start:.0f} s")
+
+
+def bench_ceiling(tables: Tables, device: torch.device, tiny: bool):
+    """What the hardware can do, and how near training comes to it."""
+    n, dtype = (256, torch.bfloat16) if tiny else (8192, torch.bfloat16)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    seconds = statistics.median(measure({"matmul": lambda: a @ b}, 10, device)["matmul"])
+    ceiling = 2 * n**3 / seconds
+    rows = []
+    for name, batch in [("tiny", 8)] if tiny else [("base", 256), ("large", 128)]:
+        sizes = smae.PRESETS[name] | (dict(image_size=64, patch_size=8) if tiny else {})
+        for compiled in (False, True):
+            model = smae.SMAE(**sizes).to(device)
+            images = torch.randn(batch, 3, *model.config["image_size"], device=device)
+            forward = torch.compile(model, fullgraph=True) if compiled else model
+
+            def loss(model=model, images=images, forward=forward):
+                return forward(images, masks.random_mask(len(images), model.patch_count, device=device))
+
+            flops = FlopCounterMode(display=False)
+            with flops, torch.autocast(device.type, dtype):
+                loss(forward=model).backward()
+            model.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step, start = training_step(model, loss, images, dtype), time.perf_counter()
+            step()
+            first = time.perf_counter() - start
+            seconds = statistics.median(measure({name: step}, 2 if tiny else 10, device)[name])
+            peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
+            share = flops.get_total_flops() / seconds / ceiling
+            label = f"{name}, batch {batch}" + ", --compile" * compiled
+            rows.append([label, batch / seconds, 100 * share, peak, first])
+    columns = ["bf16", "images/s", "% of the matmul ceiling", "peak GiB", "first step, s"]
+    tables.add(f"Share of the ceiling: a matmul of {n} runs at {ceiling / 1e12:.3g} TFLOP/s", columns, rows)
+
+
+# ------------------------------------------------------------------------------ scale
+
+
+def write_shards(folder: Path, images: int, shards: int = 16):
+    """Write parquet files of tiny JPEGs with labels, unless they are there."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=1000))
+    tiny = [photograph(16, 16, seed) for seed in range(1000)]
+    for number in range(shards):
+        file = folder / "data" / f"train-{number:05d}-of-{shards:05d}.parquet"
+        rows = np.arange(images * number // shards, images * (number + 1) // shards)
+        if file.exists() and pyarrow.parquet.read_metadata(file).num_rows == len(rows):
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table = dict(image=[dict(bytes=tiny[i % 1000], path=None) for i in rows.tolist()], label=rows % 1000)
+        table = pyarrow.table(table, schema=features.arrow_schema)
+        pyarrow.parquet.write_table(table, file, use_dictionary=False, row_group_size=10_000)
+
+
+def own_memory(process: int | str = "self") -> float:
+    """Memory that a process shares with no other and no file, in MiB; NaN where /proc does not tell."""
+    rollup = Path(f"/proc/{process}/smaps_rollup")
+    if not rollup.exists():
+        return math.nan
+    line = next(line for line in rollup.read_text().splitlines() if line.startswith("Private_Dirty"))
+    return int(line.split()[1]) / 1024
+
+
+def bench_scale(args: argparse.Namespace) -> dict[str, str]:
+    """Time and memory that a large data set costs besides reading its pictures."""
+    found: dict[str, str] = {}
+
+    def note(name: str, value: str):
+        found[name] = value
+        print(f"{name:58} {value}", flush=True)
+
+    @contextlib.contextmanager
+    def timed(name: str):
+        start = time.perf_counter()
+        yield
+        note(name, f"{time.perf_counter() - start:.2f} s")
+
+    def read(batches: TrainBatches, epoch: int, seen: int, count: int | None = None):
+        with contextlib.closing(batches.epoch(epoch, seen)) as iterator:
+            for _ in itertools.islice(iterator, count):
+                pass
+
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = args.folder / "cache"
+    with timed(f"write {args.images:,} pictures"):
+        write_shards(args.folder, args.images)
+    source, size, batch = str(args.folder / "data"), 16, 256
+    with timed("open for the first time (datasets copies into its cache)"):
+        data.load_images(source, "train", None, "label")
+    with timed("open again"):
+        dataset = data.load_images(source, "train", None, "label")
+    how = dict(size=size, batch_size=batch, workers=args.workers)
+    batches = TrainBatches(dataset, **how)
+    end = batches.steps_per_epoch * batch
+    with timed("first batch of an epoch"):
+        read(batches, 1, 0, 1)
+    with timed("order and requests of an epoch"):
+        batches.plan.micro_batches(2)
+    half = end // 2 // batch * batch
+    with timed("first batch when resumed in the middle of an epoch"):
+        read(batches, 2, half, 1)
+
+    workers = [process.pid for process in batches.reader.workers.processes]
+    for epoch in (3, 4, 5):
+        start = time.perf_counter()
+        read(batches, epoch, max(0, end - args.read // batch * batch))
+        rate = min(args.read, end) / (time.perf_counter() - start)
+        memory = f"main process {own_memory():.0f} MiB"
+        memory += "".join(f", a worker {own_memory(pid):.0f} MiB" for pid in workers[:1])
+        note(f"epoch {epoch - 2}, its last {args.read:,} pictures", f"{rate:.0f} images/s; {memory}")
+    batches.close()
+
+    stream = TrainBatches(data.load_images(source, "train", None, "label", streaming=True), length=args.images, **how)
+    with timed("stream: first batch"):
+        read(stream, 1, 0, 1)
+    with timed("stream: first batch when resumed in the middle of an epoch"):
+        read(stream, 1, half, 1 + half // batch)
+    stream.close()
+
+    file, part = args.folder / "relevance.npy", np.random.default_rng(0).random((batch, 14, 14)).astype(np.float16)
+    with timed("cached guide: write the maps of all pictures (196 patches)"):
+        parts = (part[: args.images - start] for start in range(0, args.images, batch))
+        write_maps(file, parts, (args.images, 14, 14))
+    note("cached guide: their size", f"{file.stat().st_size / args.images:.0f} bytes a picture")
+    maps = np.load(file, mmap_mode="r")
+    with timed("cached guide: read the maps of 100 batches"):
+        for indices in batches.plan.micro_batches(6)[:100]:
+            maps[indices].astype(np.float32)
+
+    model = smae.SMAE(**smae.PRESETS[args.model])
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = dict(optimizer=optimizer.state_dict(), config=dict(model=model.config))
+    with timed(f"write a checkpoint of {args.model}"):
+        checkpoint.write(args.folder, 1, model, state)
+    content = sum(file.stat().st_size for file in (args.folder / "checkpoint-00000001").iterdir())
+    note("its size", f"{content / 1e9:.2f} GB")
+    with timed("read it"):
+        checkpoint.read(args.folder / "checkpoint-00000001")
+    checkpoint.remove_all(args.folder)
+    return found
+
+
 def report(seconds: dict[str, list[float]], base: str) -> str:
     """A table: median, least and most milliseconds, and the ratio to ``base``."""
     lines = [f"{'':34}{'median ms':>10}{'min':>9}{'max':>9}{'/ ' + base:>24}"]
@@ -321,9 +685,9 @@ def main():
     torch.manual_seed(0)
     if args.command == "step":
         print(f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}", end=", ")
-    if args.command == "load":
+    if args.command in ("load", "scale"):
         print(f"one core of {platform.machine()}, torch {torch.__version__}, simplejpeg {simplejpeg.__version__}")
-    else:
+    elif args.command in ("step", "cut"):
         print(
             f"precision {args.precision}, {hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             flush=True,
@@ -332,6 +696,13 @@ def main():
         seconds = bench_step(args, device)
     elif args.command == "load":
         seconds = bench_load(args.image_size, args.repeats)
+    elif args.command == "scale":
+        seconds = bench_scale(args)
+    elif args.command == "guide":
+        seconds = bench_guides(args, device)
+    elif args.command == "all":
+        bench_all(args, device, hardware)
+        return
     else:
         seconds = bench_cut(args.sides, args.batch_sizes, args.width, TYPES[args.precision], args.repeats, device)
     if args.command == "step":

@@ -32,7 +32,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import RandomErasing, v2
 
 import checkpoint
 import cli
@@ -242,7 +241,9 @@ class Augment:
     """
 
     def __init__(self, magnitude: int, erasing: float):
-        self.erasing = erasing
+        from torchvision.transforms import RandomErasing, v2  # takes a second, and few commands need it
+
+        self.erasing, self.draw_box = erasing, RandomErasing.get_params
         grey = [round(255 * value) for value in data.MEAN]
         operation = v2.RandAugment(
             1, 3 * magnitude, num_magnitude_bins=31, interpolation=v2.InterpolationMode.BILINEAR, fill=grey
@@ -253,7 +254,7 @@ class Augment:
         for operation in self.operations:
             image = operation(image)
         if torch.rand(()) < self.erasing:
-            top, left, height, width, noise = RandomErasing.get_params(image, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
+            top, left, height, width, noise = self.draw_box(image, scale=(0.02, 1 / 3), ratio=(0.3, 3.3))
             if noise.is_floating_point():  # else no box was found
                 image = image.clone()
                 image[:, top : top + height, left : left + width] = data.denormalize(noise).to(image.device)
@@ -355,6 +356,8 @@ def best_of(records: list[dict]) -> dict:
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable | None:
     """Mixup or cutmix by chance, whichever have an alpha above 0."""
+    from torchvision.transforms import v2
+
     mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     return v2.RandomChoice(mixes) if mixes else None

@@ -304,7 +304,7 @@ class Guide:
         parts, problem = self._gather(maps, batches, accelerator), None
         if accelerator.is_main_process:
             try:
-                _write_maps(file, parts, (batches.length, *self._map_grid()))
+                write_maps(file, parts, (batches.length, *self._map_grid()))
             except OSError as error:
                 problem = data.one_line(error)
         for _ in parts:  # the other processes compute their share and write nothing
@@ -406,7 +406,7 @@ class Guide:
         return [*how, self.source_name, list(self.size)]
 
 
-def _write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, int]):
+def write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, int]):
     """Write maps (images, h, w) float16 to an .npy file, part by part.
 
     Not through a memory map, which ends the process when the disk is full.

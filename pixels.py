@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 
 class PixelFormat(NamedTuple):
@@ -90,15 +89,16 @@ class Jpeg:
         else:
             box = np.array([left, top, left + width, top + height]) / factor
             low, high = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
-            around = Image.fromarray(image[low[1] : high[1], low[0] : high[0]].squeeze())
+            around = to_pil(image[low[1] : high[1], low[0] : high[0]])
             box = tuple(box - np.tile(low, 2))
-            found = TF.pil_to_tensor(around.resize(size[::-1], Image.Resampling.BICUBIC, box))
+            found = from_array(np.array(around.resize(size[::-1], Image.Resampling.BICUBIC, box)))
 
-        found = found.flip([dim for dim, mirror in ((1, self.mirror_rows), (2, self.mirror_columns)) if mirror])
+        found = found.flip(1) if self.mirror_rows else found
+        found = found.flip(2) if self.mirror_columns else found
         return found.mT if self.sideways else found
 
     def decode(self, factor: int = 1) -> np.ndarray:
-        """The whole picture, not turned, at a part of its size, 1, 1/2, 1/4 or 1/8: (H, W, c) uint8.
+        """The whole picture, not turned, at a part of its size, 1, 1/2, 1/4 or 1/8: (H, W, c) or (H, W) uint8.
 
         libjpeg leaves out the work for the details that are not wanted.
         """
@@ -110,7 +110,7 @@ class Jpeg:
             with Image.open(io.BytesIO(self.encoded)) as image:
                 image.draft(None, (width // factor, height // factor))
                 values = np.array(image.convert("L" if self.form.channels == 1 else "RGB"))
-            return values.reshape(*values.shape[:2], -1)
+            return values
 
 
 Picture = Image.Image | Bands | Jpeg
@@ -285,13 +285,18 @@ def crop(image: Picture, box: Sequence[int], flip: bool = False, size: Size | No
     else:
         if (height, width) != (image.height, image.width):
             image = image.crop((left, top, left + width, top + height))
-        found = resize(TF.pil_to_tensor(image), size)
+        found = resize(from_array(np.array(image)), size)
     return found.flip(-1) if flip else found
 
 
 def from_array(values: np.ndarray) -> Tensor:
-    """A picture (H, W, c) uint8 as (c, H, W)."""
-    return torch.from_numpy(values).permute(2, 0, 1)
+    """A picture (H, W, c) or (H, W) uint8 as (c, H, W)."""
+    return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+
+
+def to_pil(values: np.ndarray) -> Image.Image:
+    """A picture (H, W, c) or (H, W) uint8 as a PIL image, grey or RGB."""
+    return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -318,4 +323,5 @@ def center_crop(image: Picture, size: Size, ratio: float = 1.0) -> Tensor:
     else:
         scale = max(height / h, width / w) / ratio
         sides = (max(height, round(h * scale)), max(width, round(w * scale)))
-    return TF.center_crop(crop(image, box, size=sides), [height, width])
+    top, left = (round((side - length) / 2) for side, length in zip(sides, (height, width)))
+    return crop(image, box, size=sides)[:, top : top + height, left : left + width]

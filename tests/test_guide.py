@@ -397,7 +397,7 @@ def test_every_step_has_the_hints_of_its_epoch(quick_drawing, monkeypatch, tmp_p
 
 
 def test_maps_that_the_disk_does_not_take_leave_earlier_ones(quick_drawing, monkeypatch, tmp_path, capfd):
-    written, write = [], guide_module._write_maps
+    written, write = [], guide_module.write_maps
 
     def full(file, parts, shape):
         written.append(file)
@@ -406,7 +406,7 @@ def test_maps_that_the_disk_does_not_take_leave_earlier_ones(quick_drawing, monk
             raise OSError(28, "No space left on device")
         write(file, parts, shape)
 
-    monkeypatch.setattr(guide_module, "_write_maps", full)
+    monkeypatch.setattr(guide_module, "write_maps", full)
     arguments = [*QUICK, "--epochs", 3, "--guide-start", 1, "--guide", "cached", "--guide-every", 1]
     refused = {2}
     train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
