@@ -413,9 +413,13 @@ def decode(record, form: PixelFormat = RGB) -> Picture:
 
 def open_picture(record, form: PixelFormat = RGB) -> Picture:
     """As :func:`decode`, but a JPEG is decoded when its pixels are wanted, which may then raise."""
-    if isinstance(record, dict) and (encoded := _encoded(record)):
-        record = dict(bytes=encoded, path=None)
-        if jpeg := pixels.Jpeg.open(encoded, form):
+    if isinstance(record, dict):
+        encoded, path = record.get("bytes"), record.get("path")
+        if encoded is None and path and "://" not in path:
+            with open(path, "rb") as file:
+                start = file.read(2)
+                encoded = start + file.read() if start == pixels.Jpeg.START else None
+        if encoded and (jpeg := pixels.Jpeg.open(encoded, form)):
             return jpeg
     return decode(record, form)
 
@@ -424,25 +428,17 @@ def open_upright(record) -> Image.Image | np.ndarray:
     """The picture of a record, turned as its EXIF says, unless that is damaged; an array of an array column."""
     if record is not None and not isinstance(record, dict):
         return _numbers(np.asarray(record))
-    encoded = _encoded(record or {})
-    if encoded is None:
+    encoded, path = (record or {}).get("bytes"), (record or {}).get("path")
+    if encoded is None and path is None:
+        raise ValueError("there is no picture (null)")
+    if encoded is None and "://" in path:
         return datasets.Image().decode_example(record)
-    if encoded.startswith(b"\x93NUMPY"):
+    if encoded is not None and encoded.startswith(b"\x93NUMPY"):
         return _numbers(np.load(io.BytesIO(encoded)))  # never an object array
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
         image.load()
     turn = pixels.TURNS.get(pixels.orientation_of(image))
     return image if turn is None else image.transpose(turn)
-
-
-def _encoded(record: dict) -> bytes | None:
-    """The content of a picture's file; None if it lies elsewhere on the net. Raises ValueError if there is none."""
-    encoded, path = record.get("bytes"), record.get("path")
-    if encoded is None and path is None:
-        raise ValueError("there is no picture (null)")
-    if encoded is None and "://" not in path:
-        encoded = Path(path).read_bytes()
-    return encoded
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:

@@ -55,6 +55,8 @@ class Jpeg:
     ``size``: width and height, upright. What is broken inside raises only then.
     """
 
+    START = b"\xff\xd8"  # of its file
+
     def __init__(self, encoded: bytes, size: tuple[int, int], orientation: int, form: PixelFormat):
         self.encoded, self.form = encoded, form
         self.mirror_rows, self.mirror_columns = orientation in (3, 4, 6, 7), orientation in (2, 3, 7, 8)
@@ -65,7 +67,7 @@ class Jpeg:
     @classmethod
     def open(cls, encoded: bytes, form: PixelFormat) -> "Jpeg | None":
         """A JPEG as grey or RGB; None for other files, colours and formats, which PIL must read."""
-        if not encoded.startswith(b"\xff\xd8") or form.channels not in (1, 3):
+        if not encoded.startswith(cls.START) or form.channels not in (1, 3):
             return None
         with Image.open(io.BytesIO(encoded)) as image:
             known = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
@@ -273,8 +275,8 @@ def to_tensor(image: Picture) -> Tensor:
 def crop(image: Picture, box: Sequence[int], flip: bool = False, size: Size | None = None) -> Tensor:
     """Cut out a box (top, left, height, width) and resize it: (c, H, W) uint8.
 
-    Without a size it keeps its own. What resamples is PIL's antialiased bicubic filter for uint8, as
-    torch has it: values differ from PIL's by 1 at most.
+    Without a size it keeps its own. What resamples is the antialiased bicubic filter of PIL, as torch
+    has it. Values differ by rounding, at hard edges by more, because PIL may filter columns first.
     """
     if isinstance(image, Bands):
         return torch.cat([crop(band, box, flip, size) for band in image.bands])

@@ -44,7 +44,9 @@ def test_load_reads_the_same_pictures_by_both(run, monkeypatch, tmp_path):
 
 
 def test_scale_measures_opening_reading_and_resuming(run, tmp_path):
-    text = run("scale", "--images", 1100, "--folder", tmp_path, "--read", 256, "--model", "tiny", "--workers", 1)
+    sizes = ["--images", 1100, "--read", 256, "--model", "tiny", "--workers", 1]
+    text = run("scale", *sizes, "--folder", tmp_path, "--json", tmp_path / "scale.json")
+    assert "write 1,100 pictures" in json.loads((tmp_path / "scale.json").read_text())["seconds"]
     for words in ("write 1,100 pictures", "first batch of an epoch", "stream: first batch when resumed", "392 bytes"):
         assert words in text
     assert np.load(tmp_path / "relevance.npy").shape == (1100, 14, 14)
@@ -53,7 +55,11 @@ def test_scale_measures_opening_reading_and_resuming(run, tmp_path):
 
 def test_guides_are_measured_on_crops_that_show_an_object(run, monkeypatch, tmp_path):
     train_here(
-        monkeypatch, *SMALL, *"--max-images 32 --batch-size 16 --epochs 1 --workers 0".split(), "--out", tmp_path
+        monkeypatch,
+        *SMALL,
+        *"--max-images 32 --batch-size 16 --epochs 1 --workers 0 --precision no".split(),
+        "--out",
+        tmp_path,
     )
     common = ["--checkpoint", tmp_path, "--dataset", "shapes:easy", "--max-images", 64, "--batch-size", 32]
     lines = run("guide", *common, "--repeats", 2).splitlines()

@@ -49,10 +49,11 @@ def opened(encoded: bytes, form: PixelFormat = pixels.RGB) -> pixels.Jpeg:
 @pytest.mark.parametrize("how", [{}, dict(progressive=True), dict(subsampling=0), dict(quality=30)])
 def test_crops_of_jpegs_are_those_of_pil(how, channels, mode):
     for image in (detailed(130, 90), detailed(130, 90).convert("L")):
-        encoded, box = image_bytes(image, "JPEG", **how), (7, 11, 60, 81)
-        found = pixels.crop(opened(encoded, PixelFormat(channels)), box, size=(48, 40))
-        mean, largest = difference(found, reference(encoded, box, (48, 40), mode))
-        assert mean < 0.3 and largest <= 2
+        encoded = image_bytes(image, "JPEG", **how)
+        for box in ((7, 11, 60, 81), (7, 11, 81, 50)):  # lying, standing
+            found = pixels.crop(opened(encoded, PixelFormat(channels)), box, size=(48, 40))
+            mean, largest = difference(found, reference(encoded, box, (48, 40), mode))
+            assert mean < 0.3 and largest <= 2
 
 
 @pytest.mark.parametrize("factor, size", [(1, 60), (2, 40), (4, 20), (8, 10)])
@@ -187,5 +188,5 @@ def test_crops_of_photographs_differ_little_from_those_of_pil(name):
             found[side].append(difference(pixels.crop(jpeg, box, size=side), reference(encoded, box, (side, side))))
     means = {side: np.mean([mean for mean, _ in values]) for side, values in found.items()}
     largest = {side: max(value for _, value in values) for side, values in found.items()}
-    assert means[160] < 0.05 and largest[160] <= 12  # PIL itself is as far from exact arithmetic
+    assert means[160] < 0.05 and largest[160] <= 12  # PIL filters columns first, at times
     assert max(means.values()) < 2.5 and max(largest.values()) < 60  # at a half, a quarter or an eighth
