@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -60,6 +59,12 @@ from readers import MapCrops, Request
 
 BASE = "ours, random masks"
 PHOTOGRAPHS = {"500x375": 100, "1600x1200": 24, "4000x3000": 6}  # width x height, and how many are read in a round
+PEAK = """
+import resource, subprocess, sys  # a small process of its own: a child starts with the peak of its parent
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20))
+sys.exit(code)
+"""
 TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -478,16 +483,17 @@ def bench_all(args: argparse.Namespace, device: torch.device, hardware: str):
             if script == "train.py":
                 options += ["--epochs", epochs, "--batch-size", 32 if tiny else 128]
             start = time.perf_counter()
-            command = [sys.executable, script, *map(str, options), *map(str, common), f"{folder}/{number}"]
+            command = [sys.executable, "-c", PEAK, sys.executable, script]
+            command += [*map(str, options), *map(str, common), f"{folder}/{number}"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
             records = Path(folder, str(number), "metrics.jsonl")
             rate = json.loads(records.read_text().splitlines()[-1])["images_per_second"] if records.exists() else ""
-            rows.append([name, time.perf_counter() - start, rate])
-        tables.add(f"Whole runs, {count} pictures of shapes", ["", "s, all in all", "images/s in the last epoch"], rows)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        tables.add("Memory", ["", "GiB"], [["largest process of these runs", peak]])
+            peak = float(done.stdout.split()[-1])
+            rows.append([name, time.perf_counter() - start, rate, peak])
+        columns = ["", "s, all in all", "images/s in the last epoch", "GiB, largest process"]
+        tables.add(f"Whole runs, {count} pictures of shapes", columns, rows)
 
     if gpu or tiny:
         bench_ceiling(tables, device, tiny)

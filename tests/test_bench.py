@@ -1,6 +1,7 @@
 """The benchmark's commands, at sizes that take seconds: what they measure, not how fast."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -78,9 +79,17 @@ def test_facebookresearch_mae_is_measured_from_its_folder(tmp_path):
     assert str(tmp_path) not in sys.path
 
 
+def test_the_peak_of_a_run_is_its_own(tmp_path):
+    large = np.ones(2**26)  # half a GiB in this process
+    small = subprocess.run([sys.executable, "-c", bench.PEAK, sys.executable, "-c", "pass"], capture_output=True)
+    assert 0 < float(small.stdout) < 0.2 < large.nbytes / 2**30
+    hungry = [sys.executable, "-c", bench.PEAK, sys.executable, "-c", "b'x' * 2**28"]
+    assert 0.25 < float(subprocess.run(hungry, capture_output=True).stdout) < 0.4
+
+
 @pytest.mark.slow
 def test_everything_ends_in_a_table(run, tmp_path):
     run("all", "--tiny", "--out", tmp_path / "bench.md")
     text = (tmp_path / "bench.md").read_text()
-    for title in ("Training step", "Bi-partition", "Whole runs", "Memory", "Share of the ceiling", "Reading JPEGs"):
+    for title in ("Training step", "Bi-partition", "Whole runs", "Share of the ceiling", "Reading JPEGs"):
         assert f"## {title}" in text
