@@ -74,14 +74,10 @@ def parse_arguments() -> argparse.Namespace:
     step = commands.add_parser(
         "step", help="a training step against transformers' ViTMAE", formatter_class=cli.HelpFormatter
     )
-    step.add_argument("--model", choices=list(smae.PRESETS), default="base", help="size of the encoder")
-    step.add_argument("--image-size", type=int, default=224, help="side of the images, in pixels")
     step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")
-    step.add_argument("--batch-size", type=int, default=8, help="images per step")
     step.add_argument("--guide-model", choices=list(smae.PRESETS), default="small", help="size of a frozen guide")
     step.add_argument("--guide-side", type=int, default=224, help="side of the images that it sees, in pixels")
     step.add_argument("--guide-patch-size", type=int, default=14, help="side of its patches, in pixels")
-    step.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
     step.add_argument("--compile", action="store_true", help="compile both models")
 
     cut = commands.add_parser(
@@ -92,34 +88,35 @@ def parse_arguments() -> argparse.Namespace:
     cut.add_argument("--width", type=int, default=768, help="width of the features")
 
     load = commands.add_parser("load", help="reading JPEGs, on one core", formatter_class=cli.HelpFormatter)
-    load.add_argument("--image-size", type=int, default=224, help="side of the crops, in pixels")
     scale = commands.add_parser(
         "scale", help="what grows with the number of pictures", formatter_class=cli.HelpFormatter
     )
     scale.add_argument("--images", type=int, default=1_281_167, help="pictures, as many as ImageNet-1k by default")
     scale.add_argument("--folder", type=Path, default=Path("runs/scale"), help="where they are written, and stay")
     scale.add_argument("--read", type=int, default=50_000, help="pictures to read in each of three epochs, at its end")
-    scale.add_argument("--model", choices=list(smae.PRESETS), default="base", help="whose checkpoint is written")
     scale.add_argument("--workers", type=int, default=min(2, cli.cores()), help="data workers")
-    scale.add_argument("--json", help="also write the figures to this file")
 
     guides = commands.add_parser("guide", help="guides: cost and quality", formatter_class=cli.HelpFormatter)
     cli.add(guides, "checkpoint", "dataset", "split", "seed", checkpoint="runs/pretrain")
     guides.add_argument("--mask-column", default="mask", help="column of object masks")
     guides.add_argument("--max-images", type=int, default=512, help="pictures, from all over the data")
-    guides.add_argument("--batch-size", type=int, default=64, help="images per step")
 
     everything = commands.add_parser("all", help="everything, in minutes", formatter_class=cli.HelpFormatter)
     everything.add_argument("--out", type=Path, default=Path("bench.md"), help="file for the tables")
-    everything.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
     everything.add_argument("--tiny", action="store_true", help="rehearse: sizes that take seconds, figures of no use")
-    for command in (step, cut, load, guides):
-        if command in (load, guides):
-            command.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
-            command.add_argument("--json", help="also write the figures to this file")
-            continue
+    for command in (step, load):
+        command.add_argument("--image-size", type=int, default=224, help="side of the crops, in pixels")
+    for command in (step, scale):
+        cli.add(command, "model", model="base")
+    for command, size in ((step, 8), (guides, 64)):
+        cli.add(command, "batch-size", batch_size=size)
+    for command in (step, everything):
+        command.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
+    for command in (step, cut):
         command.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
-        command.add_argument("--repeats", type=int, default=10, help="rounds, after two to warm up")
+    for command in (step, cut, load, guides):
+        command.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
+    for command in (step, cut, load, guides, scale):
         command.add_argument("--json", help="also write the figures to this file")
     return parser.parse_args()
 
@@ -307,7 +304,9 @@ def bench_load(size: int, repeats: int, photographs: dict[str, int] = PHOTOGRAPH
             theirs = ImageFolder(f"{folder}/train", transforms.Compose(train + normalize))
             theirs_centred = ImageFolder(f"{folder}/train", transforms.Compose(centre + normalize))
 
-            def epoch(ours=ours, count=count, epochs=itertools.count(1)):  # noqa: B008, in batches, as in training
+            epochs = itertools.count(1)
+
+            def epoch(ours=ours, count=count, epochs=epochs):  # in batches, as in training
                 number = next(epochs)
                 for start in range(0, count, 64):
                     ours[Request(number, np.arange(start, min(start + 64, count)), size)]
