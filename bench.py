@@ -627,7 +627,9 @@ def bench_scale(args: argparse.Namespace) -> dict[str, str]:
     with timed("stream: first batch"):
         read(stream, 1, 0, 1)
     with timed("stream: first batch when resumed in the middle of an epoch"):
-        read(stream, 1, half, 1 + half // batch)
+        read(stream, 1, half, max(1, args.workers))  # a batch of each worker, with the lengths it found
+    with timed("the same with the lengths of the shards, as a checkpoint has them"):
+        read(stream, 1, half, max(1, args.workers))
     stream.close()
 
     file, part = args.folder / "relevance.npy", np.random.default_rng(0).random((batch, 14, 14)).astype(np.float16)

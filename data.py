@@ -134,9 +134,7 @@ def load_images(
     dataset = _rename_columns(dataset, features, image_column, label_column)
     if text_table:
         dataset = _absolute_paths(dataset, folder=Path(name_or_path).expanduser().parent)
-        dataset = (
-            dataset.to_iterable_dataset(num_shards=min(64, len(dataset))) if streaming and len(dataset) else dataset
-        )
+        dataset = _as_stream(dataset) if streaming else dataset
 
     # refuse empty splits, then shorten
     first = next(iter(dataset), None) if streaming else len(dataset) or None
@@ -290,7 +288,7 @@ def _open(name: str, split: str, streaming: bool, known: Source | None) -> Datas
     """Open the data set with ``datasets``. Raises FileNotFoundError or ValueError, in one line."""
     if name in DEMO:
         dataset = shapes.load_shapes(split, easy=name == "shapes:easy")
-        return dataset.to_iterable_dataset(num_shards=8) if streaming else dataset
+        return _as_stream(dataset) if streaming else dataset
     try:
         path = Path(os.path.expanduser(name))
         if path.is_file():
@@ -337,7 +335,11 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
         dataset = dataset[split]
     elif split != "train":
         raise ValueError(f"Unknown split {split!r}: a single data set has only 'train'")
-    return dataset.to_iterable_dataset() if streaming else dataset
+    return _as_stream(dataset) if streaming else dataset
+
+
+def _as_stream(dataset: datasets.Dataset) -> datasets.IterableDataset:
+    return dataset.to_iterable_dataset(num_shards=max(1, min(folders.STREAM_SHARDS, len(dataset))))
 
 
 def _open_folder(path: Path, split: str, streaming: bool) -> Dataset:
@@ -592,7 +594,7 @@ class TooManyBadImages(ValueError):
 
 
 class NothingToRead(ValueError):
-    """A process gets no pictures from a stream."""
+    """A stream turned out to be empty."""
 
 
 class BadImages:

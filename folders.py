@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow.csv
 import pyarrow.parquet
 from PIL import Image
 
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
+STREAM_SHARDS = 256  # at most: opening a shard takes longer, the more there are
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 RESULT_PICTURES = {"masks.png", "loss.png", "epochs.png", "minutes.png", "reconstruction.png"}
 RESULTS = {"metrics.jsonl", "result.json", "results.json", "model.safetensors"}  # files of our own runs
@@ -192,7 +194,8 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
 
     The label is the name of the folder that a picture lies in, if all lie at the same depth and in more
     than one folder. A metadata.csv, .jsonl or .parquet beside the pictures, or above them up to
-    ``root``, adds columns, or another label: rows with a ``file_name``. Raises ValueError.
+    ``root``, adds columns, or another label: rows with a ``file_name``. A stream has the pictures in
+    a fixed random order, not class by class. Raises ValueError.
     """
     folder = find_split(root, split)
     listing = listing if folder == root else list_files(folder)
@@ -203,20 +206,25 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
     place = Path(os.path.abspath(folder))
     name = split if folder == root else folder.name
     how = dict(split=datasets.NamedSplit(re.sub(r"\W", "_", name)))
-    classes = _classes(listing.images, single=split_kind(name) in ("validation", "test"))
+    files, classes = listing.images, _classes(listing.images, single=split_kind(name) in ("validation", "test"))
+    shards = min(STREAM_SHARDS, len(files)) if streaming else 1
+    if streaming:
+        order = np.random.default_rng(0).permutation(len(files))
+        files, classes = [files[i] for i in order], classes and [classes[i] for i in order]
     if metadata:
-        rows, images, from_folders = _read_metadata(place, listing.images, metadata, classes)
+        rows, images, from_folders = _read_metadata(place, files, metadata, classes)
         dataset = datasets.Dataset.from_list(rows, **how)
         for column in images:
             dataset = dataset.cast_column(column, datasets.Image())
         if from_folders:
             dataset = dataset.cast_column("label", datasets.ClassLabel(names=sorted(set(classes))))
-        return dataset.to_iterable_dataset(num_shards=len(rows)) if streaming else dataset, listing
+        return dataset.to_iterable_dataset(num_shards=min(shards, len(rows))) if streaming else dataset, listing
 
     features = datasets.Features(image=datasets.Image())
     if classes:
         features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
-    arguments = dict(folder=str(place), files=listing.images, classes=classes)
+    files, classes = [files[i::shards] for i in range(shards)], classes and [classes[i::shards] for i in range(shards)]
+    arguments = dict(folder=str(place), files=files, classes=classes)
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(_records, features=features, gen_kwargs=arguments, **how), listing
 
@@ -251,9 +259,12 @@ def _depth(file: str) -> int:
     return len(Path(file).parts)
 
 
-def _records(folder: str, files: list[str], classes: list[str] | None) -> Iterator[dict]:
-    for number, file in enumerate(files):
-        yield {"image": _image(os.path.join(folder, file))} | ({"label": classes[number]} if classes else {})
+def _records(folder: str, files: list[list[str]], classes: list[list[str]] | None) -> Iterator[dict]:
+    """The records of some shards; ``files`` and their ``classes`` by shard."""
+    for shard, names in enumerate(files):
+        for number, name in enumerate(names):
+            label = {"label": classes[shard][number]} if classes else {}
+            yield {"image": _image(os.path.join(folder, name))} | label
 
 
 def _image(path: str) -> dict:

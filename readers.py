@@ -8,17 +8,17 @@ Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels.
 
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -119,6 +119,7 @@ def make_reader(
     options: CropOptions,
     plan: Plan,
     bad: BadImages,
+    lengths: dict[int, int],
     *,
     preload: str | None,
     workers: int,
@@ -126,7 +127,7 @@ def make_reader(
 ) -> Reader:
     """Choose the reader for a data set; :class:`batches.TrainBatches` explains the arguments."""
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamReader(dataset, options, plan, bad, _loader_options(workers, device))
+        return StreamReader(dataset, options, plan, bad, lengths, _loader_options(workers, device))
     if preload:
         store = torch.device("cpu") if preload == "host" else device
         return PreloadedReader(dataset, options, plan, bad, workers, store, device)
@@ -362,7 +363,11 @@ class PreloadedReader(IndexReader):
 
 
 class StreamReader:
-    """Reads shards of a stream in worker processes, which restart in each epoch."""
+    """Reads shards of a stream in worker processes, which restart in each epoch.
+
+    ``lengths``: the numbers of records of the pieces read so far, which it adds to. A resumed epoch
+    does not open such pieces again.
+    """
 
     def __init__(
         self,
@@ -370,9 +375,10 @@ class StreamReader:
         options: CropOptions,
         plan: Plan,
         bad: BadImages,
+        lengths: dict[int, int],
         loader_options: dict,
     ):
-        self.plan, self.bad = plan, bad
+        self.plan, self.bad, self.lengths = plan, bad, lengths
         self.crops = StreamCrops(dataset, options, plan.micro_batch_size, plan.share)
         self.loader = DataLoader(self.crops, **loader_options)
         self.workers = Workers()
@@ -384,28 +390,15 @@ class StreamReader:
         wanted = self.plan.steps_left(seen) * self.plan.accumulate
         if not wanted:
             return
-        self.crops.start(epoch, done, set(self.bad.descriptions))
-        for self.crops.alone in (False, True):  # a process without shards reads those of others
-            for batch in self._until_idle():
-                if done:
-                    done -= 1
-                    continue
-                yield batch
-                wanted -= 1
-                if not wanted:
-                    return
-        rank, world = self.plan.share
-        raise data.NothingToRead(f"process {rank} of {world} has nothing to read in the stream")
-
-    def _until_idle(self) -> Iterator[Batch]:
-        """Batches of the loader, until all of its workers are idle."""
-        idle = 0
-        for batch in self.workers.iterate(self.loader):
-            idle = idle + 1 if batch is None else 0
-            if idle > self.loader.num_workers:
+        rounds, first = divmod(done, max(1, self.loader.num_workers))
+        self.crops.start(epoch, rounds, set(self.bad.descriptions), self.lengths)
+        for batch, lengths in itertools.islice(self.workers.iterate(self.loader), first, None):
+            self.lengths.update(lengths)
+            yield batch
+            wanted -= 1
+            if not wanted:
                 return
-            if batch is not None:
-                yield batch
+        raise data.NothingToRead("there is nothing to read in the stream")
 
     def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
         raise ValueError("a stream has no index to find whole pictures by: drop --streaming")
@@ -415,59 +408,71 @@ class StreamReader:
         self.workers.end()
 
 
+class Part(NamedTuple):
+    """Every ``step``-th record of a piece of a stream, from record ``first`` on."""
+
+    piece: int
+    first: int
+    step: int
+
+    def length(self, lengths: dict[int, int]) -> float:
+        """The number of its records, infinite if that of the piece is unknown."""
+        known = lengths.get(self.piece)
+        return math.inf if known is None else len(range(self.first, known, self.step))
+
+
 class StreamCrops(IterableDataset):
-    """Endless batches of one worker process of :class:`StreamReader`.
+    """Endless batches of one worker process of :class:`StreamReader`, each with lengths it found.
 
-    Each pass over the worker's share has another order. A stream has no index, so its order depends
-    on the number of processes and workers; given these, it is a function of seed and epoch.
+    The stream is cut into pieces: its shards, or 256 mixtures of more than ``most_shards``, which
+    must be loose files. The workers of all processes divide the pieces anew in each pass. If they
+    outnumber the pieces, several read the same piece and share its records. A worker shuffles its
+    records in blocks of ``block``.
 
-    Resuming within an epoch reads the stream again from its start. The first ``done`` batches of
-    this process are empty: their pictures are counted but not decoded, and those known to be
-    ``bad`` are not counted. A worker without a share yields None forever. ``alone`` ignores the
-    other processes.
+    A stream has no index, so its order depends on the number of processes and workers; given these,
+    it is a function of seed and epoch. Resuming leaves out the first ``rounds`` batches of each
+    worker: pieces of known length are not opened, others are read and not decoded.
     """
 
+    most_shards, block = 2000, 1000
+
     def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch_size: int, share: Share):
+        self.pieces = dataset.num_shards
+        if self.pieces > self.most_shards:
+            self.pieces, dataset = 256, dataset.shuffle(seed=0, buffer_size=1)
         self.dataset, self.options, self.batch_size, self.share = dataset, options, batch_size, share
-        self.alone = False
-        self.start(epoch=0, done=0, bad=set())
+        self.start(epoch=0, rounds=0, bad=set(), lengths={})
 
-    def start(self, epoch: int, done: int, bad: set[int]):
-        """Set what to read next."""
-        self.epoch, self.done, self.bad = epoch, done, bad
+    def start(self, epoch: int, rounds: int, bad: set[int], lengths: dict[int, int]):
+        """Set what to read next; ``bad`` and ``lengths``: what is known of the pictures and pieces."""
+        self.epoch, self.rounds, self.bad, self.lengths = epoch, rounds, bad, lengths
+        self.found: dict[int, int] = {}  # lengths not reported yet
 
-    def __iter__(self) -> Iterator[Batch | None]:
+    def __iter__(self) -> Iterator[tuple[Batch, dict[int, int]]]:
         place, stride = worker_place(self.share)
-        workers = stride // self.share.world
-        to_skip = self.done // workers * self.batch_size  # good pictures of this worker
+        start = self._position(self.rounds * self.batch_size)
         parts, bad = [], []
-        for number, record in enumerate(self._records()):
+        for number, record in enumerate(self._records(start), start):
             index = number * stride + place
-
-            # count the pictures of finished batches
-            if to_skip:
-                if index not in self.bad:
-                    to_skip -= 1
-                    if to_skip % self.batch_size == 0:
-                        yield self._join([], [])
-                continue
-
-            # decode and crop the others, until a batch is full
             try:
-                part = self._crop(self._open(record), index, record.get("label", 0))
+                parts.append(self._crop(self._open(record), index, record.get("label", 0)))
             except Exception as error:  # a broken file can raise any error
                 image = None if isinstance(record, Exception) else record["image"]
                 bad.append(data.describe_bad(index, image, error))
                 if self._is_hopeless(bad):
-                    yield self._join([], bad)
+                    yield self._join([], bad), {}
                     return
-                continue
-            parts.append(part)
             if len(parts) == self.batch_size:
-                yield self._join(parts, bad)
-                parts, bad = [], []
-        while True:
-            yield None
+                yield self._join(parts, bad), self.found
+                parts, bad, self.found = [], [], {}
+
+    def _position(self, good: int) -> int:
+        """The number of this worker's records up to the last of ``good`` ones."""
+        place, stride = worker_place(self.share)
+        position = good
+        for index in sorted(self.bad):
+            position += index % stride == place and index // stride < position
+        return position
 
     def _open(self, record: dict | Exception) -> data.Picture:
         if isinstance(record, Exception):
@@ -498,48 +503,61 @@ class StreamCrops(IterableDataset):
         crops = Crops(*map(np.concatenate, zip(*crops)))
         return Batch(shared(images), indices, bad, np.array(labels), crops)
 
-    def _records(self) -> Iterator[dict | Exception]:
-        """This worker's records, pass after pass; an exception where the stream breaks.
+    # the records of this worker, in order
 
-        A broken stream starts again. Each pass deals out the shards again; after 20 passes without
-        records the worker ends.
+    def _records(self, start: int) -> Iterator[dict | Exception]:
+        """This worker's records from number ``start`` on, pass after pass; an exception where the stream breaks.
+
+        Ends when the stream is empty.
         """
-        empty_passes, (place, _) = 0, worker_place(self.share)
+        place, stride = worker_place(self.share)
+        sharing = -(-stride // self.pieces)  # workers that read the same piece
+        order = np.random.default_rng((self.options.seed, self.epoch)).permutation(self.pieces * sharing)
+        empty = 0
         for number in itertools.count():
-            key = (self.options.seed, self.epoch, number)
-            dataset = self.dataset.shuffle(generator=np.random.default_rng(key), buffer_size=1)
-            if not self.alone:
-                dataset = split_dataset_by_node(dataset, *self.share)
-            empty_passes += 1
-            for record in _shuffled(dataset, np.random.default_rng((*key, place))):
-                empty_passes = 0
-                yield record
-            if empty_passes == 20:
+            mine = [Part(*divmod(int(i), sharing), sharing) for i in order[(place + number) % stride :: stride]]
+            length = yield from self._pass(mine, start, (self.options.seed, self.epoch, number, place))
+            start = max(0, start - length)
+            empty = 0 if length else empty + 1
+            if empty == stride:  # these passes have covered all pieces
                 return
 
+    def _pass(self, mine: list[Part], start: int, key: tuple[int, ...]) -> Generator[dict | Exception, None, int]:
+        """The records of ``mine``, shuffled by ``key``, from number ``start`` on. Returns the number of all."""
+        # leave out what lies before the block of the first record
+        block = start // self.block * self.block
+        length = 0
+        while mine and length + mine[0].length(self.lengths) <= block:
+            length += mine.pop(0).length(self.lengths)
+        records = self._read(mine)
+        length += sum(1 for _ in itertools.islice(records, block - length))
 
-def _shuffled(records: Iterable, random: np.random.Generator, size: int = 1000) -> Iterator:
-    """Shuffle records in a buffer; an exception that ends them early comes last.
+        # shuffle each block while the next is read
+        buffer = list(itertools.islice(records, self.block))
+        while buffer:
+            following = []
+            for i in np.random.default_rng((*key, length)).permutation(len(buffer)):
+                if length >= start:
+                    yield buffer[i]
+                length += 1
+                following += itertools.islice(records, 1)
+            buffer = following
+        return length
 
-    The buffer of ``datasets`` would lose its content if a stream broke before it was full.
-    """
-    buffer, records, end = [], iter(records), []
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            break
-        except Exception as error:
-            end = [error]
-            break
-        if len(buffer) < size:
-            buffer.append(record)
-        else:
-            i = random.integers(size)
-            yield buffer[i]
-            buffer[i] = record
-    yield from (buffer[i] for i in random.permutation(len(buffer)))
-    yield from end
+    def _read(self, parts: list[Part]) -> Iterator[dict | Exception]:
+        """The records of ``parts``, in order. An exception that ends them early comes last."""
+        for piece, first, step in parts:
+            count = 0
+            try:
+                # iter(1), because workers would share the records of the data set as such
+                for record in self.dataset.shard(self.pieces, piece).iter(1):
+                    if count % step == first:
+                        yield {name: value for name, (value,) in record.items()}
+                    count += 1
+            except Exception as error:
+                yield error
+                return
+            self.found[piece] = count
 
 
 def worker_place(share: Share) -> tuple[int, int]:

@@ -12,6 +12,7 @@ Pre-training, fine-tuning and the linear probe of MAE are such loops. What else 
 remember, and what has a ``state_dict``, goes into ``parts``.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -470,6 +471,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler else None,
             bad=self.batches.bad.state_dict(),
+            lengths=dict(collections.ChainMap(*gather_object([self.batches.lengths]))),
             **{name: part.state_dict() for name, part in self.parts.items()},
         )
 
@@ -490,6 +492,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.batches.bad.load_state_dict(state["bad"])
+        self.batches.lengths.update(state.get("lengths", {}))
 
         if source.parent == self.folder.path.resolve():
             self.folder.saved_step, self.folder.holds_other_run = progress.step, False

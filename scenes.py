@@ -218,7 +218,7 @@ class SceneBatches(TrainBatches):
         check_division(length, batch_size, accumulate, share)
         self.length, self.share, self.device = length, share, torch.device(device)
         self.plan = Plan(length, batch_size, accumulate, seed, share)
-        self.bad = BadImages(length, max_bad)
+        self.bad, self.lengths = BadImages(length, max_bad), {}
         crops = SceneCrops(scenes, augment, seed, tries=int(max_bad * length) + 1)
         self.reader = MapReader(crops, 0, self.plan, workers, self.device)  # the size is that of ``augment``
 

@@ -1,6 +1,7 @@
 """Folders of pictures as people have them."""
 
 import io
+import operator
 import os
 import tarfile
 
@@ -30,6 +31,21 @@ def test_a_class_folder_that_is_a_symbolic_link_is_a_class(tmp_path):
     loaded = data.load_images(str(tmp_path / "photos"))
     assert labels(loaded) == ["cat", "dog", "lynx", "lynx"]
     assert all(data.decode(record).size == (40, 30) for record in loaded["image"])
+
+
+@pytest.mark.parametrize("metadata", [False, True])
+def test_a_stream_of_a_folder_is_not_sorted_by_class(metadata, tmp_path):
+    names = [f"{kind}/{i}.png" for kind in ("cat", "dog", "lynx") for i in range(100)]
+    write(tmp_path, names)
+    if metadata:
+        rows = [f"{name},{number}" for number, name in enumerate(names)]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,number", *rows]))
+    stream, loaded = (list(data.load_images(str(tmp_path), streaming=streaming)) for streaming in (True, False))
+    key = operator.itemgetter("path")
+    assert sorted((r["image"] | r for r in stream), key=key) == sorted((r["image"] | r for r in loaded), key=key)
+    kinds = [record["label"] for record in stream]
+    assert all(len(set(kinds[i : i + 10])) > 1 for i in range(0, 300, 10))
+    assert data.load_images(str(tmp_path), streaming=True).num_shards == 256
 
 
 def test_results_of_our_own_and_hidden_files_are_no_pictures_and_what_is_left_out_is_said(tmp_path, capsys):

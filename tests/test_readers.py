@@ -11,7 +11,7 @@ from helpers import dataset_of, image_bytes, picture, with_bad
 import data
 from batches import TrainBatches
 from cropping import CropOptions
-from readers import MapCrops, Request, Share, Workers, ignore_signals
+from readers import MapCrops, Request, Share, StreamCrops, Workers, ignore_signals
 
 
 def crops_of(dataset, **options) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_streams_are_divided_without_overlap_and_start_anew(workers, shards):
     for rank in (0, 1):
         stream = dataset_of(blobs).to_iterable_dataset(num_shards=shards)
         batches = TrainBatches(stream, 16, 8, length=32, workers=workers, share=Share(rank, 2))
-        records = [data.decode(r["image"]) for r in itertools.islice(batches.reader.crops._records(), 16)]
+        records = [data.decode(r["image"]) for r in itertools.islice(batches.reader.crops._records(0), 16)]
         seen.append({names[np.asarray(image).tobytes()] for image in records})
         assert batches.steps_per_epoch == 4
         for epoch in (1, 2, 3):  # three times as many as this process's share
@@ -75,21 +75,82 @@ def test_streams_are_divided_without_overlap_and_start_anew(workers, shards):
     assert len(set(keys)) == len(keys)
 
 
+def counted_stream(sizes: list[int], opened: list, broken=()) -> datasets.IterableDataset:
+    """A stream of shards that notes which it opens."""
+
+    def rows(shards):
+        for shard, size in shards:
+            opened.append(shard)
+            for i in range(size):
+                blob = b"broken" if (shard, i) in broken else image_bytes(picture(seed=100 * shard + i))
+                yield {"image": dict(bytes=blob, path=f"{shard}-{i}.png")}
+
+    features = datasets.Features(image=datasets.Image(decode=False))
+    return datasets.IterableDataset.from_generator(rows, features, gen_kwargs=dict(shards=list(enumerate(sizes))))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_stream_continues_where_it_was_left(workers, world):
-    def batches():
-        stream = with_bad(40, (3, 17)).to_iterable_dataset(num_shards=4)
-        return TrainBatches(stream, 16, 8, length=40, workers=workers, share=Share(0, world), max_bad=0.5)
+@pytest.mark.parametrize("sizes", [[40], [9, 0, 13, 2, 5, 11]])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_stream_continues_where_it_was_left(workers, world, sizes, known, monkeypatch):
+    monkeypatch.setattr(StreamCrops, "block", 4)
 
-    whole, resumed = batches(), batches()
+    def batches(opened):
+        stream = counted_stream(sizes, opened, broken=[(0, 3), (0, 7), (5, 2), (5, 9)])
+        return TrainBatches(stream, 16, 4, length=80, workers=workers, share=Share(world - 1, world), max_bad=0.5)
+
+    whole = batches([])
     expected = list(whole.epoch(2))
-    resumed.bad.add(bad for batch in expected[:2] for bad in batch.bad)
-    rest = list(resumed.epoch(2, seen=16))
-    assert len(expected) == 5 and len(rest) == 3
-    for one, other in zip(expected[2:], rest):
-        assert torch.equal(one.images, other.images) and np.array_equal(one.indices, other.indices)
-    assert resumed.bad.descriptions == whole.bad.descriptions
+    assert len(expected) == 20  # at least two passes
+    for done in (1, 5, 14, 19):
+        opened = []
+        resumed = batches(opened)
+        resumed.bad.add(bad for batch in expected[:done] for bad in batch.bad)
+        resumed.lengths.update(whole.lengths if known else {})
+        rest = list(resumed.epoch(2, seen=4 * done))
+        assert len(rest) == 20 - done
+        for one, other in zip(expected[done:], rest):
+            assert torch.equal(one.images, other.images) and np.array_equal(one.indices, other.indices)
+        assert resumed.bad.descriptions == whole.bad.descriptions
+    if known and len(sizes) > 1 and not workers:  # the last four pictures lie in few shards
+        assert len(opened) < len(sizes)
+
+
+def test_a_stream_reports_the_lengths_of_the_pieces_it_has_read(monkeypatch):
+    monkeypatch.setattr(StreamCrops, "block", 4)
+    batches = TrainBatches(counted_stream([9, 13, 2], []), 16, 4, length=80, workers=2)
+    list(batches.epoch(1))
+    assert batches.lengths == {0: 9, 1: 13, 2: 2}
+
+
+def test_workers_that_outnumber_the_shards_share_them():
+    class NotedCrops(StreamCrops):
+        def _pass(self, *arguments):
+            records = list(super()._pass(*arguments))
+            passes.append([record["image"]["path"] for record in records])
+            yield from records
+            return len(records)
+
+    first = []
+    for rank in range(7):
+        passes: list[list[str]] = []
+        stream = counted_stream([12, 0, 7], [])
+        crops = NotedCrops(stream, CropOptions(16, (0.2, 1.0), 0, 1), 4, Share(rank, 7))
+        list(itertools.islice(crops._records(0), 40))
+        assert len(set(itertools.chain(*passes))) == 19  # in time, each process reads all
+        first += passes[0]
+    assert len(first) == len(set(first)) == 19
+
+
+def test_loose_files_of_a_stream_are_mixed(monkeypatch):
+    monkeypatch.setattr(StreamCrops, "most_shards", 400)
+    monkeypatch.setattr(StreamCrops, "block", 1)
+    crops = StreamCrops(counted_stream([1] * 512, []), CropOptions(16, (0.2, 1.0), 0, 1), 4, Share(0, 1))
+    shards = [int(r["image"]["path"].split("-")[0]) for r in itertools.islice(crops._records(0), 512)]
+    assert crops.pieces == 256 and sorted(shards) == list(range(512))
+    neighbours = np.abs(np.diff(shards))[::2]
+    assert np.median(neighbours) > 50  # even in a piece
 
 
 def test_a_stream_knows_its_length_by_its_description(photographs):

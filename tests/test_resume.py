@@ -852,9 +852,9 @@ def test_empty_and_uneven_shards_of_a_stream_never_hang(sizes, workers, tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_process_with_no_share_of_a_stream_says_so(workers, monkeypatch):
+def test_a_stream_that_turns_out_empty_says_so(workers, monkeypatch):
     stream = data.load_images("shapes", streaming=True, max_images=20)
-    monkeypatch.setattr(StreamCrops, "_records", lambda self: iter(()))
+    monkeypatch.setattr(StreamCrops, "_read", lambda self, parts: iter(()))
     batches = TrainBatches(stream, 32, 4, length=20, workers=workers, share=Share(1, 2))
-    with pytest.raises(data.NothingToRead, match="process 1 of 2 has nothing to read"):
+    with pytest.raises(data.NothingToRead, match="nothing to read in the stream"):
         list(batches.epoch(1))
