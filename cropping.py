@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from pixels import RGB, PixelFormat, Size, pair
@@ -111,12 +112,16 @@ def crop_batch(
     uses only pixels inside the box, as :func:`pixels.crop` does; "beyond" also uses those around it;
     "area" takes means over areas.
     """
+    if images.device.type == "cpu" and len(images) > 16:  # the caches hold no more: twice as fast
+        parts = zip(images.split(16), boxes.split(16), flips.split(16))
+        return torch.cat([crop_batch(*part, size, how) for part in parts])
     top, left, height, width = boxes.float().unbind(1)
     size = (size, size) if isinstance(size, int) else size
     rows = _resize_weights(top, height, images.shape[-2], size[0], how)
     columns = _resize_weights(left, width, images.shape[-1], size[1], how)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    crops = rows[:, None] @ images.float() @ columns.mT[:, None]
+    wide = rearrange(images.float(), "b c h w -> b (c h) w") @ columns.mT
+    crops = rows[:, None] @ rearrange(wide, "b (c h) w -> b c h w", c=images.shape[1])
     return crops if images.is_floating_point() else crops.round().clamp(0, 255).to(images.dtype)
 
 
@@ -130,10 +135,10 @@ def _resize_weights(start: Tensor, length: Tensor, pixels: int, size: int, how: 
         overlap = torch.minimum(high, position + 0.5) - torch.maximum(low, position - 0.5)
         weights = overlap.clamp(min=0)
         return weights / weights.sum(-1, keepdim=True)
-    t = (position - centre).abs() / step.clamp(min=1)  # (b, size, pixels), in widths of the filter
+    t = ((position - centre).abs() / step.clamp(min=1)).clamp(max=2)  # (b, size, pixels), in widths of the filter
     near = (1.5 * t - 2.5) * t * t + 1  # Keys' cubic, a = -1/2
-    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
-    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0))
+    far = ((-0.5 * t + 2.5) * t - 4) * t + 2  # 0 at 2
+    weights = torch.where(t < 1, near, far)
     if how == "inside":
         half = length[:, None, None] / 2
         weights = weights * ((position - start[:, None, None] - half).abs() < half + 0.5)

@@ -351,7 +351,7 @@ class PreloadedReader(IndexReader):
         crops = self.options.crops(sizes, epoch, indices).as_fractions(sizes)
         boxes = data.to_device(crops.boxes * np.float32(self.images.shape[-1]), self.device)
         flips = data.to_device(crops.flips, self.device)
-        images = self.images[data.to_device(indices, self.images.device)]
+        images = self.images.index_select(0, data.to_device(indices, self.images.device))
         if images.device.type == "cpu":
             images = data.to_device(images, self.device)
         images = crop_batch(images, boxes, flips, pair(size))
