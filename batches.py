@@ -38,7 +38,7 @@ class TrainBatches:
 
     ``bad`` holds the broken pictures met so far (of a stream: in this epoch). More than the share
     ``max_bad`` raise TooManyBadImages; several processes must add theirs up and call
-    ``bad.check()``. ``lengths`` of the pieces of a stream read so far, by which it resumes faster.
+    ``bad.check()``. ``lengths``: of the pieces of a stream read so far; with them it resumes faster.
     Raises ValueError if a step does not divide evenly or takes more pictures than
     the data has.
     """

@@ -112,7 +112,7 @@ def crop_batch(
     uses only pixels inside the box, as :func:`pixels.crop` does; "beyond" also uses those around it;
     "area" takes means over areas.
     """
-    if images.device.type == "cpu" and len(images) > 16:  # the caches hold no more: twice as fast
+    if images.device.type == "cpu" and len(images) > 16:  # parts that fit in the caches: twice as fast
         parts = zip(images.split(16), boxes.split(16), flips.split(16))
         return torch.cat([crop_batch(*part, size, how) for part in parts])
     top, left, height, width = boxes.float().unbind(1)

@@ -339,6 +339,8 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:
 
 
 def _as_stream(dataset: datasets.Dataset) -> datasets.IterableDataset:
+    """The stream of a data set, in a fixed random order: a table may be sorted by class."""
+    dataset = dataset.shuffle(seed=0)
     return dataset.to_iterable_dataset(num_shards=max(1, min(folders.STREAM_SHARDS, len(dataset))))
 
 
@@ -594,7 +596,7 @@ class TooManyBadImages(ValueError):
 
 
 class NothingToRead(ValueError):
-    """A stream turned out to be empty."""
+    """No more pictures can be read from a stream."""
 
 
 class BadImages:

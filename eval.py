@@ -486,7 +486,8 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         if args.command == "reconstruct":
             shutil.rmtree(args.out / "reconstructions", ignore_errors=True)
 
-    columns = args.image_column, args.label_column, args.streaming, args.max_images
+    limit = None if args.streaming and trains else args.max_images  # of a stream it is the length of an epoch
+    columns = args.image_column, args.label_column, args.streaming, limit
     if args.command in ("knn", "linear", "finetune"):
         where = args.dataset, args.split, args.test_split
         training, tests, classes = load_labelled(*where, *columns, args.skip_unlabelled)

@@ -366,7 +366,7 @@ class StreamReader:
     """Reads shards of a stream in worker processes, which restart in each epoch.
 
     ``lengths``: the numbers of records of the pieces read so far, which it adds to. A resumed epoch
-    does not open such pieces again.
+    does not open such pieces again that lie before its first batch.
     """
 
     def __init__(
@@ -392,13 +392,15 @@ class StreamReader:
             return
         rounds, first = divmod(done, max(1, self.loader.num_workers))
         self.crops.start(epoch, rounds, set(self.bad.descriptions), self.lengths)
-        for batch, lengths in itertools.islice(self.workers.iterate(self.loader), first, None):
+        for number, (batch, lengths) in enumerate(self.workers.iterate(self.loader)):
             self.lengths.update(lengths)
+            if number < first:  # of the round that was interrupted
+                continue
             yield batch
             wanted -= 1
             if not wanted:
                 return
-        raise data.NothingToRead("there is nothing to read in the stream")
+        raise data.NothingToRead("no more pictures can be read from the stream")
 
     def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
         raise ValueError("a stream has no index to find whole pictures by: drop --streaming")
@@ -424,22 +426,20 @@ class Part(NamedTuple):
 class StreamCrops(IterableDataset):
     """Endless batches of one worker process of :class:`StreamReader`, each with lengths it found.
 
-    The stream is cut into pieces: its shards, or 256 mixtures of more than ``most_shards``, which
-    must be loose files. The workers of all processes divide the pieces anew in each pass. If they
-    outnumber the pieces, several read the same piece and share its records. A worker shuffles its
-    records in blocks of ``block``.
+    The stream is cut into pieces: its shards or, if they are more than 512 (mostly loose files), 256
+    groups of them, each from all over. The workers of all processes divide the pieces anew in each
+    pass. If they outnumber the pieces, several read the same piece and share its records. A worker
+    reads one piece after the other and shuffles the records in blocks of ``block``.
 
     A stream has no index, so its order depends on the number of processes and workers; given these,
     it is a function of seed and epoch. Resuming leaves out the first ``rounds`` batches of each
     worker: pieces of known length are not opened, others are read and not decoded.
     """
 
-    most_shards, block = 2000, 1000
+    block = 1000
 
     def __init__(self, dataset: datasets.IterableDataset, options: CropOptions, batch_size: int, share: Share):
-        self.pieces = dataset.num_shards
-        if self.pieces > self.most_shards:
-            self.pieces, dataset = 256, dataset.shuffle(seed=0, buffer_size=1)
+        self.pieces = dataset.num_shards if dataset.num_shards <= 512 else 256
         self.dataset, self.options, self.batch_size, self.share = dataset, options, batch_size, share
         self.start(epoch=0, rounds=0, bad=set(), lengths={})
 
@@ -537,27 +537,28 @@ class StreamCrops(IterableDataset):
         while buffer:
             following = []
             for i in np.random.default_rng((*key, length)).permutation(len(buffer)):
+                record, buffer[i] = buffer[i], None  # free its memory
                 if length >= start:
-                    yield buffer[i]
+                    yield record
                 length += 1
                 following += itertools.islice(records, 1)
             buffer = following
         return length
 
     def _read(self, parts: list[Part]) -> Iterator[dict | Exception]:
-        """The records of ``parts``, in order. An exception that ends them early comes last."""
+        """The records of ``parts``, in order, and the exceptions that end some of them early."""
         for piece, first, step in parts:
             count = 0
             try:
-                # iter(1), because workers would share the records of the data set as such
-                for record in self.dataset.shard(self.pieces, piece).iter(1):
+                # iter(1): a plain loop in a worker would divide the records among the workers once more
+                for record in self.dataset.shard(self.pieces, piece, contiguous=False).iter(1):
                     if count % step == first:
                         yield {name: value for name, (value,) in record.items()}
                     count += 1
             except Exception as error:
                 yield error
-                return
-            self.found[piece] = count
+            else:
+                self.found[piece] = count
 
 
 def worker_place(share: Share) -> tuple[int, int]:

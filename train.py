@@ -365,7 +365,8 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
         columns = args.image_column, args.label_column, args.streaming
-        dataset = data.load_images(args.dataset, args.split, *columns, args.max_images)
+        limit = None if args.streaming else args.max_images  # of a stream it is the length of an epoch
+        dataset = data.load_images(args.dataset, args.split, *columns, limit)
         model = build_model(args, state and state["config"]["model"], dataset)
         form = data.pixel_format(dataset, model.config["channels"], args.pixel_range)
         guide = build_guide(args, model, dataset, accelerator.device)

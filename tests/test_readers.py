@@ -75,13 +75,15 @@ def test_streams_are_divided_without_overlap_and_start_anew(workers, shards):
     assert len(set(keys)) == len(keys)
 
 
-def counted_stream(sizes: list[int], opened: list, broken=()) -> datasets.IterableDataset:
-    """A stream of shards that notes which it opens."""
+def counted_stream(sizes: list[int], opened: list, broken=(), dead=None) -> datasets.IterableDataset:
+    """A stream of shards that notes which it opens; with ``broken`` pictures, and an error at the record ``dead``."""
 
     def rows(shards):
         for shard, size in shards:
             opened.append(shard)
             for i in range(size):
+                if (shard, i) == dead:
+                    raise ConnectionError("the line is dead")
                 blob = b"broken" if (shard, i) in broken else image_bytes(picture(seed=100 * shard + i))
                 yield {"image": dict(bytes=blob, path=f"{shard}-{i}.png")}
 
@@ -97,7 +99,7 @@ def test_a_stream_continues_where_it_was_left(workers, world, sizes, known, monk
     monkeypatch.setattr(StreamCrops, "block", 4)
 
     def batches(opened):
-        stream = counted_stream(sizes, opened, broken=[(0, 3), (0, 7), (5, 2), (5, 9)])
+        stream = counted_stream(sizes, opened, broken=[(0, 3), (0, 7), (5, 2), (5, 9)], dead=(3, 1))
         return TrainBatches(stream, 16, 4, length=80, workers=workers, share=Share(world - 1, world), max_bad=0.5)
 
     whole = batches([])
@@ -114,7 +116,7 @@ def test_a_stream_continues_where_it_was_left(workers, world, sizes, known, monk
             assert torch.equal(one.images, other.images) and np.array_equal(one.indices, other.indices)
         assert resumed.bad.descriptions == whole.bad.descriptions
     if known and len(sizes) > 1 and not workers:  # the last four pictures lie in few shards
-        assert len(opened) < len(sizes)
+        assert 0 < len(opened) < len(sizes)
 
 
 def test_a_stream_reports_the_lengths_of_the_pieces_it_has_read(monkeypatch):
@@ -143,14 +145,31 @@ def test_workers_that_outnumber_the_shards_share_them():
     assert len(first) == len(set(first)) == 19
 
 
-def test_loose_files_of_a_stream_are_mixed(monkeypatch):
-    monkeypatch.setattr(StreamCrops, "most_shards", 400)
+@pytest.mark.parametrize("limit", [None, 600])
+def test_loose_files_of_a_stream_are_mixed(limit, monkeypatch):
     monkeypatch.setattr(StreamCrops, "block", 1)
-    crops = StreamCrops(counted_stream([1] * 512, []), CropOptions(16, (0.2, 1.0), 0, 1), 4, Share(0, 1))
-    shards = [int(r["image"]["path"].split("-")[0]) for r in itertools.islice(crops._records(0), 512)]
-    assert crops.pieces == 256 and sorted(shards) == list(range(512))
-    neighbours = np.abs(np.diff(shards))[::2]
-    assert np.median(neighbours) > 50  # even in a piece
+    stream = counted_stream([1] * 768, [])
+    crops = StreamCrops(stream.take(limit) if limit else stream, CropOptions(16, (0.2, 1.0), 0, 1), 4, Share(0, 1))
+    shards = [int(r["image"]["path"].split("-")[0]) for r in itertools.islice(crops._records(0), limit or 768)]
+    assert crops.pieces == 256 and len(set(shards)) == (limit or 768)
+    assert np.median(np.abs(np.diff(shards))) > 50
+
+
+def test_a_broken_shard_of_a_stream_hides_no_other():
+    def rows(shards):
+        for shard in shards:
+            if shard == 3:
+                raise ConnectionError("the line is dead")
+            for i in range(10):
+                yield {"image": dict(bytes=image_bytes(picture(seed=i)), path=f"{shard}-{i}.png")}
+
+    features = datasets.Features(image=datasets.Image(decode=False))
+    stream = datasets.IterableDataset.from_generator(rows, features, gen_kwargs=dict(shards=list(range(6))))
+    for seed in range(6):
+        crops = StreamCrops(stream, CropOptions(16, (0.2, 1.0), seed, 1), 4, Share(0, 1))
+        records = list(itertools.islice(crops._records(0), 51))  # a pass
+        assert sum(isinstance(record, ConnectionError) for record in records) == 1
+        assert len({record["image"]["path"] for record in records if isinstance(record, dict)}) == 50
 
 
 def test_a_stream_knows_its_length_by_its_description(photographs):

@@ -856,5 +856,5 @@ def test_a_stream_that_turns_out_empty_says_so(workers, monkeypatch):
     stream = data.load_images("shapes", streaming=True, max_images=20)
     monkeypatch.setattr(StreamCrops, "_read", lambda self, parts: iter(()))
     batches = TrainBatches(stream, 32, 4, length=20, workers=workers, share=Share(1, 2))
-    with pytest.raises(data.NothingToRead, match="nothing to read in the stream"):
+    with pytest.raises(data.NothingToRead, match="no more pictures can be read"):
         list(batches.epoch(1))
