@@ -23,7 +23,7 @@ from PIL import Image
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
 STREAM_SHARDS = 256  # at most: opening a shard takes longer, the more there are
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-RESULT_PICTURES = {"masks.png", "loss.png", "epochs.png", "minutes.png", "reconstruction.png"}
+RESULT_PICTURES = {"masks.png", "loss.png", "epochs.png", "minutes.png", "leads.png", "reconstruction.png"}
 RESULTS = {"metrics.jsonl", "result.json", "results.json", "model.safetensors"}  # files of our own runs
 NOT_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG"}  # formats that Pillow opens, but does not decode alone
 WORDS = r"([-_ ]?(set|split|data|images?|imgs?))?([-_ ]?\d{1,4})?"  # after a split: val2017, test_images, train-256

@@ -223,6 +223,27 @@ def accuracy_curves(records: list[dict], x: str, label: str) -> Figure:
     return figure
 
 
+def leads(panels: dict[str, dict[str, tuple[list[float], tuple[float, float]]]]) -> Figure:
+    """Draw the leads of arms over random masks: a dot for each seed, the mean and its 95 % confidence interval.
+
+    ``panels`` hold, by metric and arm, the leads by seed and the interval, which is nan for one seed.
+    """
+    arms = list(dict.fromkeys(arm for found in panels.values() for arm in found))
+    figure = Figure(figsize=(1.6 + 3.4 * len(panels), 1.2 + 0.35 * len(arms)), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (title, found) in zip(axes, panels.items()):
+        axis.axvline(0, color="black", linewidth=1)
+        for arm, (values, (low, high)) in found.items():
+            row, mean = arms.index(arm), statistics.mean(values)
+            axis.plot(values, [row] * len(values), "o", color=COLOURS[0], alpha=0.35, markersize=5, markeredgewidth=0)
+            axis.plot([low, high], [row, row], color=COLOURS[5], linewidth=1.5)
+            axis.plot(mean, row, "D", color=COLOURS[5], markersize=5)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set(xlabel="lead over random masks, points", title=title, ylim=(len(arms) - 0.5, -0.5))
+        axis.grid(alpha=0.3)
+    return figure
+
+
 # ------------------------------------------------------------------------------ what encoders have learned
 
 

@@ -7,8 +7,8 @@
 Pre-trains one model under each kind of masks, with several seeds; evaluates every run along the way
 by kNN and linear probe; fine-tunes it at the end. Finished work is not repeated: interrupt it
 (Ctrl-C, timeout 10m python ...) and start the same command as often as needed. Leaves in --out:
-table.md, results.json, epochs.png, minutes.png, masks-ARM.png, and a run folder for each arm and
-seed.
+table.md, results.json, epochs.png, minutes.png, leads.png, masks-ARM.png, and a run folder for each arm
+and seed.
 """
 
 import argparse
@@ -80,6 +80,7 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
         finetune=f"--epochs 30 --warmup-epochs 3 --batch-size 256 {LIGHT}",
     ),
 }
+METRICS = dict(knn="kNN (k = 20)", linear="linear probe", finetune="fine-tuning")
 PROBES = 3  # linear probes per run: which head is chosen depends on the split of the training data
 OURS = ("dataset", "epochs", "seed", "mask", "save_every", "keep", "out", "resume", "overwrite")  # not for --pretrain
 GUIDING = set(  # options that make no difference before the guide starts
@@ -483,32 +484,54 @@ def show(values: list[float], sign: str = "") -> str:
     return f"{mean:{sign}.1f}" + ("" if math.isnan(deviation) else f" ± {deviation:.1f}")
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of the mean, by Student's t; of a single value it is nan."""
+    from scipy.stats import t
+
+    mean, deviation = mean_and_deviation(values)
+    half = t.ppf(0.975, max(1, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def by_seed(records: list[dict], arm: str, epoch: int, metric: str) -> dict[int, float]:
+    return {r["seed"]: r[metric] for r in records if (r["arm"], r["epoch"]) == (arm, epoch) and metric in r}
+
+
+def leads(records: list[dict], arm: str, metric: str) -> list[float]:
+    """What an arm is ahead of random masks of the same seed at the end, seed by seed."""
+    last = max(record["epoch"] for record in records)
+    values, baseline = (by_seed(records, name, last, metric) for name in (arm, "random"))
+    return [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+
+
+def show_leads(values: list[float]) -> str:
+    if len(values) < 2:
+        return show(values, "+")
+    low, high = interval(values)
+    return f"{show(values, '+')} ({low:+.1f} to {high:+.1f})"
+
+
 def table(experiment: Experiment, records: list[dict]) -> str:
     """A Markdown table: accuracy of each arm by epoch, mean ± deviation over seeds, and lead over random masks."""
     epochs = sorted({record["epoch"] for record in records})
     arms = [arm for arm in experiment.arms if any(record["arm"] == arm for record in records)]
-
-    def values(arm: str, epoch: int, metric: str) -> dict[int, float]:  # by seed
-        return {r["seed"]: r[metric] for r in records if (r["arm"], r["epoch"]) == (arm, epoch) and metric in r}
-
     where = "a fifth of the training data, held out" if experiment.select else "the test data"
     lines = [
         f"{experiment.dataset}, {experiment.scale}: top-1 in per cent on {where}, mean ± deviation over seeds; "
-        "differences to random masks of the same seed and minutes of pre-training at the end. Empty: not judged, masks "
-        "still random."
+        "differences to random masks of the same seed (95 % confidence interval) and minutes of pre-training at the "
+        "end. Empty: not judged, masks still random."
     ]
-    for metric, title in (("knn", "kNN (k = 20)"), ("linear", "linear probe"), ("finetune", "fine-tuning")):
+    for metric, title in METRICS.items():
         columns = epochs if metric != "finetune" else epochs[-1:]
         if not any(metric in record for record in records):
             continue
         lines += ["", f"| {title} | " + " | ".join(f"epoch {e}" for e in columns) + " | - random | seeds | minutes |"]
         lines += ["|---" * (len(columns) + 4) + "|"]
         for arm in arms:
-            last, baseline = values(arm, epochs[-1], metric), values("random", epochs[-1], metric)
-            paired = [last[seed] - baseline[seed] for seed in last if seed in baseline]
-            cells = [show(list(values(arm, epoch, metric).values())) for epoch in columns]
-            cells += ["" if arm == "random" else show(paired, "+"), str(len(last))]
-            cells += [show(list(values(arm, epochs[-1], "minutes").values()))]
+            cells = [show(list(by_seed(records, arm, epoch, metric).values())) for epoch in columns]
+            cells += ["" if arm == "random" else show_leads(leads(records, arm, metric))]
+            cells += [str(len(by_seed(records, arm, epochs[-1], metric)))]
+            cells += [show(list(by_seed(records, arm, epochs[-1], "minutes").values()))]
             lines += [f"| {arm} | " + " | ".join(cells) + " |"]
     return "\n".join(lines) + "\n"
 
@@ -525,6 +548,13 @@ def report(experiment: Experiment):
             pictures.accuracy_curves(records, x, f"{name} of pre-training").savefig(
                 experiment.out / f"{kind}{name}.png"
             )
+        panels = {}
+        for metric, title in METRICS.items():
+            found = {arm: leads(records, arm, metric) for arm in experiment.arms if arm != "random"}
+            if found := {arm: (values, interval(values)) for arm, values in found.items() if values}:
+                panels[title] = found
+        if panels:
+            pictures.leads(panels).savefig(experiment.out / f"{kind}leads.png")
     for run in reversed(runs):  # so that the first seed comes last, and stays
         if (run.out / "masks.png").exists():
             shutil.copy(run.out / "masks.png", experiment.out / f"masks-{run.arm}.png")

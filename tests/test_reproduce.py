@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from helpers import SMALL, contents
 
@@ -87,9 +89,15 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     assert not (out / "cached-seed0").exists()
 
     text = reproduced(*QUICK, "--out", out)
-    assert {"table.md", "results.json", "epochs.png", "minutes.png", "masks-random.png", "masks-cached.png"} <= {
-        file.name for file in out.iterdir()
-    }
+    assert {
+        "table.md",
+        "results.json",
+        "epochs.png",
+        "minutes.png",
+        "leads.png",
+        "masks-random.png",
+        "masks-cached.png",
+    } <= {file.name for file in out.iterdir()}
     records = json.loads((out / "results.json").read_text())
     assert [(r["arm"], r["epoch"]) for r in records] == [("random", 1), ("random", 2), ("cached", 2)]
     assert all(("finetune" in r) == (r["epoch"] == 2) for r in records)
@@ -130,7 +138,7 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     after = contents(out)
     assert "pre-training" in text and "fine-tuning" in text
     assert again.splitlines()[-1] == f"wrote {out / 'table.md'}" and "training" not in again and "tuning" not in again
-    assert {name for name in before if before[name] != after[name]} <= {"epochs.png", "minutes.png"}
+    assert {name for name in before if before[name] != after[name]} <= {"epochs.png", "minutes.png", "leads.png"}
     for folder in (out / "cached-seed0").glob("checkpoint-*"):
         shutil.rmtree(folder)
     assert "training" not in reproduced(*QUICK, "--out", out)  # all that is wanted is known
@@ -316,12 +324,28 @@ def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatc
     random = [score - 2 for (arm, _), score in scores.items() if arm == "random"]
     mean, deviation = statistics.mean(random), torch.tensor(random).std().item()
     assert f"| random | {mean - 4:.1f} ± {deviation:.1f} | {mean:.1f} ± {deviation:.1f} |  | 3 | 8.0 ± 0.0 |" in text
-    assert f"| amt | 47.2 ± 3.2 | 51.2 ± 3.2 | +2.0 ± {math.sqrt(2):.1f} | 2 | 8.0 ± 0.0 |" in text
+    assert f"| amt | 47.2 ± 3.2 | 51.2 ± 3.2 | +2.0 ± {math.sqrt(2):.1f} (-10.7 to +14.7) | 2 | 8.0 ± 0.0 |" in text
     assert "| amt | 70.2 |  | 1 | 8.0 ± 0.0 |" in text  # there is no random run fine-tuned to compare it with
     figure = pictures.accuracy_curves(records, "minutes", "minutes")
     line = figure.axes[1].containers[0]
     assert line.get_label() == "random" and line.lines[0].get_xdata().tolist() == [4, 8]
     assert line.lines[0].get_ydata().tolist() == pytest.approx([mean - 4, mean])
+
+
+def test_the_confidence_interval_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    random, arm = rng.normal(50, 2, 7), rng.normal(51, 2, 7)
+    records = [dict(arm="random", seed=seed, epoch=8, linear=value) for seed, value in enumerate(random)]
+    records += [dict(arm="self", seed=seed, epoch=8, linear=value) for seed, value in reversed(list(enumerate(arm)))]
+    records += [dict(arm="self", seed=9, epoch=8, linear=99.0), dict(arm="self", seed=0, epoch=4, linear=1.0)]
+    values = reproduce.leads(records, "self", "linear")
+    assert values == pytest.approx(arm - random)
+    expected = scipy.stats.ttest_rel(arm, random).confidence_interval(0.95)
+    assert reproduce.interval(values) == pytest.approx((expected.low, expected.high))
+    figure = pictures.leads({"linear probe": {"self": (values, reproduce.interval(values))}})
+    dots, bar, mean = figure.axes[0].lines[1:]
+    assert list(dots.get_xdata()) == values and mean.get_xdata() == pytest.approx([np.mean(values)])
+    assert bar.get_xdata() == pytest.approx([expected.low, expected.high])
 
 
 class Fake:
