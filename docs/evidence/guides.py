@@ -1,0 +1,68 @@
+"""How well the guides of an experiment find objects when they start to guide: rank-AUC of relevance, whole pictures.
+
+    python docs/evidence/guides.py OUT DATA      # OUT of reproduce.py; DATA with a column "mask"
+
+Each arm's guide works on the weights of the random run of the same seed, from which the arm goes on.
+Writes OUT/guides.json: means over the pictures, by arm and seed.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from einops import reduce
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import contest
+import data
+import measures
+import smae
+import train
+
+
+@torch.no_grad()
+def rank_auc(options: list[str], checkpoint: Path, pictures: contest.Pictures) -> float:
+    args = train.parse_arguments(options)
+    train.fill_defaults(args)
+    model = smae.load(checkpoint).eval()
+    guide = train.build_guide(args, model)
+    found = []
+    for images in pictures.images.split(64):
+        with torch.autocast("cpu", torch.bfloat16):
+            relevance, _ = guide.relevance(data.normalize(images, *model.statistics))
+        found.append(relevance.float())
+    relevance = torch.cat(found)
+    if args.guide_shuffle:  # of a picture of another kind
+        relevance = relevance.roll(len(relevance) // 2, dims=0)
+    h, w = model.grid(pictures.images)
+    share = reduce(pictures.truth, "b (h y) (w x) -> b (h w)", "mean", h=h, w=w)
+    return 100 * measures.rank_auc(relevance, share).nanmean().item()
+
+
+def main(out: Path, objects: str):
+    settings = json.loads((out / "settings.json").read_text())
+    size = train.parse_arguments(shlex.split(settings["pretrain"])).image_size
+    pictures = contest.Pictures(data.load_images(objects, "train"), "mask", "", "", size)
+    file = out / "guides.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for arm, options in settings["arms"].items():
+        for seed in settings["seeds"]:
+            epochs = str(settings["epochs"])
+            options_of_run = [*shlex.split(settings["pretrain"]), "--epochs", epochs, *shlex.split(options)]
+            args = train.parse_arguments([*options_of_run, "--dataset", settings["dataset"], "--preload"])
+            if args.mask == "random" or str(seed) in known.get(arm, {}):
+                continue
+            train.fill_defaults(args)
+            random = out / f"random-seed{seed}"
+            images = json.loads((random / "config.json").read_text())["data"]["images"] if random.exists() else 0
+            checkpoint = random / f"checkpoint-{args.guide_start * (images // args.batch_size):08d}"
+            if checkpoint.exists():
+                known.setdefault(arm, {})[str(seed)] = rank_auc(options_of_run, checkpoint, pictures)
+                print(arm, seed, round(known[arm][str(seed)], 1), flush=True)
+    file.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
