@@ -525,6 +525,19 @@ def test_too_many_broken_pictures_leave_the_run_before_as_it_was(quick_drawing, 
     assert contents(tmp_path / "run") == before
 
 
+def test_max_images_of_a_stream_is_the_length_of_an_epoch(monkeypatch, tmp_path):
+    class Read(Exception):
+        pass
+
+    def batches(dataset, *, length, **options):
+        assert length == 32 and sum(1 for _ in dataset) == 4000  # uneven shards would lose pictures
+        raise Read
+
+    monkeypatch.setattr(train, "TrainBatches", batches)
+    with pytest.raises(Read):
+        train_here(monkeypatch, *QUICK, "--streaming", "--max-images", 32, "--out", tmp_path / "run")
+
+
 def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):
     (photos / "30.png").write_bytes(b"")
     arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--max-bad-images", 0.3]
