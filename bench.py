@@ -68,7 +68,7 @@ sys.exit(code)
 TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser(
@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
     for command in (step, cut, load, guides, scale):
         command.add_argument("--json", help="also write the figures to this file")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def peer_of(model: smae.SMAE) -> torch.nn.Module:
