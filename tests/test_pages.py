@@ -38,7 +38,7 @@ def anchor(title: str) -> str:
 
 
 def commands(page: Path, folder: Path) -> list[list[str]]:
-    """The commands in its bash blocks: a shell that knows no other programs runs them, and notes what they are given."""
+    """The commands in its bash blocks: a shell without other programs runs them, and notes what they are given."""
     noted = folder / "noted"
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
         script = f"exec 3>>{noted}\n{SHELL}\n{block}"
@@ -69,7 +69,9 @@ def test_commands_can_be_parsed(page, tmp_path):
 
 def test_the_shell_fills_in_what_a_page_sets(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text('```bash\nA="--seed 3"\nfor i in 1 2; do nice -n 19 python train.py $A --epochs $i; done\nls\n```\n')
+    page.write_text(
+        '```bash\nA="--seed 3"\nfor i in 1 2; do\nnice -n 19 python train.py $A --epochs $i\ndone\nls\n```\n'
+    )
     assert commands(page, tmp_path) == [["train.py", "--seed", "3", "--epochs", epochs] for epochs in "12"]
 
 
