@@ -518,7 +518,10 @@ def build_parser() -> argparse.ArgumentParser:
             help="column of the masks; the log says what is taken for the object in them",
         )
         sub.add_argument(
-            "--layers", type=cli.block, nargs="+", help="blocks: numbers, decoder-1, ... (default: up to 4)"
+            "--layers",
+            type=cli.block,
+            nargs="+",
+            help="blocks to show in layers, masks and the page: numbers, decoder-1, ... (default: up to 4)",
         )
         cli.add(sub, "object-ids", "object-void", "mask-ratio", "foreground", "relevance", "seed", "out", "overwrite")
         sub.set_defaults(out=Path("runs") / name)

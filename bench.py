@@ -2,10 +2,10 @@
 
     python bench.py step        # a training step of ours against transformers' ViTMAE, and what the guides cost
     python bench.py step --model base --batch-size 8 --precision bf16 --json step.json
-    python bench.py cut         # the bi-partition against torch.linalg.eigh, and all that follows the features
+    python bench.py cut         # the bipartition against torch.linalg.eigh, and all that follows the features
     python bench.py load        # reading JPEGs against torchvision's ImageFolder with MAE's augmentation, on one core
     python bench.py guide --checkpoint RUN --dataset PICTURES_WITH_MASKS    # what guides cost, and how good they are
-    python bench.py all --mae ../mae    # all of it, in minutes, into bench.md; also against facebookresearch/mae
+    python bench.py all --mae ../mae    # all but guide and scale, into bench.md; also against facebookresearch/mae
     python bench.py scale       # what grows with the number of pictures: 1,281,167 tiny ones, written to --folder
 
 In ``step`` both models see the same batch, draw their random masks inside the step, and use SDPA and fused
@@ -81,7 +81,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     step.add_argument("--compile", action="store_true", help="compile both models")
 
     cut = commands.add_parser(
-        "cut", help="the bi-partition against torch.linalg.eigh", formatter_class=cli.HelpFormatter
+        "cut", help="the bipartition against torch.linalg.eigh", formatter_class=cli.HelpFormatter
     )
     cut.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="images")
     cut.add_argument("--sides", type=int, nargs="+", default=[14, 24], help="sides of the patch grid, in patches")
@@ -101,7 +101,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     guides.add_argument("--mask-column", default="mask", help="column of object masks")
     guides.add_argument("--max-images", type=int, default=512, help="pictures, from all over the data")
 
-    everything = commands.add_parser("all", help="everything, in minutes", formatter_class=cli.HelpFormatter)
+    everything = commands.add_parser(
+        "all", help="all but guide and scale, in minutes", formatter_class=cli.HelpFormatter
+    )
     everything.add_argument("--out", type=Path, default=Path("bench.md"), help="file for the tables")
     everything.add_argument("--tiny", action="store_true", help="rehearse: sizes that take seconds, figures of no use")
     for command in (step, load):

@@ -70,7 +70,7 @@ OPTIONS = {  # that several commands have
     "streaming": FLAG | dict(help="read the data while training, without downloading it first"),
     "max-images": dict(
         type=int,
-        help="use only so many images: the first, in eval.py some from all over; for a stream: images per epoch",
+        help="use only so many images (to train on, where there are others to test on); for a stream: images per epoch",
     ),
     "pixel-range": dict(
         nargs="+",
@@ -82,7 +82,7 @@ OPTIONS = {  # that several commands have
         nargs="?",
         const="device",
         choices=["host", "device"],
-        help="decode once into the memory of the device (or host) and crop whole batches there",
+        help="when training: decode once into the memory of the device (or host) and crop whole batches there",
     ),
     "workers": dict(type=int, default=min(8, cores()), help="data workers of each process"),
     "max-bad-images": dict(type=float, default=0.01, help="largest accepted fraction of broken images"),
@@ -133,7 +133,7 @@ OPTIONS = {  # that several commands have
     "lr": dict(type=float, help="learning rate (default: blr * batch size / 256)"),
     "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
     "clip-grad": dict(type=float, help="largest gradient norm (default: no clipping)"),
-    "layer-decay": dict(type=float, help="learning rate of a block over that of the next"),
+    "layer-decay": dict(type=float, help="ratio of the learning rate of each block to that of the next"),
     "drop-path": dict(type=float, help="stochastic depth of the last block"),
     "precision": dict(
         choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 where the hardware has it"
@@ -187,10 +187,10 @@ def model_sizes(options: dict) -> dict:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of an option, unless it is None or False."""
+    """Shows the default of an option, unless it is None, False or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default in ("", []):
             return action.help
         return super()._get_help_string(action)
 

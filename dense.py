@@ -123,14 +123,23 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
         trains = name in PRESETS
-        cli.add(sub, "checkpoint", checkpoint=None if trains else "runs/segment")
-        if trains:
+        if not trains:
+            sub.add_argument("--checkpoint", default="runs/segment", help="run folder of a segmenter or detector")
+        else:
+            cli.add(sub, "checkpoint")
             sub.add_argument(
                 "--preset",
                 choices=list(PRESETS[name]),
                 help="where the defaults of other options come from (default: demo for the demo data, else own)",
             )
-        cli.add(sub, "precision", "seed", "out", "overwrite", out=Path("runs") / name)
+        cli.add(
+            sub,
+            "precision",
+            "seed",
+            "out",
+            "overwrite",
+            out=Path("runs") / ("predict-dense" if name == "predict" else name),
+        )
         group = sub.add_argument_group("data")
         cli.add(group, "dataset", "split", "image-column", dataset=DEMO, split=None if name == "test" else "train")
         cli.add(group, "max-images", "workers", "max-bad-images")
@@ -159,15 +168,20 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("segment", "train and test a segmenter: mean IoU")
-    sub.add_argument("--ignore-index", type=int, nargs="+", default=[], help="values that are no class, as 255")
+    sub.add_argument("--ignore-index", type=int, nargs="+", default=[], help="values to ignore, like 255")
     sub.add_argument("--head", choices=HEADS, help="linear, on a frozen encoder; upernet, on a trained one")
-    sub.add_argument("--blocks", type=int, nargs="+", help="encoder blocks that the head reads (default: the last; 4)")
+    sub.add_argument(
+        "--blocks", type=int, nargs="+", help="encoder blocks that the head reads (default: the last; upernet: four)"
+    )
     sub.add_argument("--head-width", type=int, help="channels of UPerNet")
     add_training_options(sub, "short side of pictures")
 
     sub = command("detect", "train and test a detector: average precision of boxes and masks")
     sub.add_argument(
-        "--window", type=int, default=14, help="side of the windows of attention, in patches, but in 4 blocks (0: none)"
+        "--window",
+        type=int,
+        default=14,
+        help="side of the attention windows, in patches, in all but four blocks (0: none)",
     )
     sub.add_argument("--head-width", type=int, help="channels of feature pyramid and heads")
     sub.add_argument("--rois", type=int, help="regions per picture that the heads are trained on")
@@ -184,13 +198,14 @@ def add_training_options(parser: argparse.ArgumentParser, side: str):
     parser.add_argument(
         "--image-size",
         type=int,
-        help=f"side of the training crops, and {side} in the test (default: the checkpoint's, or 64)",
+        help=f"side of the training crops, and {side} in the test (default: the checkpoint's, or 64, rounded up)",
     )
     parser.add_argument("--test-split", help="split to test on (default: validation, val or test, else every tenth)")
     parser.add_argument("--max-test-images", type=int, help="test on only so many pictures, from all over the data")
     group = parser.add_argument_group("optimisation (defaults: those of the preset)")
-    cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "lr", "weight-decay")
-    group.add_argument("--schedule", choices=optim.SCHEDULES, help="of the learning rate (default: cosine)")
+    cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "weight-decay")
+    group.add_argument("--lr", type=float, help="learning rate, not scaled with the batch")
+    group.add_argument("--schedule", choices=optim.SCHEDULES, help="learning-rate schedule (default: cosine)")
     cli.add(group, "layer-decay", "drop-path", "clip-grad")
     group.add_argument("--scale", type=float, nargs=2, help="smallest and largest factor on the size of pictures")
     group = parser.add_argument_group("run")

@@ -1,4 +1,4 @@
-"""One small contract for every encoder that is judged: our own, foreign ones, ``random`` and ``pixels``.
+"""One small interface for every encoder that is evaluated: our own, third-party ones, ``random`` and ``pixels``.
 
 Also what encoders are judged by: something computed for every picture once, over all processes.
 

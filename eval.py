@@ -73,7 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
         cli.add(sub, "checkpoint", checkpoint="runs/pretrain")
         sub.add_argument(
-            "--pool", choices=["cls", "mean"], help="how to pool the tokens of an image (default: cls; finetune: mean)"
+            "--pool",
+            choices=["cls", "mean"],
+            help="how to pool the tokens of an image (default: a classifier's own; cls, if there is a CLS token, else "
+            "mean; finetune: mean)",
         )
         sub.add_argument(
             "--crop-ratio", type=float, default=0.875, help="side of the centre crop, as a fraction of the short side"
@@ -112,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--min-lr", type=float, default=1e-6, help="learning rate at the end")
 
     sub = command("predict", "classes of pictures, by a fine-tuned checkpoint, to predictions.csv", tests=False)
+    sub.set_defaults(checkpoint="runs/finetune")
     cli.add(sub, "batch-size", batch_size=256)
     sub = command("embed", "features of pictures, to features.parquet", tests=False)
     cli.add(sub, "batch-size", batch_size=256)

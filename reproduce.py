@@ -131,7 +131,11 @@ def parse_arguments(arguments: list[str] | None = None) -> Experiment:
         action="store_true",
         help="to choose settings: evaluate on a fifth of the training data instead of the test data, at the end only",
     )
-    parser.add_argument("--jobs", type=int, help="simultaneous runs, divided among the GPUs (default: the scale's)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="simultaneous runs, divided among the GPUs (default: the scale's, at least one for each GPU)",
+    )
     parser.add_argument(
         "--judge-at",
         type=int,
