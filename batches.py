@@ -92,10 +92,10 @@ class TrainBatches:
         return self._check_and_move(self.reader.epoch(epoch, seen))
 
     def uncropped(self, count: int | None = None, size: Size | None = None) -> Iterator[Batch]:
-        """This process's share of all pictures (or the first ``count``), stretched to squares.
+        """This process's share of all pictures (or the first ``count``), stretched to one size.
 
-        The batches are those of ``plan.uncropped`` that are not empty. ``size`` is the side of the
-        squares (default: that of the crops). Raises ValueError for a stream.
+        The batches are those of ``plan.uncropped`` that are not empty. ``size``: side, or height and
+        width (default: that of the crops). Raises ValueError for a stream.
         """
         return self._check_and_move(self.reader.uncropped(count, size))
 
@@ -189,8 +189,11 @@ class EvalBatches:
         )
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        if self.kept is not None and not self.kept:  # clones are not in shared memory
-            self.kept = [batch._replace(images=batch.images.clone()) for batch in self.loader]
+        if self.kept is not None and not self.kept:  # clones are not in shared memory, which takes open files
+            self.kept = [
+                EvalBatch(*(part.clone() if isinstance(part, Tensor) else part for part in batch))
+                for batch in self.loader
+            ]
         for batch in self.kept or self.loader:
             yield batch._replace(images=batch.images.to(self.device, non_blocking=True))
 

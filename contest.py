@@ -137,7 +137,7 @@ def raw_patches(model: smae.SMAE, images: Tensor) -> Tensor:
 @torch.no_grad()
 def features_of(model: smae.SMAE, images: Tensor, layer: int | str) -> Tensor:
     """Features (N, n, d) of uint8 images (N, 3, H, W), batch by batch, on the host."""
-    device, statistics = model.positions.device, (model.config["mean"], model.config["std"])
+    device, statistics = model.positions.device, model.statistics
     parts = []
     for part in images.split(64):
         part = data.normalize(part.to(device), *statistics)
@@ -191,7 +191,7 @@ def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: 
     noise = torch.from_numpy(uniform((seed, RandomStream.MASK), range(len(images)), share.shape[1]))
     sums, device = torch.zeros(2, 2), model.positions.device  # of errors and of areas; object, background
     for some_images, some_share, some_noise in zip(images.split(64), share.split(64), noise.split(64)):
-        x = data.normalize(some_images.to(device), model.config["mean"], model.config["std"])
+        x = data.normalize(some_images.to(device), *model.statistics)
         mask = masks.random_mask(*some_share.shape, ratio, noise=some_noise.to(device))
         prediction = model.decode(model.encode(x, mask.visible), mask, model.grid(x)).float()
         errors = (prediction - model.target(x, mask.masked)).pow(2).mean(dim=-1).cpu()

@@ -70,8 +70,9 @@ def random_crops(
     """RandomResizedCrop with flips, for pictures of ``sizes`` (b, 2), height and width.
 
     The crops are a function of ``noise`` (b, 23) in [0, 1). The area of a crop is uniform in
-    ``scale`` (fractions of the picture), its aspect ratio log-uniform in (3/4, 4/3) times ``aspect``. The first of
-    ten draws that fits is taken; if none fits, the largest central crop of an allowed aspect ratio.
+    ``scale`` (fractions of the picture), its aspect ratio log-uniform in (3/4, 4/3) times
+    ``aspect``. The first of ten draws that fits is taken; if none fits, the largest central crop of
+    an allowed aspect ratio.
     """
     narrow, wide = 3 / 4 * aspect, 4 / 3 * aspect
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)

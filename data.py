@@ -275,8 +275,9 @@ def _rename_columns(dataset: Dataset, features: dict, image_column: str, label_c
 def _absolute_paths(dataset: datasets.Dataset, folder: Path) -> datasets.Dataset:
     """Let the names of pictures in a text table start in its folder."""
     records = dataset.data.column("image").to_pylist()
-    names = [record and record["path"] for record in records]
-    images = [dict(bytes=None, path=str(folder / name)) if name else record for name, record in zip(names, records)]
+    names = [(record or {}).get("path") for record in records]
+    names = [name if not name or "://" in name else str(folder / name) for name in names]
+    images = [dict(bytes=None, path=name) if name else record for name, record in zip(names, records)]
     images = datasets.Dataset.from_dict(dict(image=images), datasets.Features(image=datasets.Image(decode=False)))
     return datasets.concatenate_datasets([dataset.remove_columns("image"), images], axis=1)
 
@@ -506,7 +507,10 @@ def sample_records(dataset: Dataset, count: int, columns: list[str]) -> Iterator
 
 
 def measure_statistics(dataset: Dataset, form: PixelFormat) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel, in 0 ... 1, over a sample of the pictures."""
+    """Mean and deviation of each channel, in 0 ... 1, over centre crops of 64 pictures.
+
+    Raises ValueError if none can be decoded.
+    """
     crops = []
     for record in sample_records(dataset, 64, ["image"]):
         with contextlib.suppress(Exception):  # a broken picture
@@ -523,7 +527,7 @@ def measure_statistics(dataset: Dataset, form: PixelFormat) -> tuple[list[float]
 def normalize(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """Turn uint8 images (b, c, H, W) into floats of about zero mean and unit deviation.
 
-    A model's config holds the mean and deviation it was trained with.
+    ``mean`` and ``std`` have c entries; those that a model was trained with are its ``statistics``.
     """
     mean, std = mean_and_std(images.device, tuple(mean), tuple(std))
     return (images.float() / 255 - mean) / std

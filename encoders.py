@@ -172,18 +172,22 @@ def compute_rows(
 def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, pool: str) -> probes.Features:
     """Features (k, d) float32 and labels (k,) of all pictures, on the CPU of the main process (elsewhere: none).
 
-    Raises ValueError if a label is hidden.
+    Raises ValueError if a label is hidden, a feature is not finite, or no picture can be decoded.
     """
-    parts, labels = [], []
+    parts, labels, count = [], [], 0
 
     def pooled(images: Tensor, indices: Tensor) -> Tensor:
         return encoder.pooled(images, pool)
 
     for rows in compute_rows(batches, accelerator, encoder.statistics, pooled):
         check_labels(rows.labels)
+        check_finite(rows)
+        count += len(rows.names)
         if accelerator.is_main_process:
             parts.append(rows.values)
             labels.append(rows.labels)
+    if not count:
+        raise ValueError("none of the pictures can be decoded")
     if not parts:
         return probes.Features(torch.empty(0, 0), torch.empty(0))
     values, end = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0
@@ -209,8 +213,6 @@ def knn(
     features = [extract(encoder, part, accelerator, pool or encoder.pools[0]) for part in (training, tests)]
     if not accelerator.is_main_process:
         return {}
-    if not all(len(part.labels) for part in features):
-        raise ValueError("none of the pictures can be decoded")
     how = dict(ks=list(ks), classes=classes, temperature=temperature, device=accelerator.device)
     return probes.evaluate_knn(*features, **how)
 
@@ -262,6 +264,12 @@ def accuracy(classifier: nn.Module, batches: EvalBatches, accelerator: Accelerat
         count += len(right)
     top1, top5 = (100 * hits / count).tolist()
     return dict(top1=top1, top5=top5, images=count)
+
+
+def check_finite(rows: Rows):
+    """Raise ValueError if a feature is not finite: one such picture would spoil the accuracy of all."""
+    if broken := (~rows.values.isfinite().all(dim=1)).nonzero().flatten().tolist():
+        raise ValueError(f"{rows.names[broken[0]]} has features that are not finite: try --precision no")
 
 
 def check_labels(labels: Tensor):

@@ -8,9 +8,9 @@
     accelerate launch eval.py embed --checkpoint runs/pretrain --dataset FOLDER    # features to a parquet file
     accelerate launch eval.py reconstruct --checkpoint runs/pretrain --dataset FOLDER  # input, mask, reconstruction
 
---checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm, its
-name on the Hugging Face hub,
-``random`` (an untrained encoder, the floor of every comparison) or ``pixels`` (no encoder at all).
+--checkpoint takes a run folder, a checkpoint of facebookresearch/mae, transformers or timm, its name on
+the Hugging Face hub, ``random`` (an untrained encoder, the floor of every comparison) or ``pixels`` (no
+encoder at all).
 """
 
 import argparse

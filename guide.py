@@ -95,6 +95,7 @@ class Guide:
         self.amt_ratio, self.throw_ratio = amt_ratio, throw_ratio
         self.foreground, self.scoring, self.debias = foreground, scoring, debias
         self.start, self.every, self.epochs, self.cached = start, every, epochs, cached
+        self.starts_itself = start is None
         self.name = self._name()
         self.maps = self.crc = self.mean = self._step_sum = self._others = None
         self.history: list[dict] = []
@@ -147,7 +148,7 @@ class Guide:
     def relevance(
         self, images: Tensor, update_mean: bool = False, objects: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Relevance (b, n) of the patches of normalised images (b, 3, H, W), and which are on the object's side.
+        """Relevance (b, n) of the patches of normalised images (b, c, H, W), and which are on the object's side.
 
         ``update_mean``: the next :meth:`finish_step` adds the features to their running mean. If a
         mask column guides, the ``objects`` (b, H, W) bool stand for it. AMT has no sides: None.
@@ -160,7 +161,7 @@ class Guide:
             scores, side = self._source_relevance(images, update_mean)
         if scores.shape[1:] != own:
             (b, *grid), device = scores.shape, scores.device
-            whole = torch.tensor([[0, 0, *grid]], device=device).expand(b, 4)
+            whole = data.to_device(torch.tensor([[0, 0, *grid]]), device).expand(b, 4)
             unflipped = torch.zeros(b, dtype=torch.bool, device=device)
             both = torch.stack([scores.float(), side.float()], dim=1)
             with torch.autocast(device.type, enabled=False):
@@ -195,13 +196,13 @@ class Guide:
 
     def _as_source_sees(self, images: Tensor) -> Tensor:
         """Images normalised for the model, resized and normalised for the frozen model that guides it."""
-        ours, theirs = self.model.config, self.source.config
+        ours, theirs = self.model.statistics, self.source.statistics
         if images.shape[2:] != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        if (ours["mean"], ours["std"]) == (theirs["mean"], theirs["std"]):
+        if ours == theirs:
             return images
-        mean, std = data.mean_and_std(images.device, tuple(ours["mean"]), tuple(ours["std"]))
-        their_mean, their_std = data.mean_and_std(images.device, tuple(theirs["mean"]), tuple(theirs["std"]))
+        mean, std = data.mean_and_std(images.device, *ours)
+        their_mean, their_std = data.mean_and_std(images.device, *theirs)
         return (images * std + mean - their_mean) / their_std
 
     def _add_to_mean(self, features: Tensor):
@@ -283,7 +284,7 @@ class Guide:
             pictures = batches.uncropped(count, self.size)
             for indices in batches.plan.uncropped(count):
                 if len(indices):  # some processes have no part of the last batch
-                    images = data.normalize(next(pictures).images, self.model.config["mean"], self.model.config["std"])
+                    images = data.normalize(next(pictures).images, *self.model.statistics)
                     with accelerator.autocast():
                         found = compute(images)
                 yield found[: len(indices)]
@@ -332,16 +333,18 @@ class Guide:
         return relevance.nan_to_num(0).half().cpu()
 
     def cached_relevance(self, batch: Batch) -> Tensor:
-        """Relevance (b, n) of the crops of a batch, cropped from that of the whole pictures."""
+        """Relevance (b, n) of the crops of a batch, cropped from that of the whole pictures.
+
+        :meth:`cache_relevance` comes first if this guide :attr:`lacks_maps`.
+        """
         device, (h, w), own = batch.images.device, self._map_grid(), self.model.grid(batch.images)
         indices = np.asarray(batch.indices)
         if self.shuffle:
             indices = self._other_pictures()[indices]
         if self.source == "centre":
-            maps = masks.centrality((h, w)).view(1, h, w).expand(len(indices), h, w)
+            maps = data.to_device(masks.centrality((h, w)), device).view(h, w).expand(len(indices), h, w)
         else:
-            maps = torch.from_numpy(np.array(self.maps[indices]))
-        maps = data.to_device(maps, device)
+            maps = data.to_device(np.array(self.maps[indices]), device)
         boxes = data.to_device(torch.as_tensor(batch.crops.boxes) * torch.tensor([h, w, h, w]), device)
         flips = data.to_device(batch.crops.flips, device)
         how = "beyond" if (h, w) == own else "area"  # neighbours help where a crop is smaller than the map
@@ -384,11 +387,12 @@ class Guide:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds: for the maps, the checksum of their file."""
-        return dict(maps=self.crc, mean=self.mean, start=self.start, history=self.history, look=self._method())
+        start = self.start if self.starts_itself else None
+        return dict(maps=self.crc, mean=self.mean, start=start, history=self.history, look=self._method())
 
     def load_state_dict(self, state: dict):
         """Continue from a checkpoint. A start that was asked for stays; the mean of other features is dropped."""
-        self.start, self.history = state["start"] if self.start is None else self.start, list(state["history"])
+        self.start, self.history = state["start"] if self.starts_itself else self.start, list(state["history"])
         if state["look"] == self._method():
             self.mean = None if state["mean"] is None else state["mean"].to(self.model.positions.device)
 

@@ -86,7 +86,7 @@ def _part(n: int, share: float) -> int:
 def random_mask(b: int, n: int, ratio: float = 0.75, *, noise: Tensor | None = None, device=None) -> Mask:
     """Uniformly random masks (MAE) for ``b`` images of ``n`` patches; optional ``noise`` (b, n)."""
     m = masked_count(n, ratio)
-    order = _uniform(noise, b, n, device).argsort(dim=1)
+    order = _uniform(noise, b, n, device).argsort(dim=1, stable=True)
     return _mask(masked=order[:, :m], visible=order[:, m:])
 
 
@@ -261,22 +261,20 @@ def foreground_side(y: Tensor, grid: tuple[int, int], rule: str = "border") -> T
     side of the largest absolute value (TokenCut, Wang et al., CVPR 2022). Raises ValueError for
     another rule.
     """
+    if rule not in ("border", "small", "peak"):
+        raise ValueError(f"the foreground rule must be border, small or peak, got {rule!r}")
     side = bipartition(y)
-    if rule == "small":
-        side = side != side[:, :1]  # the side without the top left patch, for either sign of y
-        return torch.where(side.sum(1, keepdim=True) <= (~side).sum(1, keepdim=True), side, ~side)
-    if rule == "border":
-        border = torch.ones(grid, dtype=torch.bool, device=y.device)
-        border[1:-1, 1:-1] = False
-
-        def border_share(side: Tensor) -> Tensor:  # (b, n) -> (b, 1)
-            return (side & border.flatten()).sum(1, keepdim=True) / side.sum(1, keepdim=True).clamp(min=1)
-
-        side = side != side[:, :1]  # the side without the top left patch, for either sign of y
-        return torch.where(border_share(side) <= border_share(~side), side, ~side)
     if rule == "peak":
         return side == side.gather(1, y.abs().argmax(dim=1, keepdim=True))
-    raise ValueError(f"the foreground rule must be border, small or peak, got {rule!r}")
+    border = torch.ones(grid, dtype=torch.bool, device=y.device)
+    border[1:-1, 1:-1] = False
+
+    def extent(side: Tensor) -> Tensor:  # (b, n) -> (b, 1): its patches, or the share of them on the border
+        count = side.sum(1, keepdim=True)
+        return count if rule == "small" else (side & border.flatten()).sum(1, keepdim=True) / count.clamp(min=1)
+
+    side = side != side[:, :1]  # the side without the top left patch, for either sign of y
+    return torch.where(extent(side) <= extent(~side), side, ~side)
 
 
 def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -> Tensor:
@@ -404,7 +402,7 @@ def _draw_hints(relevance: Tensor, candidates: Tensor, k: int, hint: str, noise:
         low, high = scores.aminmax(dim=1, keepdim=True)
         rates = (scores - low) / (high - low).clamp(min=1e-12)
         arrival = -torch.log1p(-arrival) / rates.clamp(min=1e-6)
-    return candidates.gather(1, arrival.argsort(dim=1)[:, :k])
+    return candidates.gather(1, arrival.argsort(dim=1, stable=True)[:, :k])
 
 
 def _meaningful(relevance: Tensor) -> Tensor:
@@ -416,7 +414,7 @@ def _meaningful(relevance: Tensor) -> Tensor:
 
 def _ranking(relevance: Tensor, noise: Tensor) -> Tensor:
     """Patches (b, n) from the most to the least relevant; ``noise`` (b, n) breaks ties."""
-    shuffled = noise.argsort(dim=1)
+    shuffled = noise.argsort(dim=1, stable=True)
     return shuffled.gather(1, relevance.gather(1, shuffled).argsort(dim=1, descending=True, stable=True))
 
 
@@ -454,7 +452,7 @@ def amt_mask(weights: Tensor, ratio: float = 0.45, throw_ratio: float = 0.4, *, 
     weights = torch.where(weights.isfinite().all(1, keepdim=True), weights.float(), 1)
     # exponential arrival times at these rates give the order of the draws
     arrival = -torch.log1p(-noise) / weights.clamp(min=1e-12)
-    order = arrival.argsort(dim=1)
+    order = arrival.argsort(dim=1, stable=True)
     return _mask(masked=order[:, :m], visible=order[:, m + thrown :])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 def iou(side: Tensor, share: Tensor) -> Tensor:
     """Intersection over union (b,), in pixels, of patches ``side`` (b, n) bool and an object.
 
-    The object covers ``share`` (b, n) of each patch.
+    The object covers ``share`` (b, n) of each patch. NaN where both are empty.
     """
     both = (side * share).sum(1)
     return both / (side.sum(1) + share.sum(1) - both)
@@ -27,7 +27,7 @@ def rank_auc(relevance: Tensor, share: Tensor) -> Tensor:
     """The probability (b,) that an object pixel is more relevant than a background pixel.
 
     Ties count half; this is the area under the ROC curve. A pixel has the relevance (b, n) of its
-    patch. The object covers ``share`` (b, n) of each patch.
+    patch. The object covers ``share`` (b, n) of each patch. NaN without an object, or without a background.
     """
     areas = []
     for some_relevance, some_share in zip(relevance.split(64), share.split(64)):  # (b, n, n) is large
@@ -40,7 +40,8 @@ def rank_auc(relevance: Tensor, share: Tensor) -> Tensor:
 def masked_shares(masked: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """The masked shares (b,) of the object and of the background.
 
-    ``masked`` (b, m) are patch indices. The object covers ``share`` (b, n) of each patch.
+    ``masked`` (b, m) are patch indices. The object covers ``share`` (b, n) of each patch. NaN where there is no
+    object, or no background.
     """
     hidden = torch.zeros_like(share).scatter(1, masked, 1)
     of_object = (hidden * share).sum(1) / share.sum(1)
@@ -55,14 +56,14 @@ def off_centre(objects: Tensor) -> Tensor:
     """
     height, width = objects.shape[1:]
     weight = objects.sum(dim=(1, 2))
-    y = (objects.sum(2) * _from_centre(height)).sum(1) / weight
-    x = (objects.sum(1) * _from_centre(width)).sum(1) / weight
+    y = (objects.sum(2) * _from_centre(height, objects.device)).sum(1) / weight
+    x = (objects.sum(1) * _from_centre(width, objects.device)).sum(1) / weight
     return torch.maximum(y.abs(), x.abs()) > 0.25
 
 
-def _from_centre(pixels: int) -> Tensor:
+def _from_centre(pixels: int, device: torch.device) -> Tensor:
     """Positions of pixels along a side, from -1/2 to 1/2."""
-    return (torch.arange(pixels) + 0.5) / pixels - 0.5
+    return (torch.arange(pixels, device=device) + 0.5) / pixels - 0.5
 
 
 # --------------------------------------------------------------------------------- features
@@ -78,7 +79,7 @@ def variance_shares(features: Tensor, pixels: Tensor) -> dict[str, float]:
     y = (features - features.mean(dim=0)).flatten(0, 1)
     x = (pixels - pixels.mean(dim=(0, 1))).flatten(0, 1)
     gram = x.T @ x
-    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
     rest = y - x @ torch.linalg.solve(gram + ridge, x.T @ y)
     total = (features - features.mean(dim=(0, 1))).pow(2).mean()
     context = (rest.pow(2).mean() / total).item()
@@ -100,7 +101,7 @@ def similarity_variance(similarity: Tensor) -> Tensor:
 
 
 def off_diagonal(matrices: Tensor) -> Tensor:
-    """The entries (b, n * (n - 1)) of matrices (b, n, n) beside their diagonals."""
+    """The entries (b, n * (n - 1)) of matrices (b, n, n) off their diagonals."""
     n = matrices.shape[-1]
     others = ~torch.eye(n, dtype=torch.bool, device=matrices.device)
     return matrices[:, others]
@@ -234,5 +235,5 @@ def mean_and_error(values: Tensor, units: Tensor) -> tuple[float, float]:
     """
     units = units.unique(return_inverse=True)[1]
     count, mean = int(units.max()) + 1, values.mean()
-    sums = torch.zeros(count).index_add(0, units, values - mean)
+    sums = values.new_zeros(count).index_add(0, units, values - mean)
     return mean.item(), sums.norm().item() / len(values) * math.sqrt(count / max(count - 1, 1))

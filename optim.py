@@ -22,7 +22,7 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, device: str = "cpu")
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies to a parameter: only to weight matrices."""
-    return parameter.ndim > 1 and not name.endswith("positions")
+    return parameter.ndim > 1 and not name.endswith(("positions", "registers"))
 
 
 def layer_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict]:
@@ -93,8 +93,10 @@ class LARS(torch.optim.Optimizer):
                 update = p.grad
                 if p.ndim > 1:
                     update = update + group["weight_decay"] * p
-                    norms = p.norm() * update.norm()
-                    update = update * torch.where(norms > 0, group["trust"] * p.norm() / update.norm(), 1.0)
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    ours, theirs = p.norm(), update.norm()
+                    update = update * torch.where(ours * theirs > 0, group["trust"] * ours / theirs, 1.0)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.mul_(group["momentum"]).add_(update)
                 p.sub_(group["lr"] * momentum)

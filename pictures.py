@@ -37,7 +37,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     # mask the images as in training
     model = guide.model
     device = model.positions.device
-    statistics = model.config["mean"], model.config["std"]
+    statistics = model.statistics
     x = data.normalize(images.to(device), *statistics)
     h, w = model.grid(x)
     noise = data.to_device(uniform((0, RandomStream.MASK), np.arange(len(x)), h * w), device)

@@ -45,7 +45,7 @@ def knn_classify(
 
     The k nearest neighbours by cosine vote with weight exp(cosine / temperature) (Wu et al., CVPR
     2018; DINO). Training features go to ``device`` once, ``chunk`` at a time, so that only they
-    take memory in proportion to the training data.
+    take memory in proportion to the training data. Features must be finite. A k above n counts as n.
     """
     # the neighbours so far, joined with those in each chunk
     k = min(max(ks), len(train_features))
@@ -91,11 +91,11 @@ def evaluate_linear(
 ) -> dict:
     """The accuracy of the best of 40 linear heads, one for each learning rate and weight decay.
 
-    A given ``lr`` or ``weight_decay`` replaces its grid. The best head is chosen on a tenth of the
-    training data, then fitted again on all of it.
+    A given ``lr`` (whatever the batch size) or ``weight_decay`` replaces its grid. The best head is
+    chosen on a tenth of the training data, then fitted again on all of it.
     """
     # settings, and the tenth of the data to choose on
-    lrs = [lr] if lr else LEARNING_RATES
+    lrs = LEARNING_RATES if lr is None else [lr]
     decays = WEIGHT_DECAYS if weight_decay is None else [weight_decay]
     settings = [(lr, decay) for lr in lrs for decay in decays]
     how = dict(classes=classes, epochs=epochs, batch_size=batch_size, seed=seed, device=device)
@@ -169,9 +169,9 @@ def fit_heads(
     for epoch in range(epochs):
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         for step, part in enumerate(shuffled.split(batch_size)):
+            left = optim.learning_rate(epoch * steps_per_epoch + step, epochs * steps_per_epoch, 0, 1.0)
             for group in optimizer.param_groups:
-                here, steps = epoch * steps_per_epoch + step, epochs * steps_per_epoch
-                group["lr"] = optim.learning_rate(here, steps, 0, group["peak"])
+                group["lr"] = left * group["peak"]
             target = labels[part].to(device).expand(len(heads), -1)
             loss = F.cross_entropy(logits(x[part]).flatten(0, 1), target.flatten(), reduction="sum") / len(part)
             optimizer.zero_grad()

@@ -108,7 +108,7 @@ class Reader(Protocol):
         """The micro-batches of an epoch after ``seen`` pictures."""
 
     def uncropped(self, count: int | None, size: Size | None) -> Iterable[Batch]:
-        """Whole pictures in the order of ``Plan.uncropped``, stretched to squares of ``size``."""
+        """Whole pictures in the order of ``Plan.uncropped``, stretched to ``size``."""
 
     def close(self):
         """End the worker processes."""
@@ -141,7 +141,13 @@ def _loader_options(workers: int, device: torch.device) -> dict:
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # resuming changes the state of the global one
         worker_init_fn=ignore_signals,
+        collate_fn=_as_they_are,
     )
+
+
+def _as_they_are(batch):
+    """Keep arrays as they are: each tensor from a worker takes an open file."""
+    return batch
 
 
 def ignore_signals(worker: int):
@@ -198,7 +204,7 @@ class Workers:
 
 
 class Request(NamedTuple):
-    """Pictures ``indices`` (b,) to read, as squares of ``size`` pixels.
+    """Pictures ``indices`` (b,) to read, at ``size``: side, or height and width, in pixels.
 
     Their crops are those of ``epoch``; if it is None, they stay whole.
     """

@@ -219,30 +219,15 @@ class Run:
 
     def __init__(self, experiment: Experiment, arm: str, seed: int):
         self.arm, self.seed, self.name = arm, seed, f"{arm}-seed{seed}"
-        self.out, self.log, self.judge_at = (
-            experiment.out / self.name,
-            experiment.out / f"{self.name}.log",
-            experiment.judge_at,
-        )
-        eighth = str(max(1, experiment.epochs // 8))
-        self.options = ["--guide-start", eighth, "--guide-every", eighth, *shlex.split(experiment.pretrain)]
-        self.options += [
-            "--dataset",
-            experiment.dataset,
-            "--preload",
-            "--epochs",
-            str(experiment.epochs),
-            "--seed",
-            str(seed),
-        ]
-        self.options += [
-            "--save-every",
-            eighth,
-            "--keep",
-            "9999",
+        self.out, self.log = experiment.out / self.name, experiment.out / f"{self.name}.log"
+        self.judge_at = experiment.judge_at
+        eighth = max(1, experiment.epochs // 8)
+        self.options = [
+            *shlex.split(f"--guide-start {eighth} --guide-every {eighth} {experiment.pretrain}"),
+            *("--dataset", experiment.dataset),
+            *f"--preload --epochs {experiment.epochs} --seed {seed} --save-every {eighth} --keep 9999".split(),
             *shlex.split(experiment.arms[arm]),
-            "--out",
-            str(self.out),
+            *("--out", str(self.out)),
         ]
         self.settings = train.parse_arguments(self.options)
 
@@ -373,15 +358,8 @@ def finetune(experiment: Experiment, runs: list[Run]) -> list[str]:
         if run.done and not (out / "result.json").exists():
             last = run.checkpoints()[run.settings.epochs]
             command = [sys.executable, str(ROOT / "eval.py"), "finetune", "--checkpoint", str(last)]
-            command += [
-                "--dataset",
-                experiment.dataset,
-                "--seed",
-                str(run.seed),
-                "--preload",
-                *shlex.split(experiment.finetune),
-            ]
-            command += ["--resume", "--overwrite", "--out", str(out)]
+            command += ["--dataset", experiment.dataset, "--seed", str(run.seed), "--preload"]
+            command += [*shlex.split(experiment.finetune), "--resume", "--overwrite", "--out", str(out)]
             jobs.append(Job(f"fine-tuning {run.name}", lambda command=command: command, run.log))
     return work(jobs, experiment.jobs)
 
@@ -689,10 +667,8 @@ def main():
         signal.signal(signal.SIGTERM, stop)
         failed = []
         try:
-            for start in range(
-                0, len(experiment.seeds), experiment.jobs
-            ):  # seed after seed, as many at a time as there are jobs
-                runs = [run for run in everything if run.seed in experiment.seeds[start : start + experiment.jobs]]
+            for first in range(0, len(experiment.seeds), experiment.jobs):  # as many seeds at a time as jobs
+                runs = [run for run in everything if run.seed in experiment.seeds[first : first + experiment.jobs]]
                 failed += pretrain(experiment, runs)
                 judge_all(experiment, runs)
                 if experiment.finetune and not experiment.select:

@@ -113,6 +113,7 @@ class Folder:
         self.saved_step: int | None = None  # of the newest checkpoint
         self.last_attempt = time.monotonic()
         self.holds_other_run = True  # until the first file of this run is there
+        self.is_new = not path.exists()  # until it is claimed
 
     def is_due(self, epoch: int, step: int) -> bool:
         """Whether weights and results are due after ``epoch``, which ended with ``step``."""
@@ -125,17 +126,23 @@ class Folder:
         return time.monotonic() > self.last_attempt + LONGEST_UNSAVED
 
     def claim(self):
-        """Create the folder and lock it. Raises OSError, or Locked if another run writes to it."""
+        """Create the folder and lock it.
+
+        Raises OSError, or Locked if another run writes to it or has filled it since this one started.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock.take()
+        if self.is_new and (checkpoint.folders(self.path) or any((self.path / name).exists() for name in self.files)):
+            raise checkpoint.Locked(f"another run has written to {self.path} meanwhile: choose another --out")
+        self.is_new = False
 
     def prepare(self):
         """Claim the folder; before the first file of this run, remove those of another one."""
+        self.claim()
         if self.holds_other_run:
             for name in self.files:
                 (self.path / name).unlink(missing_ok=True)
             checkpoint.remove_all(self.path)
-        self.claim()
         self.holds_other_run = False
 
 
@@ -402,6 +409,18 @@ class Run:
             buffer.copy_(self.accelerator.reduce(buffer, "mean"))
 
     # -------------------------------------------------------------------------- saving
+
+    def claim_folder(self):
+        """Claim the folder, in the main process. Raises OSError, in all processes, if it cannot be written to."""
+        problem = None
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.claim()
+            except OSError as error:
+                problem = data.one_line(error)
+        (problem,) = broadcast_object_list([problem])
+        if problem:
+            raise OSError(problem)
 
     def write(self, how: Callable[[], object]) -> bool:
         """Write something, in the main process. Warns and returns False if the disk does not take it."""

@@ -95,9 +95,9 @@ class Config:
             for value in values:
                 check(name, value, **argument.metadata)
         self.image_size, self.mean, self.std = list(self.image_size), list(self.mean), list(self.std)
-        if self.channels != 3 and len(self.mean) == len(self.std) == 3:  # those of RGB
-            self.mean = [sum(self.mean) / 3] * self.channels
-            self.std = [sum(self.std) / 3] * self.channels
+        if self.channels != 3:  # those of RGB, averaged
+            self.mean = self.mean if len(self.mean) != 3 else [sum(self.mean) / 3] * self.channels
+            self.std = self.std if len(self.std) != 3 else [sum(self.std) / 3] * self.channels
         self._check_sizes()
 
     def _check_sizes(self):
@@ -269,7 +269,7 @@ class SMAE(nn.Module):
     def __init__(self, **arguments):
         super().__init__()
         c = Config(**arguments)
-        self.config, self.statistics = dict(vars(c)), (c.mean, c.std)
+        self.config, self.statistics = dict(vars(c)), (tuple(c.mean), tuple(c.std))
         self.patch_size, self.normalize_pixels = c.patch_size, c.normalize_pixels
         self.prefix = c.class_token + c.registers
         grid, patch_dim = patch_grid(*c.image_size, c.patch_size), c.patch_size**2 * c.channels

@@ -62,9 +62,10 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
 )
 NOT_REPEATED = {"config", "preset", "out", "overwrite", "resume", "help"}
 MAPS = "relevance.npy"  # of whole pictures, as long as --guide cached needs it
-IGNORED = {"out", "overwrite", "resume", "save_every", "save_every_steps", "keep", "log_with", "max_bad_images"}
-IGNORED |= {"config", "probe_every", "probe_dataset", "probe_images"}
-IGNORED |= {"preset", "init_from", "fresh_decoder", "model", *smae.PRESETS["base"], "image_size", "patch_size"}
+IGNORED = set(  # when resuming: what makes no difference, and what the model's configuration says
+    "out overwrite resume save_every save_every_steps keep log_with max_bad_images config probe_every probe_dataset "
+    "probe_images preset init_from fresh_decoder model image_size patch_size".split()
+) | set(smae.PRESETS["base"])
 RUN_FILES = ("config.json", "model.safetensors", "metrics.jsonl", "masks.png", "loss.png")
 
 
@@ -451,6 +452,7 @@ def prepare_kernels(model: smae.SMAE, device: torch.device, compile: bool):
     if device.type == "cpu":  # the flash kernel pays for long sequences; 64 patches are faster without
         torch.backends.cuda.enable_flash_sdp(model.patch_count > 128)  # despite its name, for CPUs too
     if compile:
+        torch.compiler.reset()  # the models of earlier runs in this process count against the limit of graphs
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
 
@@ -463,7 +465,9 @@ def build_watch(args: argparse.Namespace, model: smae.SMAE, accelerator: Acceler
             raise ValueError("a stream is read once: name other pictures with --probe-dataset")
         columns = (None, None) if args.probe_dataset else (args.image_column, args.label_column)
         where = "train" if args.probe_dataset else args.split
-        training, tests, classes = load_labelled(source, where, None, *columns, False, counts[0], skip_unlabelled=True)
+        training, tests, classes = load_labelled(
+            source, where, None, *columns, streaming=False, max_images=counts[0], skip_unlabelled=True
+        )
     except (ValueError, FileNotFoundError) as error:
         if args.probe_dataset:
             raise
@@ -529,8 +533,7 @@ def refresh_relevance(run: Run, guide: Guide, epoch: int):
         run.save()
     run.say(f"computing the relevance of {run.batches.length} whole pictures for the masks of the next epochs")
     try:
-        if run.accelerator.is_main_process:
-            run.folder.claim()
+        run.claim_folder()
         guide.cache_relevance(run.batches, run.accelerator, run.folder.path / MAPS, after_each=run.poll)
     except OSError as error:
         if guide.maps is None:

@@ -24,6 +24,15 @@ def epoch_of(dataset, epoch=1, **options):
 # ------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.parametrize("options", [dict(), dict(workers=1), dict(preload="host"), dict(length=16)], ids=str)
+def test_all_but_the_images_are_arrays(options, pictures):
+    """A tensor from a worker takes an open file."""
+    dataset = pictures.to_iterable_dataset() if "length" in options else pictures
+    for batch in TrainBatches(dataset, 16, 8, labels=True, **options).epoch(1):
+        arrays = batch.indices, batch.labels, *batch.crops
+        assert [type(array) for array in arrays] == [np.ndarray] * 4 and torch.is_tensor(batch.images)
+
+
 @pytest.mark.parametrize("preload", [None, "host", "device"])
 def test_batches_do_not_depend_on_workers_processes_or_accumulation(pictures, preload):
     images, indices, batches = epoch_of(pictures, preload=preload)
@@ -177,6 +186,12 @@ def test_evaluation_reads_every_picture_exactly_once(world, batch, workers, tmp_
                 assert label == dataset[i]["label"] and name == dataset[i]["image"]["path"]
                 assert torch.equal(image, data.center_crop(data.decode(dataset[i]["image"]), 32, 0.875))
     assert sorted(seen) == list(range(15))
+
+
+def test_kept_pictures_take_no_shared_memory(pictures):
+    batches = EvalBatches(pictures, 16, 5, keep=True, workers=2)
+    for _ in range(2):
+        assert not any(part.is_shared() for batch in batches for part in batch[:3])
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -74,6 +74,31 @@ def test_knn_of_an_encoder(monkeypatch, folder, checkpoint, tmp_path, capsys):
     assert "add --overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_features_that_are_not_finite_are_named(command, monkeypatch, folder, checkpoint, tmp_path, capsys):
+    """One picture of them would spoil the accuracy of all."""
+
+    def pooled(self, images, how):
+        values = images.mean(dim=(2, 3))
+        return torch.where(torch.arange(len(images))[:, None] == 1, torch.nan, values)
+
+    monkeypatch.setattr(smae.SMAE, "pooled", pooled)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, command, tmp_path, "--checkpoint", checkpoint, "--dataset", folder)
+    assert "1.png has features that are not finite: try --precision no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_data_without_a_picture_that_can_be_decoded_end_in_a_line(command, monkeypatch, checkpoint, tmp_path, capsys):
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit):
+        where = "--checkpoint", checkpoint, "--dataset", tmp_path / "data", "--max-bad-images", 1
+        evaluate(monkeypatch, command, tmp_path / "out", *where)
+    assert "none of the pictures can be decoded" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["random", "pixels"])
 def test_floors_need_no_checkpoint(name, monkeypatch, folder, tmp_path):
     result = evaluate(monkeypatch, "knn", tmp_path, "--checkpoint", name, "--dataset", folder, *SMALL, "--k", 5)

@@ -226,6 +226,13 @@ def test_the_names_of_pictures_in_a_text_table_are_found(column, streaming, tmp_
     assert all(data.decode(record["image"]).size == (40, 30) for record in records)
 
 
+def test_addresses_in_a_text_table_stay_as_they_are(tmp_path):
+    write(tmp_path, ["a/1.png"])
+    (tmp_path / "list.csv").write_text("file_name\na/1.png\nhttps://example.org/2.png\n")
+    paths = [record["image"]["path"] for record in data.load_images(str(tmp_path / "list.csv"))]
+    assert paths == [str(tmp_path / "a/1.png"), "https://example.org/2.png"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_text_table_may_name_pictures(kind, tmp_path):
     write(tmp_path, ["a/1.png", "a/2.png"])

@@ -218,6 +218,7 @@ def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
     assert again.load_maps(state, tmp_path / "maps.npy") and np.array_equal(guide.maps, again.maps)
     assert torch.equal(guide.mean, again.mean)
     assert again.start == 7 and again.history == [dict(exploitation_masked=[0.5])]
+    assert Guide(small_model, start=2).state_dict()["start"] is None  # not found: --guide-start auto goes on looking
     assert not Guide(small_model, debias=True).load_maps(state, tmp_path / "gone.npy")
     other = bytearray((tmp_path / "maps.npy").read_bytes())
     other[-1] ^= 1
@@ -351,6 +352,20 @@ def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path
     recalled = centre.cached_relevance(corner).view(8, 4, 4)
     assert (recalled[::2].flatten(1).argmax(1) == 15).all() and (recalled[1::2].flatten(1).argmax(1) == 12).all()
     assert pixels.cached_relevance(batch).shape == (8, 16)
+
+
+@pytest.mark.parametrize("source", ["centre", "pixels", None])
+def test_what_goes_to_a_gpu_can_be_pinned(source, small_model, accelerator, monkeypatch, tmp_path):
+    """pin_memory() copies into the strides of a tensor, which may not overlap."""
+    sent, to_device = [], data.to_device
+    monkeypatch.setattr(data, "to_device", lambda values, device: sent.append(values) or to_device(values, device))
+    guide = Guide(small_model, source=source, cached=True, start=0)
+    batches = TrainBatches(dataset_of([image_bytes(picture(seed=i)) for i in range(8)]), 32, 8)
+    if guide.lacks_maps:
+        guide.cache_relevance(batches, accelerator, tmp_path / "maps.npy")
+    (batch,) = batches.epoch(1)
+    guide.mask_batch(data.normalize(batch.images), batch, 1, accelerator)
+    assert len(sent) >= 4 and all(torch.as_tensor(values).is_contiguous() for values in sent)
 
 
 def test_shuffled_maps_are_those_of_other_pictures_each_used_once(small_model):

@@ -26,6 +26,13 @@ def test_learning_rate_falls_in_a_straight_line_or_in_steps():
     assert steps[52:] == pytest.approx([0.02] * 2)
 
 
+def test_tokens_and_positions_are_not_decayed(small_model):
+    model = smae.SMAE(**small_model.config | dict(registers=2, learned_positions=True))
+    left = {name for name, parameter in model.named_parameters() if not optim.decays(name, parameter)}
+    assert {"cls_token", "registers", "mask_token", "positions", "decoder_positions", "norm.weight"} <= left
+    assert not {name for name in left if name.endswith("weight") and "norm" not in name}
+
+
 def test_layers_of_every_model_on_an_encoder_have_their_learning_rates(small_model):
     for model in (
         segmenter.Segmenter(small_model, ["a", "b"], "upernet", width=8),

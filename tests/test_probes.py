@@ -37,6 +37,12 @@ def test_heads_trained_together_are_those_trained_alone():
         torch.testing.assert_close(logits, probes.fit_heads(x, labels, rows, settings=[setting], **how)(x)[0])
 
 
+def test_a_learning_rate_of_0_is_one():
+    features = probes.Features(torch.randn(20, 4), torch.arange(20) % 2)
+    result = probes.evaluate_linear(features, features, classes=2, epochs=1, batch_size=10, lr=0.0)
+    assert {row["lr"] for row in result["grid"]} == {0.0} and len(result["grid"]) == 4
+
+
 def test_a_head_finds_what_logistic_regression_finds():
     linear_model = pytest.importorskip("sklearn.linear_model")
     centres = torch.randn(4, 6)

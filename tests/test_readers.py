@@ -60,19 +60,19 @@ def test_preloading_keeps_no_more_pixels_than_crops_can_use():
 def test_streams_are_divided_without_overlap_and_start_anew(workers, shards):
     blobs = [image_bytes(picture(seed=i)) for i in range(32)]
     names = {np.asarray(picture(seed=i)).tobytes(): i for i in range(32)}
-    seen, keys = [], []
+    seen, keys = [], {1: [], 2: [], 3: []}
     for rank in (0, 1):
         stream = dataset_of(blobs).to_iterable_dataset(num_shards=shards)
         batches = TrainBatches(stream, 16, 8, length=32, workers=workers, share=Share(rank, 2))
         records = [data.decode(r["image"]) for r in itertools.islice(batches.reader.crops._records(0), 16)]
         seen.append({names[np.asarray(image).tobytes()] for image in records})
         assert batches.steps_per_epoch == 4
-        for epoch in (1, 2, 3):  # three times as many as this process's share
+        for epoch in keys:  # three times as many as this process's share
             got = list(batches.epoch(epoch))
             assert [batch.images.shape for batch in got] == [(4, 3, 16, 16)] * 4
-            keys += [i for batch in got for i in batch.indices]
+            keys[epoch] += [i for batch in got for i in batch.indices.tolist()]
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 32
-    assert len(set(keys)) == len(keys)
+    assert all(len(set(some)) == len(some) == 32 for some in keys.values())
 
 
 def counted_stream(sizes: list[int], opened: list, broken=(), dead=None) -> datasets.IterableDataset:

@@ -533,6 +533,23 @@ def test_two_runs_never_write_to_the_same_folder(started, monkeypatch, tmp_path)
     assert contents(started) == contents(tmp_path / "run")
 
 
+def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(small_model, tmp_path):
+    files = ("config.json", "metrics.jsonl")
+    with checkpoint.Lock(tmp_path / "run") as lock, checkpoint.Lock(tmp_path / "own") as own:
+        late, alone = run.Folder(tmp_path / "run", lock, files), run.Folder(tmp_path / "own", own, files)
+        checkpoint.write(tmp_path / "run", 10, small_model, dict(config={}), keep=1)
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+        before = contents(tmp_path / "run")
+        for _ in range(2):
+            with pytest.raises(checkpoint.Locked, match=r"has written to .* meanwhile"):
+                late.prepare()
+        assert contents(tmp_path / "run") == before
+        alone.prepare()
+        (tmp_path / "own" / "metrics.jsonl").write_text("{}\n")
+        alone.prepare()
+        assert (tmp_path / "own" / "metrics.jsonl").exists()
+
+
 def test_a_checkpoint_that_cannot_be_removed_does_not_keep_others_from_being_written(
     small_model, monkeypatch, tmp_path
 ):

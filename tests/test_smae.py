@@ -224,8 +224,12 @@ def test_config_holds_every_argument_and_builds_the_same_model():
 
 def test_statistics_are_the_mean_and_deviation_of_the_configuration(small_model):
     model = smae.SMAE(**small_model.config | dict(mean=[0.1, 0.2, 0.3], std=[1, 2, 3]))
-    assert model.statistics == ([0.1, 0.2, 0.3], [1, 2, 3])
+    assert model.statistics == ((0.1, 0.2, 0.3), (1, 2, 3))
     assert smae.Classifier(model, ["cat"]).statistics == model.statistics
+    for few, many in (("mean", "std"), ("std", "mean")):  # those of RGB are averaged for other channels
+        given = {"channels": 4, few: [0.1, 0.2, 0.3], many: [1, 2, 3, 4]}
+        model = smae.SMAE(**small_model.config | given)
+        assert model.config[few] == pytest.approx([0.2] * 4) and model.config[many] == [1, 2, 3, 4]
 
 
 def test_normalised_target_has_no_mean_and_unit_deviation_in_every_patch(small_model):

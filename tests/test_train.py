@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from helpers import QUICK, ROOT, SMALL, contents, records, run, train_here
 import checkpoint
 import dense
 import eval as judge
+import masks
 import smae
 import train
 
@@ -314,6 +316,16 @@ def test_paper_preset_is_the_papers_recipe_and_flags_win():
     assert args.batch_size == 1024 and args.mask_ratio == 0.75 and tuple(args.crop_scale) == (0.2, 1.0)
     train.fill_defaults(args)
     assert args.lr == pytest.approx(6e-4)
+
+
+def test_many_compiled_runs_fit_in_one_process(monkeypatch):
+    """torch.compile has a limit of graphs for all models of a process together."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in (8, 16, 24, 32):
+            model = smae.SMAE(width=width, depth=1, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2)
+            train.prepare_kernels(model, torch.device("cpu"), compile=True)
+            model(torch.randn(1, 3, 224, 224), masks.random_mask(1, 196))
 
 
 def test_guide_starts_after_an_eighth_of_the_epochs_unless_told():
