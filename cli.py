@@ -385,6 +385,6 @@ def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelera
         ("accumulate", str(accumulate), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
     ):
         told = os.environ.get(variable, value).lower()
-        if told != value:
+        if told not in (value, "no"):  # no: what accelerate launch says if nobody asked it
             accelerator.print(f"--{option} is {value}; accelerate's setting {told} ({variable}) is ignored")
     return accelerator

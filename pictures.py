@@ -29,7 +29,7 @@ CLUSTERS = [matplotlib.colors.to_rgb(colour) for colour in [*COLOURS, "#F0E442",
 def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch: int | None = None) -> Figure:
     """Draw masks and reconstructions of uint8 images (b, 3, H, W), one row each.
 
-    Columns: input, random mask, bi-partition, relevance, informed mask, informed mask with the
+    Columns: input, random mask, bipartition, relevance, informed mask, informed mask with the
     hints of ``epoch``, reconstruction; with AMT: input, random mask, attention, mask,
     reconstruction. Hints have orange frames. ``truth`` (b, H, W) bool outlines the object in the
     input.
@@ -66,7 +66,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
         hints = masks.choose_hints(relevance, guide.ratio, guide.hint, *guide.hint_shares(epoch), noise=noise)
         hinted = f"informed mask,\n{hints.shape[1]} hints ({guide.hint})"
         columns |= {
-            "bi-partition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
+            "bipartition\n(object side in colour)": tint(pixels, side.view(-1, h, w)),
             "relevance": heat,
             "informed mask": covered(masks.informed_mask(relevance, guide.ratio, "none", noise=noise)),
             hinted: covered(mask),

@@ -49,6 +49,11 @@ def test_accumulation_set_for_accelerate_changes_nothing_and_is_named(quick_draw
     printed = capfd.readouterr().out
     assert "--accumulate is 1; accelerate's setting 4 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS) is ignored" in printed
     assert "--precision is no; accelerate's setting bf16 (ACCELERATE_MIXED_PRECISION) is ignored" in printed
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = cli.make_accelerator("no", 1)
+    monkeypatch.setattr(cli, "Accelerator", lambda **_: accelerator)  # of a process that may choose another one
+    cli.make_accelerator("bf16", 4)
+    assert "is ignored" not in capfd.readouterr().out
     losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("plain", "set")]
     assert losses[0] == losses[1]
 

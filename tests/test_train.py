@@ -62,7 +62,7 @@ def drawn_by(monkeypatch, *arguments) -> list:
 def test_masks_png_shows_the_way_to_a_mask_for_eight_pictures(monkeypatch, tmp_path):
     axes = drawn_by(monkeypatch, "--out", tmp_path / "run", "--hint-ratio", 0.2)
     titles = [axis.get_title() for axis in axes if axis.get_title()]
-    wanted = ["input", "random mask", "bi-partition", "relevance", "informed mask", "informed mask,\n3 hints", "recon"]
+    wanted = ["input", "random mask", "bipartition", "relevance", "informed mask", "informed mask,\n3 hints", "recon"]
     assert len(axes) == 56 and all(title.startswith(start) for title, start in zip(titles, wanted, strict=True))
     assert all(axis.images for axis in axes)
     assert [len(axis.patches) for axis in axes[5::7]] == [3] * 8  # a frame around each hint
