@@ -50,7 +50,7 @@ def test_accumulation_set_for_accelerate_changes_nothing_and_is_named(quick_draw
     assert "--accumulate is 1; accelerate's setting 4 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS) is ignored" in printed
     assert "--precision is no; accelerate's setting bf16 (ACCELERATE_MIXED_PRECISION) is ignored" in printed
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    accelerator = cli.make_accelerator("no", 1)
+    accelerator = cli.make_accelerator("no", 4)
     monkeypatch.setattr(cli, "Accelerator", lambda **_: accelerator)  # of a process that may choose another one
     cli.make_accelerator("bf16", 4)
     assert "is ignored" not in capfd.readouterr().out
