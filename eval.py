@@ -402,11 +402,6 @@ def write_features(path: Path, rows: Iterator[Rows]) -> int:
     return count
 
 
-def pooled_features(encoder: Encoder, pool: str, images: Tensor, indices: Tensor) -> Tensor:
-    """The features of normalised images: (b, d)."""
-    return encoder.pooled(images, pool)
-
-
 def probability_and_class(classifier: nn.Module, images: Tensor, indices: Tensor) -> Tensor:
     """The most likely class of normalised images, and its probability before it: (b, 2)."""
     return torch.stack(classifier(images).float().softmax(dim=1).max(dim=1), dim=1)
@@ -499,39 +494,19 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
             fill_recipe(args, data.length_of(training, args.max_images), accelerator.num_processes)
         parts = [training, tests]
     else:
+        classes = []
         parts = [data.load_images(args.dataset, args.split, *columns)]
         if "int" not in getattr((parts[0].features or {}).get("label"), "dtype", ""):  # names of files say more
             parts = [parts[0].select_columns(["image"])]
-    options, device = cli.eval_batch_options(args, accelerator) | dict(crop_ratio=args.crop_ratio), accelerator.device
+    options = cli.eval_batch_options(args, accelerator) | dict(crop_ratio=args.crop_ratio)
     form = data.pixel_format(parts[0], encoder.channels, args.pixel_range)
     batches = [EvalBatches(part, **options, keep=trains and bool(args.preload), form=form) for part in parts]
 
     if trains:
         folder = Folder(args.out, lock, files, save_every_steps=args.save_every_steps, keep=args.keep)
         result = fit(args, accelerator, folder, encoder, training, batches[1], classes)
-    elif args.command == "knn":
-        result = knn(encoder, *batches, accelerator, len(classes), args.pool, args.k, args.temperature)
-    elif args.command == "linear":
-        features = [extract(encoder, part, accelerator, args.pool) for part in batches]
-        how = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay)
-        how |= dict(classes=len(classes), seed=args.seed, device=device)
-        result = probes.evaluate_linear(*features, **how) if accelerator.is_main_process else {}
-    elif args.command == "predict":
-        compute = functools.partial(probability_and_class, encoder.classifier)
-        write = functools.partial(write_predictions, classes=encoder.classifier.classes)
-        result = write_table(args.out / "predictions.csv", batches[0], accelerator, encoder.statistics, compute, write)
-    elif args.command == "reconstruct":
-        compute = functools.partial(reconstruct, encoder.backbone, args.masked_by, args.mask_ratio, args.seed)
-        rows = compute_rows(batches[0], accelerator, encoder.statistics, compute)
-        note = "\n(rebuilt patches have the input's brightness and contrast)" * encoder.backbone.normalize_pixels
-        if accelerator.is_main_process:
-            result = write_reconstructions(args.out, rows, pixels.pair(args.image_size), note)
-        else:
-            result = dict(images=sum(len(part.names) for part in rows))
     else:
-        compute = functools.partial(pooled_features, encoder, args.pool)
-        file = args.out / "features.parquet"
-        result = write_table(file, batches[0], accelerator, encoder.statistics, compute, write_features)
+        result = apply(args, accelerator, encoder, batches, len(classes))
 
     if len(parts) == 2:
         result = dict(test_split=str(parts[1].split)) | result
@@ -540,6 +515,36 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         result = report(args.command, args.out, cli.plain(vars(args)), result)
     accelerator.end_training()  # otherwise the process group may abort at exit
     return result
+
+
+def apply(
+    args: argparse.Namespace, accelerator: Accelerator, encoder: Encoder, batches: list[EvalBatches], classes: int
+) -> dict:
+    """The result of a command that trains no encoder, for all pictures."""
+    statistics, main = encoder.statistics, accelerator.is_main_process
+    if args.command == "knn":
+        return knn(encoder, *batches, accelerator, classes, args.pool, args.k, args.temperature)
+    if args.command == "linear":
+        features = [extract(encoder, part, accelerator, args.pool) for part in batches]
+        how = dict(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay)
+        how |= dict(classes=classes, seed=args.seed, device=accelerator.device)
+        return probes.evaluate_linear(*features, **how) if main else {}
+    if args.command == "predict":
+        compute = functools.partial(probability_and_class, encoder.classifier)
+        write = functools.partial(write_predictions, classes=encoder.classifier.classes)
+        return write_table(args.out / "predictions.csv", batches[0], accelerator, statistics, compute, write)
+    if args.command == "embed":
+
+        def compute(images: Tensor, indices: Tensor) -> Tensor:
+            return encoder.pooled(images, args.pool)
+
+        return write_table(args.out / "features.parquet", batches[0], accelerator, statistics, compute, write_features)
+    compute = functools.partial(reconstruct, encoder.backbone, args.masked_by, args.mask_ratio, args.seed)
+    rows = compute_rows(batches[0], accelerator, statistics, compute)
+    note = "\n(rebuilt patches have the input's brightness and contrast)" * encoder.backbone.normalize_pixels
+    if main:
+        return write_reconstructions(args.out, rows, pixels.pair(args.image_size), note)
+    return dict(images=sum(len(part.names) for part in rows))
 
 
 def write_table(

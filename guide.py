@@ -96,7 +96,6 @@ class Guide:
         self.foreground, self.scoring, self.debias = foreground, scoring, debias
         self.start, self.every, self.epochs, self.cached = start, every, epochs, cached
         self.starts_itself = start is None
-        self.name = self._name()
         self.maps = self.crc = self.mean = self._step_sum = self._others = None
         self.history: list[dict] = []
 
@@ -108,7 +107,8 @@ class Guide:
         self.attention: Callable = wrap(model.class_attention, fullgraph=True, dynamic=False)
         self._check(guiding)
 
-    def _name(self) -> str:
+    @property
+    def name(self) -> str:
         """The kind of the masks, in log and metrics."""
         if self.kind == "amt":
             return "shuffled amt" if self.shuffle else "amt"
