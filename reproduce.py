@@ -50,7 +50,11 @@ ARMS = {  # options of train.py
     "cached-nohint": "--mask selfguided --guide cached --hint none",
     "online": "--mask selfguided --guide online",
     "online-nohint": "--mask selfguided --guide online --hint none",
+    # floors, where asked for: masks of other pictures, and masks of the middle
+    "cached-shuffled": "--mask selfguided --guide cached --guide-shuffle",
+    "cached-centre": "--mask selfguided --guide cached --guide-from centre",
 }
+USUAL_ARMS = list(ARMS)[:6]
 MINI = "--width 128 --depth 6 --heads 2 --decoder-width 96 --decoder-depth 2 --decoder-heads 3"
 LIGHT = "--blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 "
 LIGHT += "--crop-scale 0.2 1"  # on the augmentation, as short trainings want it
@@ -119,7 +123,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Experiment:
     )
     parser.add_argument("--epochs", type=int, help="epochs of pre-training (default: the scale's)")
     parser.add_argument("--seeds", type=int, nargs="+", help="one run of each arm for each seed (default: the scale's)")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="kinds of masks")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=USUAL_ARMS, help="kinds of masks")
     parser.add_argument(
         "--arm", action="append", default=[], metavar="NAME=OPTIONS", help="a further arm, given by options of train.py"
     )

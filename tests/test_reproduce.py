@@ -294,6 +294,14 @@ def test_runs_are_judged_after_an_eighth_a_quarter_half_and_all_of_their_epochs(
     assert set(guided.epochs_to_judge()) == looks - {min(looks)}  # until then its masks are random, too
 
 
+def test_the_floors_are_arms_where_asked_for():
+    assert list(reproduce.parse_arguments([]).arms) == reproduce.USUAL_ARMS
+    experiment = reproduce.parse_arguments(["--arms", "cached-shuffled", "cached-centre"])
+    shuffled, centre = (reproduce.Run(experiment, arm, 0).settings for arm in experiment.arms)
+    assert shuffled.guide_shuffle and shuffled.guide_from is None and centre.guide_from == "centre"
+    assert {shuffled.mask, centre.mask} == {"selfguided"} and {shuffled.guide, centre.guide} == {"cached"}
+
+
 @pytest.mark.parametrize("options, start, every", [("", 2, 2), ("--guide-start 5 --guide-every 3", 5, 3)])
 def test_options_of_all_arms_have_their_way(monkeypatch, tmp_path, options, start, every):
     arguments = ["reproduce.py", "--epochs", "16", f"--pretrain={options}", "--out", str(tmp_path)]
