@@ -5,8 +5,9 @@
     python analyze.py masks --checkpoint runs/pretrain  # masks against known objects, beside floors
 
 --checkpoint takes NAME=PATH, several times: run folders, checkpoints of others and their names on the
-hub, ``random`` and ``pixels``. Each writes its figures and result.json to --out; ``report`` all of
-them, and report.html. What an encoder has not (a decoder, a CLS token) is left out and said.
+hub, and (but for ``masks``, which has them beside every model) ``random`` and ``pixels``. Each command
+writes its figures and result.json to --out; ``report`` all of them, and report.html. What an encoder
+lacks (a decoder, a CLS token) is left out, with a message.
 """
 
 import argparse
@@ -234,7 +235,7 @@ def reconstruction(subjects: list[Subject], how: How) -> Finding:
             if subject.share is not None:
                 of_object = subject.share.gather(1, masked)
                 for part, weights in (("object", of_object), ("background", 1 - of_object)):
-                    rows[kind][part] = ((errors * weights).sum() / weights.sum()).item()
+                    rows[kind][part] = ((errors * weights).sum() / weights.sum()).item() if weights.any() else None
         shown, x = few(subject, how.drawn)
         mask = subject.random_mask(slice(0, len(x)), how.ratio, how.seed)
         hidden = on_grid(subject, chosen_patches(mask.masked, torch.zeros(len(x), subject.grid[0] * subject.grid[1])))
@@ -313,7 +314,8 @@ def pick(curves: dict[str, dict], key: str) -> dict[str, dict]:
 def spread(values: Tensor) -> dict[str, float]:
     """Mean and standard deviation over pictures, without those that have no value."""
     values = values[~values.isnan()].float()
-    return dict(mean=values.mean().item(), deviation=values.std().item() if len(values) > 1 else 0.0)
+    mean = values.mean().item() if len(values) else None  # JSON knows no NaN
+    return dict(mean=mean, deviation=values.std().item() if len(values) > 1 else 0.0)
 
 
 def spreads(by: dict) -> dict[str, dict]:
@@ -387,14 +389,13 @@ def contest_of(args: argparse.Namespace):
 
     # write result.json and masks.png
     args.out.mkdir(parents=True, exist_ok=True)
-    arguments = {name: str(value) for name, value in vars(args).items()}
-    result = dict(
-        arguments=arguments, pictures=counts, measures=contest.MEASURES, rows=rows, made_of=variance, loss=loss
-    )
+    result = dict(arguments=cli.plain(vars(args)), pictures=counts, measures=contest.MEASURES, rows=rows)
+    result |= dict(made_of=variance, loss=loss)
     with smae.whole_file(args.out / "result.json") as part:
         part.write_text(json.dumps(result, indent=1))
     how = f"{args.foreground}, {args.relevance}{', debiased' if args.guide_debias else ''}"
-    contest.sheet(seen, grid, drawn, args.mask_ratio, how).savefig(args.out / "masks.png")
+    with smae.whole_file(args.out / "masks.png") as part:
+        contest.sheet(seen, grid, drawn, args.mask_ratio, how).savefig(part, format="png")
     print(f"wrote result.json and masks.png to {args.out}")
 
 
@@ -404,8 +405,7 @@ def contest_of(args: argparse.Namespace):
 def open_subjects(args: argparse.Namespace) -> list[Subject]:
     """The encoders of --checkpoint and the pictures of --dataset. Raises ValueError or OSError."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    split = args.split or ("test" if args.dataset.startswith("shapes") else "train")
-    dataset = data.load_images(args.dataset, split, args.image_column)
+    dataset = data.load_images(args.dataset, contest.usual_split(args.dataset, args.split), args.image_column)
     rule = BY_THRESHOLD
     if isinstance(dataset.features.get(args.mask_column), datasets.Image):
         rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)

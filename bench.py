@@ -47,6 +47,7 @@ from torchvision.datasets import ImageFolder
 import checkpoint
 import cli
 import data
+import encoders
 import masks
 import measures
 import smae
@@ -344,9 +345,8 @@ def bench_guides(args: argparse.Namespace, device: torch.device) -> dict[str, li
     Online at the usual layer and at half the depth; cached, which cuts the crops out of the
     relevance of whole pictures; and the floor that knows only the centre of the picture.
     """
-    model = smae.load(args.checkpoint, device)
-    dataset = load_with_masks(args.dataset, args.split, None, args.mask_column, None)
-    dataset = dataset.select(data.evenly_spaced(len(dataset), args.max_images))
+    model = encoders.backbone(args.checkpoint, device)
+    dataset = load_with_masks(args.dataset, args.split, None, args.mask_column, args.max_images)
     objects, size, depth = ObjectMasks(dataset, args.mask_column), tuple(model.config["image_size"]), len(model.blocks)
     batches = TrainBatches(dataset, size, min(args.batch_size, len(dataset)), seed=args.seed, device=device)
     guides = {
@@ -397,9 +397,10 @@ class Tables:
 
     def __init__(self, file: Path, hardware: str):
         self.file, self.start = file, time.perf_counter()
-        revision = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+        revision, here = "", Path(__file__).resolve().parent
+        with contextlib.suppress(FileNotFoundError):  # no git
+            command = ["git", "rev-parse", "--short", "HEAD"]
+            revision = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
         versions = ", ".join(
             f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "accelerate", "pillow")
         )
@@ -538,6 +539,8 @@ def bench_ceiling(tables: Tables, device: torch.device, tiny: bool):
                 torch.cuda.reset_peak_memory_stats()
             step, start = training_step(model, loss, images, dtype), time.perf_counter()
             step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             first = time.perf_counter() - start
             seconds = statistics.median(measure({name: step}, 2 if tiny else 10, device)[name])
             peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan

@@ -215,10 +215,17 @@ def choose_layers(model: smae.SMAE, layers: list[int | str] | None) -> list[int 
     return layers
 
 
+def usual_split(name: str, split: str | None) -> str:
+    """``split``, by default test of the demo data and train of others."""
+    return split or ("test" if name in data.DEMO else "train")
+
+
 def load_with_masks(name: str, split: str | None, image_column: str | None, mask_column: str, max_images: int | None):
-    """Load a data set with its column of masks, undecoded. Raises ValueError if missing."""
-    split = split or ("test" if name.startswith("shapes") else "train")
-    dataset = data.load_images(name, split, image_column, "", max_images=max_images)
+    """Load a data set with its column of masks, undecoded: ``max_images`` from all over it, by default all.
+
+    Raises ValueError if there is no such column.
+    """
+    dataset = data.load_images(name, usual_split(name, split), image_column, "", max_images=max_images, spread=True)
     if mask_column not in dataset.column_names:
         names = ", ".join(dataset.column_names)
         raise ValueError(f"{name} has no column {mask_column!r}; name one with --mask-column: {names}")

@@ -227,6 +227,8 @@ def fill_defaults(args: argparse.Namespace):
     """Fill in the defaults of the preset and of other options; raise ValueError where options make no sense."""
     scores.check_requirements()
     args.precision = cli.choose_precision(args.precision)
+    if args.max_images is not None and args.max_images < 1:
+        raise ValueError(f"--max-images must be at least 1, got {args.max_images}")
     if args.command not in PRESETS:
         return
     if args.checkpoint is None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,10 @@ from PIL import Image
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar"}
 STREAM_SHARDS = 256  # at most: opening a shard takes longer, the more there are
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-RESULT_PICTURES = {"masks.png", "loss.png", "epochs.png", "minutes.png", "leads.png", "reconstruction.png"}
+RESULT_PICTURES = (  # what our commands draw beside RESULTS
+    r"(loss|epochs|minutes|leads|predictions)\.png|(masks|layers|relations|variance|progress|attention|fourier|tokens"
+    r"|clusters|reconstruction)(-.*)?\.png"
+)
 RESULTS = {"metrics.jsonl", "result.json", "results.json", "model.safetensors"}  # files of our own runs
 NOT_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG"}  # formats that Pillow opens, but does not decode alone
 WORDS = r"([-_ ]?(set|split|data|images?|imgs?))?([-_ ]?\d{1,4})?"  # after a split: val2017, test_images, train-256
@@ -98,7 +101,7 @@ def list_files(root: Path) -> Listing:
 
 def _is_ours(name: str) -> bool:
     """Whether a picture has the name of one that our commands draw."""
-    return name in RESULT_PICTURES or re.fullmatch(r"masks-.*\.png", name) is not None
+    return re.fullmatch(RESULT_PICTURES, name) is not None
 
 
 def _is_hidden(name: str) -> bool:
@@ -156,6 +159,16 @@ def _place_of_splits(root: Path, levels: int = 4) -> Path | None:
     return _place_of_splits(root / folders[0], levels - 1) if levels and len(folders) == 1 else None
 
 
+def named_like(split: str, names: Iterable[str]) -> list[str]:
+    """Those of the ``names`` of folders or files that are the split: the one of that name, else all of its kind."""
+    names = list(names)
+    return (
+        [split]
+        if split in names
+        else [name for name in names if split_kind(name) and split_kind(name) == split_kind(split)]
+    )
+
+
 def find_split(root: Path, split: str) -> Path:
     """The folder of a split of the pictures in ``root``; ``root`` itself if it has no splits.
 
@@ -167,10 +180,7 @@ def find_split(root: Path, split: str) -> Path:
     folders = _children(root)
     kinds = {name: split_kind(name) for name in folders}
     tests = [name for name in folders if kinds[name] in ("validation", "test")]
-    if split in folders:
-        found = [split]
-    else:
-        found = [name for name in folders if kinds[name] and kinds[name] == split_kind(split)]
+    found = named_like(split, folders)
     if len(found) > 1:
         raise ValueError(f"Unknown split {split!r}: name one of {', '.join(found)} with --split")
     if split_kind(split) == "train":
@@ -279,9 +289,9 @@ def _image(path: str) -> dict:
 def _read_metadata(
     place: Path, files: list[str], metadata: list[Path], classes: list[str] | None
 ) -> tuple[list[dict], list[str], bool]:
-    """A row for each picture that the metadata names, the columns that hold pictures, whose the labels are.
+    """A row for each picture that the metadata names, the columns that hold pictures, whether ``classes`` are used.
 
-    ``classes`` are the labels of the files: those of their folders, used if the metadata has none.
+    ``classes`` are the labels of the files: those of their folders, used if the metadata has no labels.
     What does not match is said.
     """
     named, twice = {}, []
@@ -362,7 +372,7 @@ def find_pairs(root: Path, split: str) -> Pairs | None:
         places = {name: pair for name, pair in found.items() if pair and split_kind(name)}
     if not places:
         return None
-    names = [name for name in places if split in (name, split_kind(name))]
+    names = named_like(split, places)
     if not names:
         raise ValueError(f"Unknown split {split!r}: {root} has {', '.join(sorted(places))}")
     images, masks = places[names[0]]

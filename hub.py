@@ -25,12 +25,12 @@ def is_name(name: str) -> bool:
 
 
 def fetch(name: str) -> Path:
-    """The folder in the hub's cache that holds a checkpoint, fetched as far as it is not there yet.
+    """The folder in the hub's cache that holds a checkpoint, downloaded where missing.
 
     Fetches config.json, preprocessor_config.json if there is one, and one file of weights, all of
     the same commit. Raises FileNotFoundError, in one line, if they cannot be had.
     """
-    from huggingface_hub import _CACHED_NO_EXIST, constants, errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
     repository, _, revision = name.partition("@")
     try:
@@ -40,7 +40,8 @@ def fetch(name: str) -> Path:
                 hf_hub_download(repository, file, revision=folder.name)  # its name is that of the commit
             except errors.EntryNotFoundError as error:
                 missing = error
-                known = try_to_load_from_cache(repository, file, revision=folder.name) is _CACHED_NO_EXIST
+                found = try_to_load_from_cache(repository, file, revision=folder.name)
+                known = found is not None and not isinstance(found, str)  # known not to exist
                 unreachable = isinstance(error, errors.LocalEntryNotFoundError)
                 if unreachable and not known and file not in WEIGHTS:  # it may say how images are normalised
                     raise

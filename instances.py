@@ -99,10 +99,9 @@ class Instances:
         if self.has_masks:
             self.encode_masks(objects, record, height, width)
         for each in objects:
-            area = each["bbox"][2] * each["bbox"][3]
-            if self.has_masks and each.get("area") is None:
-                area = float(rle.area(each["segmentation"]))
-            each["area"] = area if each.get("area") is None else each["area"]
+            if each.get("area") is None:
+                w, h = each["bbox"][2:]
+                each["area"] = float(rle.area(each["segmentation"])) if self.has_masks else w * h
             each["iscrowd"] = int(each.get("iscrowd") or 0)
             if not self.has_masks:
                 each.pop("segmentation", None)
@@ -125,7 +124,7 @@ class Instances:
 
 
 def check_box(bbox: Sequence[float], width: int, height: int):
-    """Raise ValueError if a box (left, top, width, height) has no place in its picture, or less than no size."""
+    """Raise ValueError if a box (left, top, width, height) has no place in its picture, or a negative size."""
     left, top, w, h = bbox
     if min(w, h) < 0 or left > width or top > height or left + w < 0 or top + h < 0:
         raise ValueError(f"its box {[round(x, 1) for x in bbox]} lies beyond its {width} x {height} pixels")
@@ -338,7 +337,7 @@ def find_annotations(root: Path, split: str) -> Path | None:
     found |= {file.parent.name: file for file in sorted(root.glob(f"*/{ROBOFLOW}"))}
     if not found:
         return None
-    chosen = [name for name in found if split in (name, folders.split_kind(name))]
+    chosen = folders.named_like(split, found)
     if not chosen:
         raise ValueError(f"Unknown split {split!r}: {root} has {', '.join(found)}")
     return found[chosen[-1]]  # of train2014 and train2017 the newer one
@@ -362,6 +361,9 @@ def read_coco(
     has_masks = any(each.get("segmentation") for each in content["annotations"])
     place = _place_of_pictures(file, content["images"])
     names, ids = [each["name"] for each in categories], [each["id"] for each in categories]
+    names = [f"{name} ({number})" if names.count(name) > 1 else name for name, number in zip(names, ids)]
+    for each in content["annotations"]:
+        _box(each)  # or raise
     if known:
         names, ids = known
     features = datasets.Features(
@@ -386,8 +388,9 @@ def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...]) ->
     category = {number: i for i, number in enumerate(ids)}
     objects = {}
     for each in content["annotations"]:
-        kept = {key: each[key] for key in ("bbox", "area", "iscrowd", "segmentation") if key in each}
-        objects.setdefault(each["image_id"], []).append(kept | dict(category=category.get(each["category_id"], -1)))
+        kept = {key: each[key] for key in ("area", "iscrowd", "segmentation") if key in each}
+        kept |= dict(bbox=_box(each), category=category.get(each["category_id"], -1))
+        objects.setdefault(each["image_id"], []).append(kept)
     for image in sorted(content["images"], key=lambda image: str(image["file_name"])):
         size = [image.get("width"), image.get("height")]
         yield dict(
@@ -396,6 +399,17 @@ def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...]) ->
             size=size if all(size) else None,
             objects=json.dumps(objects.get(image["id"], [])),
         )
+
+
+def _box(annotation: dict) -> list[float]:
+    """The box of an annotation, by default that around its polygons. Raises ValueError if it has neither."""
+    box, polygons = annotation.get("bbox"), annotation.get("segmentation")
+    if box and len(box) == 4:
+        return box
+    if not isinstance(polygons, list) or not any(polygons):
+        raise ValueError(f"annotation {annotation.get('id')} has neither a box of four numbers nor polygons")
+    x, y = ([value for polygon in polygons for value in polygon[start::2]] for start in (0, 1))
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
 
 def _place_of_pictures(file: Path, images: list[dict]) -> Path:

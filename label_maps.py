@@ -237,8 +237,7 @@ def load_label_maps(
 
     Raises FileNotFoundError or ValueError.
     """
-    by_picture, records = name in data.DEMO, None
-    if by_picture:
+    if name in data.DEMO:
         records = data.load_images(name, split)
         names = ["background", *shapes.SHAPE_NAMES]
         return LabelMaps(_undecoded(records), Labels(names, {i: i for i in range(len(names))}), form, by_picture=True)
@@ -268,7 +267,8 @@ def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> da
         raise ValueError(f"{name} has no column {column!r} of label maps: name it with --mask-column, of {columns}")
     if column == "mask":
         return records
-    return records.remove_columns([name for name in records.features if name == "mask"]).rename_column(column, "mask")
+    records = records.remove_columns("mask") if "mask" in records.features else records
+    return records.rename_column(column, "mask")
 
 
 def _undecoded(records: datasets.Dataset) -> datasets.Dataset:

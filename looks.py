@@ -192,6 +192,8 @@ def reconstruction_errors(subject: Subject, masked_by: str, ratio: float, seed: 
 
 def checkpoints_over_time(run: Path, most: int) -> dict[float, Path]:
     """Up to ``most`` checkpoints of a run by epochs done, denser at the start. Raises ValueError for fewer than two."""
+    if most < 2:
+        raise ValueError(f"--checkpoints must be at least 2, got {most}")
     config = smae.read_json(run / "config.json")
     options = config.get("train", {})
     images, batch = config.get("data", {}).get("images"), options.get("batch_size")
@@ -204,7 +206,7 @@ def checkpoints_over_time(run: Path, most: int) -> dict[float, Path]:
 
 
 def progress(subject: Subject, run: Path, most: int, ratio: float, seed: int) -> dict:
-    """How a run became what it is, by epoch: ``epochs``, and for each a mean over the pictures.
+    """How a run has developed, by epoch: ``epochs``, and for each a mean over the pictures.
 
     ``gaps``: μintra - μinter by "similarity" and "attention", each for the "own" cut and the "last"
     one, after the block that guides, the last but one. ``divergence``: KL of the token relations

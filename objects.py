@@ -6,7 +6,7 @@ Letters in shapes: ``b`` batch, ``k`` sampled pictures, ``H``/``W`` image height
 
 import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import datasets
@@ -81,10 +81,9 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
     if ids is not None:
         names = ", ".join(map(str, ids))
         return MaskRule(f"the object has the value {names}", ids=tuple(ids))
-    masks = [np.asarray(mask).astype(np.int64).ravel() for mask in masks]
-    pixels = np.concatenate(masks) if masks else np.array([0, 255])
-    values = np.unique(pixels).tolist()
-    shades = max((len(np.unique(mask)) for mask in masks), default=2) > SHADES
+    counted = [np.unique(mask, return_counts=True) for mask in masks]  # one by one: masks may be large
+    values = sorted({value for found, _ in counted for value in found.tolist()}) or [0, 255]
+    shades = max((len(found) for found, _ in counted), default=2) > SHADES
     if void is None and shades and 127 < values[-1] <= 255:
         return MaskRule("soft: the object is above 127", above=127)
     if 0 not in values:
@@ -99,7 +98,7 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
             return MaskRule(f"trimaps: 255 is the object, {others[0]} is unknown, taken for background", above=254)
         if len(others) <= 1 or others == [1, 255]:
             return MaskRule("binary: everything but 0 is the object", above=0)
-        if _have_soft_edges(masks):
+        if _have_soft_edges(counted):
             return MaskRule("soft: the object is above 127", above=127)
         if others[-1] == 255:
             void = others.pop()
@@ -110,9 +109,12 @@ def understand(masks: Iterable[np.ndarray], ids: Iterable[int] | None = None, vo
     return MaskRule(f"classes: {named} are the object{ignored}", above=0, void=void)
 
 
-def _have_soft_edges(masks: list[np.ndarray]) -> bool:
-    """Whether most masks with shades between black and white have more white than shades."""
-    counts = [((mask >= 250).sum(), ((mask > 0) & (mask < 250)).sum()) for mask in masks]
+def _have_soft_edges(counted: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    """Whether most masks with shades between black and white have more white than shades.
+
+    ``counted``: the values of each mask, and how many pixels have them.
+    """
+    counts = [(n[values >= 250].sum(), n[(values > 0) & (values < 250)].sum()) for values, n in counted]
     shaded = [white > between for white, between in counts if between]
     return 2 * sum(shaded) > len(shaded)
 
@@ -121,11 +123,16 @@ def understand_column(
     dataset: data.Dataset, column: str, ids: list[int] | None = None, void: int | None = None
 ) -> MaskRule:
     """The rule for a column of masks, from a sample of it. Raises ValueError."""
-    masks = []
-    for record in data.sample_records(dataset, SAMPLES, [column]):
-        with contextlib.suppress(Exception):  # a broken mask
-            masks.append(mask_values(data.open_upright(record[column])))
-    return understand(masks, ids, void)
+
+    def readable() -> Iterator[np.ndarray]:
+        for record in data.sample_records(dataset, SAMPLES, [column]):
+            try:
+                values = mask_values(data.open_upright(record[column]))
+            except Exception:  # a broken mask
+                continue
+            yield values
+
+    return understand(readable(), ids, void)
 
 
 def object_mask(

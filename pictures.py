@@ -350,13 +350,8 @@ def scatter_sheet(rows: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> Figur
     for row, clouds in enumerate(rows):
         for column, (name, (places, labels)) in enumerate(clouds.items()):
             axis = axes[row, column]
-            axis.scatter(*places.T, c=[cluster_colour(label) for label in labels], s=9)
+            axis.scatter(*places.T, c=np.array(CLUSTERS)[labels % len(CLUSTERS)], s=9)
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(name, fontsize=8)
     return figure
-
-
-def cluster_colour(label: int) -> tuple:
-    """The colour of a cluster, as in :func:`paint`."""
-    return CLUSTERS[int(label) % len(CLUSTERS)]

@@ -57,7 +57,7 @@ def _lines(numbers: dict, depth: int) -> list[str]:
 def shown(value) -> str:
     """A number, a mean with its deviation, or a list of numbers."""
     if isinstance(value, dict):
-        return f"{value['mean']:.4g} ± {value['deviation']:.2g}"
+        return "none" if value["mean"] is None else f"{value['mean']:.4g} ± {value['deviation']:.2g}"
     if isinstance(value, (list, tuple)):
         return "[" + " ".join(shown(x) for x in value) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -66,7 +66,7 @@ class Prepare(NamedTuple):
     """Adds to a scene the "input" of the model, in a worker process: the picture at another size.
 
     Its short side becomes ``side``, or with ``longest`` its long side. Sides are rounded to multiples
-    of ``multiple``, and those of pictures that are not ``longest`` are at least ``side``.
+    of ``multiple``; without ``longest``, no side becomes shorter than ``side``.
     """
 
     side: int
@@ -182,6 +182,8 @@ class Segmentation:
             matrix += scores.confusion(found, truth, count, IGNORED)
             images += 1
         matrix, images = accelerator.reduce(matrix), accelerator.reduce(images)
+        if not matrix.any():
+            raise ValueError("none of the pictures to test on has a pixel of a known class")
         return scores.iou_scores(matrix.cpu(), scenes.classes) | dict(images=int(images))
 
     def draw(self, scene: dict, found: Tensor) -> tuple[Tensor, ...]:
@@ -252,7 +254,8 @@ class Detection:
         h, w = images.shape[2:]
         images = F.pad(images, (0, -w % self.model.multiple, 0, -h % self.model.multiple))
         found = self.model(images, [(h, w)])[0]
-        boxes = found["boxes"] * torch.tensor([width / w, height / h] * 2, device=images.device)
+        found = {name: values if values is None else values.cpu() for name, values in found.items()}  # one wait for all
+        boxes = found["boxes"] * torch.tensor([width / w, height / h] * 2)
         results = [
             dict(bbox=[left, top, right - left, bottom - top], score=score, label=label)
             for (left, top, right, bottom), score, label in zip(
@@ -262,7 +265,7 @@ class Detection:
         if found["masks"] is not None:  # one by one: at the size of a photograph they are large
             for result, mask, box in zip(results, found["masks"], boxes):
                 shape = paste_masks_in_image(mask[None], box[None], (height, width))[0, 0] >= 0.5
-                result["segmentation"] = rle.encode(np.asfortranarray(shape.cpu().numpy().astype(np.uint8)))
+                result["segmentation"] = rle.encode(np.asfortranarray(shape.numpy().astype(np.uint8)))
         return results
 
     def test(self, scenes: Instances, accelerator: Accelerator, **options) -> dict:

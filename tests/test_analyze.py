@@ -11,6 +11,7 @@ import analyze
 import contest
 import data
 import masks
+import report
 import smae
 from cropping import RandomStream, uniform
 from objects import object_mask, sample_pictures
@@ -149,6 +150,17 @@ def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
     assert "5 pictures with an object" in text and "1 left out" in text
     images, objects = sample_pictures(data.load_images(str(tmp_path / "data.parquet")), 6, 32)
     assert len(images) == 6 and [bool(shape.any()) for shape in objects] == [True, True, False, True, True, True]
+
+
+def test_the_usual_split_is_the_test_of_the_demo_data_alone():
+    names = dict.fromkeys(("shapes", "shapes:easy"), "test") | dict.fromkeys(("shapes-own.parquet", "photos"), "train")
+    assert {name: contest.usual_split(name, None) for name in names} == names
+    assert contest.usual_split("shapes", "train") == "train"
+
+
+def test_no_value_is_none_in_json():
+    assert analyze.spread(torch.tensor([torch.nan] * 2)) == dict(mean=None, deviation=0.0)
+    assert report.shown(analyze.spread(torch.empty(0))) == "none"
 
 
 @pytest.mark.parametrize(

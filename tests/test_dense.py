@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from coco_files import make_coco
 from helpers import ROOT, contents, picture, records, run
 from PIL import Image
@@ -339,6 +340,8 @@ def test_presets_are_the_recipes():
     args = options_of("detect", "--dataset", "mine")
     assert args.preset == "own" and args.head_width == 256 and not args.floor
     assert options_of("detect").max_images == 1000
+    with pytest.raises(ValueError, match="--max-images must be at least 1, got -5"):
+        options_of("detect", "--max-images", "-5")
 
 
 def options_of(*arguments) -> argparse.Namespace:
@@ -380,6 +383,13 @@ def test_a_sliding_window_covers_all_and_averages(small_model):
     assert (sliding.predict(scene) == whole.predict(scene)).float().mean() > 0.999
     assert set(sliding.model.sizes) == {(32, 32)} and len(sliding.model.sizes) == 4
     assert tasks.window_starts(83, 32) == [0, 17, 34, 51] and tasks.window_starts(32, 32) == [0]
+
+
+def test_a_test_without_labelled_pixels_says_so(small_model, monkeypatch):
+    scene = dict(labels=torch.full((4, 4), -1))
+    monkeypatch.setattr(tasks, "predictions", lambda *_, **__: iter([(0, scene, torch.zeros(4, 4, dtype=torch.int64))]))
+    with pytest.raises(ValueError, match="none of the pictures to test on has a pixel of a known class"):
+        tasks.Segmentation(Columns(small_model)).test(argparse.Namespace(classes=list("abc")), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("band", [1, 2**26])

@@ -226,6 +226,14 @@ def test_the_names_of_pictures_in_a_text_table_are_found(column, streaming, tmp_
     assert all(data.decode(record["image"]).size == (40, 30) for record in records)
 
 
+def test_what_other_commands_have_drawn_is_no_picture_either(tmp_path):
+    drawn = "detect/predictions.png", "found/predictions.png", "found/overlays/1.png", "seen/layers-ours.png"
+    write(tmp_path, ["cat/1.png", "mine/1.png", *drawn])
+    for folder in ("detect", "found", "seen", "mine"):
+        (tmp_path / folder / "result.json").write_text("{}")
+    assert sorted(labels(data.load_images(str(tmp_path)))) == ["cat", "mine"]
+
+
 def test_addresses_in_a_text_table_stay_as_they_are(tmp_path):
     write(tmp_path, ["a/1.png"])
     (tmp_path / "list.csv").write_text("file_name\na/1.png\nhttps://example.org/2.png\n")

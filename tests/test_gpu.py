@@ -15,12 +15,17 @@ from helpers import ROOT, SMALL, records
 
 import checkpoint
 import data
+import instances
 import masks
+import measures
 import optim
 import smae
 from cropping import CropOptions, crop_batch
 from detector import Detector
+from instances import rle
+from scenes import ObjectCrop, SceneBatches, apart
 from segmenter import Segmenter
+from tasks import Detection, Segmentation
 
 pytestmark = pytest.mark.gpu
 RUN = [*SMALL, *"--dataset shapes --max-images 64 --batch-size 16 --epochs 2 --guide-start 1 --workers 1".split()]
@@ -29,6 +34,7 @@ import sys, torch
 torch.use_deterministic_algorithms(True, warn_only=True)  # under which attention's own kernels stay as they are
 torch.backends.cuda.enable_flash_sdp(False)
 torch.backends.cuda.enable_mem_efficient_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)
 torch.backends.cudnn.benchmark = False
 import train
 train.main(sys.argv[1:])
@@ -121,11 +127,21 @@ def test_a_compiled_model_gives_the_same_loss(device, small_model):
 
 def test_cuts_and_relevance_are_those_of_the_cpu(device):
     features = torch.randn(16, 64, 32) + (torch.rand(16, 64, 1) < 0.3) * 2 * torch.randn(32)
-    sides = []
-    for place in (torch.device("cpu"), device):
-        cut = masks.normalized_cut(masks.similarity(features.to(place)))
-        sides.append(masks.foreground_side(cut, (8, 8)).cpu())
-    assert (sides[0] == sides[1]).float().mean() > 0.99
+    found = [masks.find_object(features.to(place), (8, 8)) for place in (torch.device("cpu"), device)]
+    (expected, sides), (relevance, others) = found
+    same = (sides == others.cpu()).all(dim=1)
+    assert (sides == others.cpu()).float().mean() > 0.99
+    torch.testing.assert_close(relevance.cpu()[same], expected[same], rtol=1e-3, atol=1e-4)
+
+
+def test_measures_are_those_of_the_cpu(device):
+    objects, features, pixels = torch.rand(4, 8, 6), torch.randn(5, 16, 8), torch.randn(5, 16, 12)
+    assert torch.equal(measures.off_centre(objects.to(device)).cpu(), measures.off_centre(objects))
+    shares = measures.variance_shares(features, pixels)
+    assert measures.variance_shares(features.to(device), pixels.to(device)) == pytest.approx(shares, rel=1e-3)
+    values, units = torch.rand(6), torch.tensor([0, 0, 1, 1, 2, 2])
+    expected = measures.mean_and_error(values, units)
+    assert measures.mean_and_error(values.to(device), units.to(device)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_crops_of_batches_are_those_of_the_cpu(device):
@@ -150,6 +166,26 @@ def test_dense_tasks_train_and_predict(kind, device, small_model):
         loss = model(images, [(64, 64)] * 2, [target] * 2)
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+    model.eval()
+    task = Segmentation(model) if kind is Segmenter else Detection(model)
+    scene = task.prepare(dict(image=torch.randint(0, 256, (3, 50, 80), dtype=torch.uint8)))
+    with torch.autocast(device.type, torch.bfloat16):
+        found = task.predict(scene)
+    if kind is Segmenter:
+        assert found.shape == (50, 80)
+    else:
+        assert all(rle.area(each["segmentation"]) >= 0 and len(each["bbox"]) == 4 for each in found)
+
+
+def test_pinned_scenes_arrive_with_and_without_objects(device):
+    scenes = instances.load_instances("shapes:easy", "test").select(range(8))
+    batches = SceneBatches(scenes, ObjectCrop(64, (1.0, 1.0)), 4, workers=1, device=device)
+    for batch in batches.epoch(1):
+        parts = apart(batch.targets)
+        assert batch.images.device.type == device.type and len(parts) == 4
+        assert all(part["boxes"].device.type == device.type for part in parts)
+    batches.close()
 
 
 # ------------------------------------------------------------------------------------------- runs

@@ -119,6 +119,33 @@ def test_files_of_coco_without_masks_give_boxes_and_missing_masks_are_boxes(tmp_
     assert not scenes.has_masks and "masks" not in targets_of(scenes.read(0))
 
 
+def test_annotations_without_a_box_have_that_of_their_polygons(tmp_path):
+    content = coco_content()
+    expected = load_instances(str(make_coco(tmp_path / "whole", content=content)), "train").read(0)["objects"]
+    del content["annotations"][2]["bbox"]
+    some = load_instances(str(make_coco(tmp_path / "some", content=content)), "train").read(0)["objects"]
+    assert [each["bbox"] for each in some] == [each["bbox"] for each in expected] == [[1, 1, 10, 10]]
+    content["annotations"][2] |= dict(bbox=[], segmentation=[])
+    with pytest.raises(ValueError, match="annotation 3 has neither a box of four numbers nor polygons"):
+        load_instances(str(make_coco(tmp_path / "none", content=content)), "train")
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path):
+    content = coco_content()
+    content["categories"] = [dict(id=9, name="dog"), dict(id=3, name="dog"), dict(id=4, name="cat")]
+    scenes = load_instances(str(make_coco(tmp_path, content=content)), "train")
+    assert scenes.classes == ["dog (3)", "cat", "dog (9)"]
+
+
+def test_a_split_goes_by_any_of_its_names(tmp_path):
+    make_coco(tmp_path)
+    make_coco(tmp_path, "val2017")
+    for name in ("val", "validation", "val2017"):
+        assert len(load_instances(str(tmp_path), name)) == 3
+    with pytest.raises(ValueError, match="Unknown split 'test'"):
+        load_instances(str(tmp_path), "test")
+
+
 def test_files_of_coco_in_other_forms(tmp_path):
     content = coco_content()
     content["annotations"][0]["segmentation"] = POLYGON  # not in a list

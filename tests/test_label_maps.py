@@ -136,7 +136,8 @@ def test_splits_may_be_above_or_below_the_folders_of_pictures(tmp_path):
         make_folder(tmp_path / "below", {f"{split}-a": labels_of(0, 1)}, f"images/{split}", f"masks/{split}")
         make_folder(tmp_path / "above" / split, {f"{split}-a": labels_of(0, 1)})
     for root in ("below", "above"):
-        assert "val-a" in load_label_maps(str(tmp_path / root), "validation").read(0)["name"]
+        for name in ("validation", "val", "valid"):
+            assert "val-a" in load_label_maps(str(tmp_path / root), name).read(0)["name"]
         with pytest.raises(ValueError, match="Unknown split 'test'"):
             load_label_maps(str(tmp_path / root), "test")
 

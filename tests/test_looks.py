@@ -109,3 +109,5 @@ def test_a_run_without_its_checkpoints_has_no_progress(small_model, tmp_path):
     smae.save(small_model, tmp_path)
     with pytest.raises(ValueError, match="has 0 checkpoints of a run: train with --keep 999 --save-every 1"):
         looks.checkpoints_over_time(tmp_path, 12)
+    with pytest.raises(ValueError, match="--checkpoints must be at least 2, got 1"):
+        looks.checkpoints_over_time(tmp_path, 1)
