@@ -161,12 +161,9 @@ def _place_of_splits(root: Path, levels: int = 4) -> Path | None:
 
 def named_like(split: str, names: Iterable[str]) -> list[str]:
     """Those of the ``names`` of folders or files that are the split: the one of that name, else all of its kind."""
-    names = list(names)
-    return (
-        [split]
-        if split in names
-        else [name for name in names if split_kind(name) and split_kind(name) == split_kind(split)]
-    )
+    if split in (names := list(names)):
+        return [split]
+    return [name for name in names if split_kind(name) and split_kind(name) == split_kind(split)]
 
 
 def find_split(root: Path, split: str) -> Path:
