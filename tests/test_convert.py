@@ -285,7 +285,7 @@ def test_other_vits_of_transformers_give_the_same_features(kind, images, tmp_pat
 def test_images_that_a_processor_does_not_normalise(tmp_path):
     vitmae().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict(do_normalize=False, image_mean=[0.5] * 3)))
-    assert smae.load(tmp_path).statistics == ([0, 0, 0], [1, 1, 1])
+    assert smae.load(tmp_path).statistics == ((0, 0, 0), (1, 1, 1))
 
 
 def test_a_missing_key_of_a_vitmae_is_named(tmp_path):
