@@ -254,6 +254,7 @@ class Signals:
                 self._launcher = os.getppid()
 
     def caught(self) -> int:
+        """The number of the signal caught, SIGTERM if the launcher is gone, else 0."""
         gone = self._launcher is not None and os.getppid() != self._launcher
         return self._caught or (signal.SIGTERM if gone else 0)
 

@@ -82,7 +82,7 @@ CLASSIFIER_HEADS = (
     "pooler.",
 )
 TOKENS, TABLES = ("cls_token", "mask_token"), ("positions", "decoder_positions")
-NO_PLAIN_VIT = {  # parts of names, and what a ViT of ours has not
+NO_PLAIN_VIT = {  # parts of names, and what our ViT lacks
     "rel_pos": "relative positions",
     "relative_position": "relative positions",
     "rope": "rotary positions",
@@ -221,7 +221,7 @@ def from_foreign(
 
 
 def unify_names(weights: Weights) -> Weights:
-    """Rename tensors of transformers as in ViTMAE's pre-training model of version 4, without what stands before."""
+    """Rename tensors of transformers as in ViTMAE's pre-training model of version 4, without their common prefix."""
     entry = "embeddings.patch_embeddings.projection.weight"
     places = [name.removesuffix(entry) for name in weights if name.endswith(entry)]
     if not places:
@@ -460,7 +460,11 @@ def to_mae(weights: Weights, arguments: dict, classifier: dict | None = None) ->
 
 
 def to_timm(weights: Weights, arguments: dict, classifier: dict | None = None) -> Folder:
-    """Tensors and JSON files of a timm folder: the encoder, and the head of a classifier."""
+    """Tensors and JSON files of a timm folder: the encoder, and the head of a classifier.
+
+    ``weights`` and ``arguments`` are those of an SMAE, ``classifier`` those of a Classifier: "classes"
+    and "pool".
+    """
     weights = leave_out(mae_weights(weights, arguments, classifier), ("decoder_", "mask_token"))
     return weights, {"config.json": timm_config(arguments, classifier)}
 

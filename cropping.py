@@ -108,8 +108,9 @@ def crop_batch(
 ) -> Tensor:
     """Cut boxes out of images (b, c, H, W) on their device and resize them: (b, c, *size).
 
-    The type stays the same. ``size`` is one side or two; ``boxes`` (b, 4) in pixels may be
-    fractional. Applies PIL's antialiased bicubic filter as two matrix products. ``how``: "inside"
+    The type stays the same. ``size`` is one side or two; ``boxes`` (b, 4) are top, left, height and
+    width in pixels, and may be fractional; ``flips`` (b,) bool. Both are on the device of the images.
+    Applies PIL's antialiased bicubic filter as two matrix products. ``how``: "inside"
     uses only pixels inside the box, as :func:`pixels.crop` does; "beyond" also uses those around it;
     "area" takes means over areas.
     """

@@ -618,6 +618,7 @@ class BadImages:
         self.reported = 0
 
     def add(self, bad: Iterable[BadImage]):
+        """Add pictures; those that are known already count once."""
         self.descriptions.update(bad)
 
     def clear(self):
@@ -626,6 +627,7 @@ class BadImages:
 
     @property
     def count(self) -> int:
+        """How many different pictures are broken."""
         return len(set(self.descriptions.values()) if self.same_file_returns else self.descriptions)
 
     @property

@@ -43,7 +43,7 @@ from scenes import Pictures, SceneBatches, Scenes, hold_out
 from segmenter import HEADS, Segmenter
 from tasks import Detection, Segmentation, Task, coco_results, predictions
 
-DEMO = "shapes:easy"  # in a few minutes nothing learns the classes of shapes; a detector, none at all
+DEMO = "shapes:easy"  # a few minutes are too short for the classes of shapes, and for any detector
 PRESETS = {  # the defaults of each task: on the demo data, on your own, and the recipes of papers
     "segment": {
         "demo": dict(

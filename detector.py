@@ -130,6 +130,8 @@ class Pyramid(nn.Module):
 
     The strides of torchvision's region pooling are powers of two. An encoder whose patches have
     another side, such as 14, therefore sees the images shrunk so that a patch covers 16 pixels.
+    Normalised images (b, c, H, W) give maps (b, width, ., .) "0" to "3", from fine to coarse, and
+    "pool". Raises ValueError for patches of fewer than 3 pixels.
     ``strides``: pixels per cell of each map. ``multiple``: what the sides of images must divide by.
     """
 

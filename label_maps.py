@@ -128,7 +128,7 @@ def _leading_numbers(words: list[str]) -> tuple[int, ...]:
 
 
 def understand(maps: Iterable[np.ndarray], ignored: Sequence[int] = ()) -> Labels:
-    """The classes that the values of label maps suggest.
+    """The classes that the values of all label maps (H, W) suggest.
 
     Of maps with 0 and 255 alone these are "background" and "object"; otherwise each value is a class
     of that name, and 255 is void. Raises ValueError for colours and for shades.

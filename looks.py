@@ -151,7 +151,10 @@ def variances(subject: Subject, layer: int | str | None) -> dict[str, Tensor]:
 
 
 def objects_found(subject: Subject, foreground: str, scoring: str) -> dict[int | str, dict[str, Tensor]]:
-    """``iou`` and ``auc`` (N,) of the cut and the relevance of every block against the known objects."""
+    """``iou`` and ``auc`` (N,) of the cut and the relevance of every block against the subject's known objects.
+
+    NaN for pictures without an object.
+    """
     found: dict = {}
     shares, n = subject.share, subject.grid[0] * subject.grid[1]
     for rows, x in subject.parts("objects"):

@@ -84,7 +84,11 @@ def _part(n: int, share: float) -> int:
 
 
 def random_mask(b: int, n: int, ratio: float = 0.75, *, noise: Tensor | None = None, device=None) -> Mask:
-    """Uniformly random masks (MAE) for ``b`` images of ``n`` patches; optional ``noise`` (b, n)."""
+    """Uniformly random masks (MAE) for ``b`` images of ``n`` patches, on ``device``.
+
+    ``noise`` (b, n) in [0, 1) decides them, on its own device; by default it is drawn. Raises
+    ValueError where :func:`masked_count` does.
+    """
     m = masked_count(n, ratio)
     order = _uniform(noise, b, n, device).argsort(dim=1, stable=True)
     return _mask(masked=order[:, :m], visible=order[:, m:])
@@ -281,8 +285,9 @@ def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -
     """The relevance (b, n) of patches to the object.
 
     Takes similarities (b, n, n) and ``foreground`` (b, n) bool. ``scoring``: "foreground" is the
-    mean similarity to the foreground patches, as in the paper; "contrast" subtracts the mean
-    similarity to the others and finds known objects better. Raises ValueError for another scoring.
+    mean similarity to the foreground patches, from -1 to 1, as in the paper; "contrast" subtracts
+    the mean similarity to the others, and finds known objects better. Raises ValueError for another
+    scoring.
     """
     if scoring not in ("foreground", "contrast"):
         raise ValueError(f"scoring must be foreground or contrast, got {scoring!r}")
@@ -358,7 +363,9 @@ def informed_mask(
 
     The hints (:func:`choose_hints`) stay visible; of the other patches the ``masked_count(n,
     ratio)`` most relevant are masked. Patches of equal relevance are ranked at random. Rows that
-    are constant up to rounding, or not finite, get a uniformly random mask.
+    are constant up to rounding, or not finite, get a uniformly random mask. ``noise`` (b, n) in
+    [0, 1) decides what is random. Raises ValueError where :func:`masked_count` and
+    :func:`hint_count` do.
     """
     b, n = relevance.shape
     m, k = masked_count(n, ratio), hint_count(n, ratio, hint, hint_ratio, hint_portion)
@@ -419,7 +426,10 @@ def _ranking(relevance: Tensor, noise: Tensor) -> Tensor:
 
 
 def centrality(grid: tuple[int, int]) -> Tensor:
-    """The centrality (n,) of the patches of an (h, w) grid, in rings of the shape of the image."""
+    """The centrality (n,) of the patches of an (h, w) grid, in rings of the shape of the image.
+
+    The largest value is that of the centre, near 0; towards the border it falls to about -1/2.
+    """
     h, w = grid
     y, x = torch.meshgrid(torch.arange(h) - (h - 1) / 2, torch.arange(w) - (w - 1) / 2, indexing="ij")
     rings = torch.maximum(y.abs() / h, x.abs() / w)

@@ -120,9 +120,11 @@ class Folder:
         return epoch % self.save_every == 0 or epoch in self.milestones or self.is_due_at_step(step)
 
     def is_due_at_step(self, step: int) -> bool:
+        """Whether a checkpoint is due within an epoch."""
         return bool(self.save_every_steps) and step % self.save_every_steps == 0
 
     def is_overdue(self) -> bool:
+        """Whether the last attempt to write one is LONGEST_UNSAVED seconds ago."""
         return time.monotonic() > self.last_attempt + LONGEST_UNSAVED
 
     def claim(self):
@@ -243,7 +245,10 @@ class Run:
         return self.progress.seen // self.batches.plan.batch_size
 
     def step(self, loss: Tensor, batch: Batch):
-        """Backward pass; after the last micro-batch of a step, update, poll signals, save if due."""
+        """Backward pass; after the last micro-batch of a step, update, poll signals, save if due.
+
+        ``loss`` is the mean over the images of the micro-batch ``batch``.
+        """
         accelerator, progress = self.accelerator, self.progress
         accelerator.backward(loss)
         if self.schedule.clip_grad and accelerator.sync_gradients:

@@ -83,7 +83,7 @@ class LabelCrop:
 
     The short side of the picture becomes ``side`` times a factor drawn from ``scale``. What lies
     beyond the picture is grey and IGNORED. Of ten crops the first is taken in which no class has
-    more than MOST_OF_ONE_CLASS.
+    more than MOST_OF_ONE_CLASS. Gives "image" (c, side, side) uint8 and "labels" (side, side) int64.
     """
 
     def __init__(self, side: int, scale: tuple[float, float], distort: bool = True):
@@ -111,7 +111,8 @@ class ObjectCrop:
 
     The long side of the picture becomes ``side`` times a factor drawn from ``scale``. What lies beyond
     the picture is grey. Objects of which nothing is left are left out; the boxes of the others are
-    those of what is left of their masks.
+    those of what is left of their masks. Gives "image" (c, side, side) uint8, "boxes" (k, 4) float32
+    left, top, right, bottom in pixels, "labels" (k,) int64, and "masks" (k, side, side) uint8 if known.
     """
 
     def __init__(self, side: int, scale: tuple[float, float]):

@@ -29,7 +29,10 @@ def check_requirements():
 
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int, ignored: int) -> Tensor:
-    """Pixels by true class and predicted class: (classes, classes) int64; those whose truth is ``ignored`` left out."""
+    """The numbers of pixels (classes, classes) int64 by true class (rows) and predicted class (columns).
+
+    ``predicted`` and ``truth`` are int64 of one shape; pixels whose truth is ``ignored`` do not count.
+    """
     return multiclass_confusion_matrix(predicted, truth, classes, ignore_index=ignored, validate_args=False)
 
 

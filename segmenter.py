@@ -129,7 +129,10 @@ class Convolution(nn.Sequential):
 
 
 class UPerNet(nn.Module):
-    """The head of UPerNet: maps from fine to coarse, with ``widths`` channels, to logits at the finest resolution."""
+    """The head of UPerNet: maps (b, d, h, w) from fine to coarse to logits (b, classes, h, w) of the finest size.
+
+    ``widths`` are the channels of the maps, ``width`` those within (Xiao et al., ECCV 2018).
+    """
 
     def __init__(self, widths: Sequence[int], width: int, classes: int):
         super().__init__()

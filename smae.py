@@ -513,6 +513,7 @@ def pool(tokens: Tensor, how: str, prefix: int = 1) -> Tensor:
 
 
 def check_pool(how: str, class_token: bool):
+    """Raise ValueError for a way to pool that is unknown, or for "cls" without a CLS token."""
     known = ["cls", "mean"] if class_token else ["mean"]
     if how not in known:
         raise ValueError(f"pool must be {' or '.join(known)}, got {describe(how)}")

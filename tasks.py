@@ -46,7 +46,7 @@ class Task(Protocol):
         """The loss of normalised crops (b, c, H, W); ``trained`` is the model to call."""
 
     def predict(self, scene: dict):
-        """The prediction for a prepared scene, at the picture's own size."""
+        """The prediction for a prepared scene, at the picture's own size: what ``draw`` and ``test`` take."""
 
     def test(self, scenes: Scenes, accelerator: Accelerator, **options) -> dict:
         """The scores on all pictures, in the main process; ``options`` are those of :func:`predictions`."""
@@ -139,7 +139,9 @@ class Segmentation:
     """Label maps by a Segmenter.
 
     Its ``side`` is that of the crops, and the short side that pictures get for the test. They are seen
-    whole, or with ``slide`` through a window of that side, whose places overlap by a third.
+    whole, or with ``slide`` through a window of that side, whose places overlap by a third. ``predict``
+    gives classes (H, W) int64; ``test`` the scores of :func:`scores.iou_scores`. Raises ValueError for
+    a side that is no multiple of the patches.
     """
 
     metric = "miou"
@@ -229,7 +231,12 @@ def classes_at(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Detection:
-    """Boxes and masks by a Detector. Its ``side`` is that of the crops, and the long side of pictures in the test."""
+    """Boxes and masks by a Detector.
+
+    Its ``side`` is that of the crops, and the long side of pictures in the test. ``test`` gives
+    "box_ap", "mask_ap" and the other values of :func:`scores.average_precision`, {} outside the main
+    process. Raises ValueError for a side that does not suit the model.
+    """
 
     metric = "box_ap"
 
