@@ -408,6 +408,7 @@ def _box(annotation: dict) -> list[float]:
         return box
     if not isinstance(polygons, list) or not any(polygons):
         raise ValueError(f"annotation {annotation.get('id')} has neither a box of four numbers nor polygons")
+    polygons = polygons if isinstance(polygons[0], list) else [polygons]
     x, y = ([value for polygon in polygons for value in polygon[start::2]] for start in (0, 1))
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 

@@ -125,6 +125,9 @@ def test_annotations_without_a_box_have_that_of_their_polygons(tmp_path):
     del content["annotations"][2]["bbox"]
     some = load_instances(str(make_coco(tmp_path / "some", content=content)), "train").read(0)["objects"]
     assert [each["bbox"] for each in some] == [each["bbox"] for each in expected] == [[1, 1, 10, 10]]
+    content["annotations"][2]["segmentation"] = content["annotations"][2]["segmentation"][0]  # not in a list
+    other = load_instances(str(make_coco(tmp_path / "other", content=content)), "train").read(0)["objects"]
+    assert [each["bbox"] for each in other] == [[1, 1, 10, 10]]
     content["annotations"][2] |= dict(bbox=[], segmentation=[])
     with pytest.raises(ValueError, match="annotation 3 has neither a box of four numbers nor polygons"):
         load_instances(str(make_coco(tmp_path / "none", content=content)), "train")
