@@ -122,8 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
-        trains = name in PRESETS
-        if not trains:
+        if name not in PRESETS:
             sub.add_argument("--checkpoint", default="runs/segment", help="run folder of a segmenter or detector")
         else:
             cli.add(sub, "checkpoint")
@@ -132,14 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
                 choices=list(PRESETS[name]),
                 help="where the defaults of other options come from (default: demo for the demo data, else own)",
             )
-        cli.add(
-            sub,
-            "precision",
-            "seed",
-            "out",
-            "overwrite",
-            out=Path("runs") / ("predict-dense" if name == "predict" else name),
-        )
+        out = Path("runs") / ("predict-dense" if name == "predict" else name)  # eval.py has a predict, too
+        cli.add(sub, "precision", "seed", "out", "overwrite", out=out)
         group = sub.add_argument_group("data")
         cli.add(group, "dataset", "split", "image-column", dataset=DEMO, split=None if name == "test" else "train")
         cli.add(group, "max-images", "workers", "max-bad-images")

@@ -225,9 +225,11 @@ class SceneBatches(TrainBatches):
 
     def _check_and_move(self, batches) -> Iterator[SceneBatch]:
         for batch in super()._check_and_move(batches):
-            moved = {name: values.to(self.device, non_blocking=True) for name, values in batch.targets.items()}
-            counts = {"counts": batch.targets["counts"]} if "counts" in batch.targets else {}  # stay on the host
-            yield batch._replace(targets=moved | counts)
+            moved = {
+                name: values if name == "counts" else values.to(self.device, non_blocking=True)  # read on the host
+                for name, values in batch.targets.items()
+            }
+            yield batch._replace(targets=moved)
 
 
 class SceneCrops(torch.utils.data.Dataset):

@@ -158,6 +158,12 @@ def test_the_usual_split_is_the_test_of_the_demo_data_alone():
     assert contest.usual_split("shapes", "train") == "train"
 
 
+def test_a_few_pictures_with_masks_are_from_all_over():
+    few, everything = (contest.load_with_masks("shapes", None, None, "mask", count) for count in (3, None))
+    places = data.evenly_spaced(len(everything), 3)
+    assert few["bbox"][:] == [everything[int(i)]["bbox"] for i in places] != everything["bbox"][:3]
+
+
 def test_no_value_is_none_in_json():
     assert analyze.spread(torch.tensor([torch.nan] * 2)) == dict(mean=None, deviation=0.0)
     assert report.shown(analyze.spread(torch.empty(0))) == "none"

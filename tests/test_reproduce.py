@@ -295,7 +295,8 @@ def test_runs_are_judged_after_an_eighth_a_quarter_half_and_all_of_their_epochs(
 
 
 def test_the_floors_are_arms_where_asked_for():
-    assert list(reproduce.parse_arguments([]).arms) == reproduce.USUAL_ARMS
+    usual = "random amt cached cached-nohint online online-nohint".split()
+    assert list(reproduce.parse_arguments([]).arms) == usual
     experiment = reproduce.parse_arguments(["--arms", "cached-shuffled", "cached-centre"])
     shuffled, centre = (reproduce.Run(experiment, arm, 0).settings for arm in experiment.arms)
     assert shuffled.guide_shuffle and shuffled.guide_from is None and centre.guide_from == "centre"

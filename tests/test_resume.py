@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import forked
 import numpy as np
@@ -548,6 +549,21 @@ def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(small_mode
         (tmp_path / "own" / "metrics.jsonl").write_text("{}\n")
         alone.prepare()
         assert (tmp_path / "own" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_claimed_is_an_error_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    told = []
+    monkeypatch.setattr(run, "broadcast_object_list", lambda values: told.append(values[0]) or values)
+    with checkpoint.Lock(tmp_path / "file" / "run") as lock:
+        folder = run.Folder(tmp_path / "file" / "run", lock, ())
+        process = types.SimpleNamespace(folder=folder, accelerator=types.SimpleNamespace(is_main_process=True))
+        with pytest.raises(OSError, match="file"):
+            run.Run.claim_folder(process)
+    monkeypatch.setattr(run, "broadcast_object_list", lambda values: told)  # what another process is told
+    process.accelerator.is_main_process = False
+    with pytest.raises(OSError, match="file"):
+        run.Run.claim_folder(process)
 
 
 def test_a_checkpoint_that_cannot_be_removed_does_not_keep_others_from_being_written(
