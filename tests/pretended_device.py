@@ -1,0 +1,219 @@
+"""A pretended accelerator: ``python tests/pretended_device.py train.py OPTIONS`` runs a script on it.
+
+Its tensors say that they are on a device of their own, and compute on the CPU. As on CUDA, an operation on tensors of
+two devices is an error, and so is a collective of host tensors under several processes. What waits for the device is
+counted, by operation and line; the counts go to the file that ``WAITS`` names. What the scripts do on CUDA alone
+(pinned memory, SyncBatchNorm, float16) is not rehearsed.
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import accelerate.state
+import torch
+import torch.distributed
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = torch.device("cpu")
+BETWEEN_DEVICES = ("aten::copy", "aten::_to_copy", "aten::_foreach_copy", "aten::index", "aten::_index_put")
+waits = Counter()
+
+
+class Backend(_DummyBackendModule):
+    """What torch and accelerate ask a device module for."""
+
+    def get_rng_state(self, device=None):
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state, device=None):
+        torch.set_rng_state(state)
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16, torch.float32]
+
+    def set_device(self, device):
+        pass
+
+    synchronize = set_device
+
+
+_setup_privateuseone_for_python_backend(rename="pretended", backend_module=Backend())
+DEVICE = torch.device("pretended:0")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the pretended device, computed in ``host``."""
+
+    @staticmethod
+    def __new__(cls, host):
+        layout = dict(strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype)
+        tensor = torch.Tensor._make_wrapper_subclass(cls, host.size(), device=DEVICE, **layout)
+        tensor.host = host
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+    def __getitem__(self, index):
+        parts = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(tuple(from_host(part) if isinstance(part, list) else part for part in parts))
+
+    def tolist(self):
+        count_wait("tolist")
+        return self.host.detach().tolist()
+
+    def numpy(self, **options):
+        raise TypeError("a tensor on a device cannot be read as an array")
+
+    __array__ = numpy
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees what no tensor of the device takes part in: what makes tensors, and collectives."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, OnDevice) or on_device(leaf) for leaf in leaves):
+            return compute(function, args, kwargs)
+        if function.namespace == "c10d" and any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            callers = {frame.name for frame in traceback.extract_stack()}
+            if not callers & {"largest", "barrier", "broadcast_object_list", "all_gather_object", "gather_object"}:
+                raise RuntimeError(f"{function}: NCCL does not take tensors of the host")  # the others use gloo
+        return function(*args, **kwargs)
+
+
+def on_device(value) -> bool:
+    return isinstance(value, torch.device) and value.type == DEVICE.type
+
+
+def count_wait(operation: str) -> None:
+    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).resolve().parent == ROOT]
+    waits[f"{operation} {' < '.join(f'{Path(f.filename).name}:{f.lineno}' for f in frames[:-4:-1])}"] += 1
+
+
+def compute(function, args, kwargs):
+    """What ``function`` returns: computed on the CPU, on the device that CUDA would leave it on."""
+    name = function.name()
+    operation = name.split(".")[0]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+    host = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim() > 0]
+    index = operation.removeprefix("aten::").startswith(("index", "_index_put"))
+    if ours and host and (not operation.startswith(BETWEEN_DEVICES) or (index and not isinstance(args[0], OnDevice))):
+        raise RuntimeError(f"{name}: tensors on two devices; on the CPU: {[tuple(tensor.shape) for tensor in host]}")
+
+    target = kwargs.get("device")
+    result_on_device = on_device(target) if target is not None else bool(ours)
+    if operation == "aten::copy_":
+        result_on_device = isinstance(args[0], OnDevice)
+    generator = kwargs.get("generator")
+    if result_on_device and generator is not None:
+        raise RuntimeError(f"{name}: a generator of the CPU cannot draw on a device")
+    by_condition = index and any(tensor.dtype == torch.bool for tensor in tensors)
+    reads = "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name or "unique" in name
+    if ours and (reads or by_condition or ("copy" in name and not result_on_device)):
+        count_wait(operation)
+
+    def to_host(leaf):
+        return leaf.host if isinstance(leaf, OnDevice) else HOST if on_device(leaf) else leaf
+
+    inputs = pytree.tree_map(to_host, (args, kwargs))
+    outputs = function(*inputs[0], **inputs[1])
+    known = {id(tensor.host): tensor for tensor in ours}  # what an operation in place returns
+    same = {id(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
+
+    def to_device(output):
+        if not isinstance(output, torch.Tensor) or isinstance(output, OnDevice):
+            return output
+        if operation == "aten::_to_copy" and result_on_device != bool(ours) and id(output) in same:
+            output = output.clone()
+        elif id(output) in known and result_on_device:
+            return known[id(output)]
+        return OnDevice(output) if result_on_device else output
+
+    return pytree.tree_map(to_device, outputs)
+
+
+# ------------------------------------------------------------------------------------------- what torch must be told
+
+library, fallback = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+fallback.fallback(lambda function, *args, **kwargs: compute(function, args, kwargs), "PrivateUse1")
+fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+from_host, view_as_tensor = torch.tensor, torch.as_tensor
+
+
+def register_maker(name: str, function) -> None:
+    library.impl(name, lambda *args, **kwargs: compute(function, args, kwargs | dict(device=DEVICE)), "PrivateUse1")
+
+
+def register_autocast(name: str) -> None:
+    function = getattr(torch.ops.aten, name)
+
+    def lower(leaf):
+        lowers = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32
+        return leaf.to(torch.get_autocast_dtype(DEVICE.type)) if lowers else leaf
+
+    def in_lower_precision(*args, **kwargs):
+        args, kwargs = pytree.tree_map(lower, (args, kwargs))
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            return function(*args, **kwargs)
+
+    library.impl(name, in_lower_precision, "AutocastPrivateUse1")
+
+
+register_maker("empty.memory_format", torch.ops.aten.empty.memory_format)
+register_maker("empty_strided", torch.ops.aten.empty_strided.default)
+for name in ("linear", "matmul", "bmm", "mm", "addmm", "scaled_dot_product_attention"):
+    register_autocast(name)
+
+
+def moved(make):
+    """``make``, which torch cannot do on a device written in Python, followed by a copy."""
+    return lambda *args, device=None, **options: make(*args, **options).to(device or HOST)
+
+
+torch.tensor, torch.as_tensor = moved(from_host), moved(view_as_tensor)
+
+
+def pretend_nccl() -> None:
+    """Several processes, with collectives of gloo beneath those of the device."""
+    init, gather = torch.distributed.init_process_group, torch.distributed.all_gather_into_tensor
+    distributed = torch.nn.parallel.DistributedDataParallel
+    wrap = distributed.__init__
+    torch.distributed.init_process_group = lambda backend=None, **options: init("cpu:gloo,pretended:gloo", **options)
+    torch.distributed.all_gather_into_tensor = lambda out, x, **options: gather(out.view(-1), x.view(-1), **options)
+    distributed.__init__ = lambda self, model, device_ids=None, output_device=None, **options: wrap(
+        self, model, **options
+    )
+    state = accelerate.state.PartialState
+    state._prepare_backend = lambda *args, **options: ("nccl", accelerate.state.DistributedType.MULTI_GPU)
+    state.set_device = lambda self: setattr(self, "device", DEVICE)
+    torch.cuda.set_device = lambda device: None
+
+
+def main() -> None:
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        pretend_nccl()
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, str(ROOT))
+    with Dispatch():
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    if "WAITS" in os.environ and int(os.environ.get("RANK", 0)) == 0:
+        Path(os.environ["WAITS"]).write_text(json.dumps(waits))
+
+
+if __name__ == "__main__":
+    main()
