@@ -1,4 +1,4 @@
-"""The script of docs/clusters.md and the notebook of the README, as they stand there."""
+"""The script and the notebook of docs/clusters.md, as they stand there."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from helpers import QUICK, ROOT, records
 
 import checkpoint
 
-README = (ROOT / "README.md").read_text()
 PAGE = (ROOT / "docs" / "clusters.md").read_text()
 STAND_INS = """
 srun() {  # starts the tasks of one node, waits, ends with the largest exit code of any
@@ -62,7 +61,7 @@ def test_the_slurm_script_is_queued_again_after_its_signal_and_continues(tmp_pat
 def test_the_cells_of_the_notebook_run(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
-    (cell,) = re.findall(r"## In a notebook\n.*?```python\n(.*?)```", README, re.DOTALL)
+    (cell,) = re.findall(r"## A notebook\n.*?```python\n(.*?)```", PAGE, re.DOTALL)
     small = '"--width", 32, "--depth", 2, "--heads", 2, "--precision", "no", "--workers", 0, "--epochs", 1'
     assert '"--epochs", 1' in cell
     quick = {'"--epochs", 1': small, '"knn",': '"knn", "--precision", "no", "--workers", 0,'}

@@ -1,5 +1,6 @@
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from foreign import mae_checkpoint, same_weights, timm_vit
 from helpers import QUICK, ROOT, SMALL, contents, records, run, train_here
 
 import checkpoint
-import dense
 import eval as judge
 import masks
 import smae
@@ -287,22 +287,19 @@ def test_clipping_limits_the_gradient(quick_drawing, monkeypatch, tmp_path):
     assert norms == [0.25] * 4
 
 
-def test_readme_example_runs_as_it_stands(monkeypatch, tmp_path):
-    text = (ROOT / "README.md").read_text()
-    blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]
-    assert blocks
+def test_the_examples_of_the_pages_run_as_they_stand(monkeypatch, tmp_path):
+    pages = [ROOT / "README.md", ROOT / "docs" / "judging.md"]
+    blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
+    assert all(blocks)
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "runs" / "pretrain")
     command = [*"eval.py finetune --max-images 40 --epochs 1 --warmup-epochs 0 --workers 0 --precision no".split()]
     command += ["--checkpoint", str(tmp_path / "runs" / "pretrain"), "--out", str(tmp_path / "runs" / "finetune")]
     monkeypatch.setattr(sys, "argv", command)
     judge.main()
     monkeypatch.chdir(tmp_path)
-    dense.main(
-        ["segment", "--max-images", 16, "--max-test-images", 2, "--epochs", 1, "--no-floor", "--precision", "no"]
-    )
-    for block in blocks:
-        if "train.main" not in block:  # test_clusters.py runs that one, smaller
-            exec(compile(block, "README.md", "exec"), {})
+    for page, of_page in zip(pages, blocks):
+        for block in of_page:
+            exec(compile(block, page.name, "exec"), {})
 
 
 # ------------------------------------------------------------------------------------------- parts
