@@ -23,7 +23,8 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = torch.device("cpu")
-BETWEEN_DEVICES = ("aten::copy", "aten::_to_copy", "aten::_foreach_copy", "aten::index", "aten::_index_put")
+INDEXING = ("aten::index.", "aten::index_put", "aten::_index_put")
+READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
 waits = Counter()
 
 
@@ -103,47 +104,55 @@ def count_wait(operation: str) -> None:
     waits[f"{operation} {' < '.join(f'{Path(f.filename).name}:{f.lineno}' for f in frames[:-4:-1])}"] += 1
 
 
-def compute(function, args, kwargs):
-    """What ``function`` returns: computed on the CPU, on the device that CUDA would leave it on."""
-    name = function.name()
-    operation = name.split(".")[0]
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+def check(name: str, args: tuple, tensors: list[torch.Tensor]) -> None:
+    """Raise RuntimeError for tensors of two devices, unless CUDA takes both here."""
     host = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim() > 0]
-    index = operation.removeprefix("aten::").startswith(("index", "_index_put"))
-    if ours and host and (not operation.startswith(BETWEEN_DEVICES) or (index and not isinstance(args[0], OnDevice))):
+    copies = name.startswith(("aten::copy", "aten::_to_copy", "aten::_foreach_copy"))
+    indexes_device = name.startswith(INDEXING) and isinstance(args[0], OnDevice)
+    if host and len(host) < len(tensors) and not (copies or indexes_device):
         raise RuntimeError(f"{name}: tensors on two devices; on the CPU: {[tuple(tensor.shape) for tensor in host]}")
 
-    target = kwargs.get("device")
-    result_on_device = on_device(target) if target is not None else bool(ours)
-    if operation == "aten::copy_":
+
+def waits_for_device(name: str, tensors: list[torch.Tensor], result_on_device: bool) -> bool:
+    """Whether the host must know the result: a value, a size that depends on values, or a copy to the host."""
+    by_condition = name.startswith(INDEXING) and any(tensor.dtype == torch.bool for tensor in tensors)
+    return by_condition or any(part in name for part in READING) or ("copy" in name and not result_on_device)
+
+
+def compute(function, args: tuple, kwargs: dict):
+    """What ``function`` returns: computed on the CPU, on the device where CUDA would leave it."""
+    name = function.name()
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    ours = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+    check(name, args, tensors)
+    result_on_device = on_device(kwargs["device"]) if kwargs.get("device") is not None else bool(ours)
+    if name.startswith("aten::copy_"):
         result_on_device = isinstance(args[0], OnDevice)
-    generator = kwargs.get("generator")
-    if result_on_device and generator is not None:
+    if result_on_device and kwargs.get("generator") is not None:
         raise RuntimeError(f"{name}: a generator of the CPU cannot draw on a device")
-    by_condition = index and any(tensor.dtype == torch.bool for tensor in tensors)
-    reads = "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name or "unique" in name
-    if ours and (reads or by_condition or ("copy" in name and not result_on_device)):
-        count_wait(operation)
+    if ours and waits_for_device(name, tensors, result_on_device):
+        count_wait(name)
 
-    def to_host(leaf):
-        return leaf.host if isinstance(leaf, OnDevice) else HOST if on_device(leaf) else leaf
+    args, kwargs = pytree.tree_map(to_host, (args, kwargs))
+    inputs = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+    changed = {id(tensor.host): tensor for tensor in ours}  # what operations in place return
 
-    inputs = pytree.tree_map(to_host, (args, kwargs))
-    outputs = function(*inputs[0], **inputs[1])
-    known = {id(tensor.host): tensor for tensor in ours}  # what an operation in place returns
-    same = {id(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
-
-    def to_device(output):
-        if not isinstance(output, torch.Tensor) or isinstance(output, OnDevice):
+    def placed(output):
+        if not isinstance(output, torch.Tensor):
             return output
-        if operation == "aten::_to_copy" and result_on_device != bool(ours) and id(output) in same:
+        if result_on_device and id(output) in changed:
+            return changed[id(output)]
+        if name == "aten::_to_copy" and id(output) in inputs:
             output = output.clone()
-        elif id(output) in known and result_on_device:
-            return known[id(output)]
         return OnDevice(output) if result_on_device else output
 
-    return pytree.tree_map(to_device, outputs)
+    return pytree.tree_map(placed, function(*args, **kwargs))
+
+
+def to_host(leaf):
+    if isinstance(leaf, OnDevice):
+        return leaf.host
+    return HOST if on_device(leaf) else leaf
 
 
 # ------------------------------------------------------------------------------------------- what torch must be told
