@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -366,6 +367,8 @@ def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelera
     differ. Raises ValueError if accelerate's configuration asks for something unsupported.
     """
     check_launcher()
+    # Accelerate has no other name for it yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it, torchrun's processes on a CPU ignore one another
