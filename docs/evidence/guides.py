@@ -1,8 +1,9 @@
 """How well the guides of an experiment find objects when they start to guide: rank-AUC of relevance, whole pictures.
 
-    python docs/evidence/guides.py OUT DATA      # OUT of reproduce.py; DATA with a column "mask"
+    python docs/evidence/guides.py OUT DATA [SPLIT]      # OUT of reproduce.py; DATA with a column "mask"
 
-Each arm's guide works on the weights of the random run of the same seed, from which the arm goes on.
+Each arm's guide works on the weights of the random run of the same seed, from which the arm goes on. Guides that are
+columns of the data, the truth itself, are left out.
 Writes OUT/guides.json: means over the pictures, by arm and seed.
 """
 
@@ -20,6 +21,7 @@ import data
 import measures
 import smae
 import train
+from guide import mask_column
 
 
 @torch.no_grad()
@@ -41,10 +43,10 @@ def rank_auc(options: list[str], checkpoint: Path, pictures: contest.Pictures) -
     return 100 * measures.rank_auc(relevance, share).nanmean().item()
 
 
-def main(out: Path, objects: str):
+def main(out: Path, objects: str, split: str = "train"):
     settings = json.loads((out / "settings.json").read_text())
     size = train.parse_arguments(shlex.split(settings["pretrain"])).image_size
-    pictures = contest.Pictures(data.load_images(objects, "train"), "mask", "", "", size)
+    pictures = contest.Pictures(data.load_images(objects, split), "mask", "", "", size)
     file = out / "guides.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     for arm, options in settings["arms"].items():
@@ -52,7 +54,7 @@ def main(out: Path, objects: str):
             epochs = str(settings["epochs"])
             options_of_run = [*shlex.split(settings["pretrain"]), "--epochs", epochs, *shlex.split(options)]
             args = train.parse_arguments([*options_of_run, "--dataset", settings["dataset"], "--preload"])
-            if args.mask == "random" or str(seed) in known.get(arm, {}):
+            if args.mask == "random" or mask_column(args.guide_from) or str(seed) in known.get(arm, {}):
                 continue
             train.fill_defaults(args)
             random = out / f"random-seed{seed}"
@@ -65,4 +67,4 @@ def main(out: Path, objects: str):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])
