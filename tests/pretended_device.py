@@ -190,7 +190,12 @@ for name in ("linear", "matmul", "bmm", "mm", "addmm", "scaled_dot_product_atten
 
 def moved(make):
     """``make``, which torch cannot do on a device written in Python, followed by a copy."""
-    return lambda *args, device=None, **options: make(*args, **options).to(device or HOST)
+
+    def make_and_move(*args, device=None, **options):
+        tensor = make(*args, **options)
+        return tensor if device is None else tensor.to(device)
+
+    return make_and_move
 
 
 torch.tensor, torch.as_tensor = moved(from_host), moved(view_as_tensor)
