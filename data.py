@@ -553,7 +553,7 @@ def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Copy an array or tensor from the host to ``device``, without waiting for the device."""
     tensor = torch.as_tensor(values)
     if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)  # what is expanded cannot be pinned
     return tensor.to(device)
 
 

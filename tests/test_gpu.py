@@ -116,6 +116,7 @@ def test_pinned_copies_arrive_whole(device):
     values = [np.full(2**18, number, np.float32) for number in range(50)]
     copies = [data.to_device(each, device) for each in values]  # all under way at once
     assert [each.mean().item() for each in copies] == list(range(50))
+    assert data.to_device(torch.arange(3).expand(2, 3), device).tolist() == [[0, 1, 2]] * 2
 
 
 def test_a_compiled_model_gives_the_same_loss(device, small_model):
