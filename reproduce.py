@@ -58,7 +58,7 @@ USUAL_ARMS = list(ARMS)[:6]
 MINI = "--width 128 --depth 6 --heads 2 --decoder-width 96 --decoder-depth 2 --decoder-heads 3"
 LIGHT = "--blr 1e-3 --layer-decay 0.75 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --drop-path 0 "
 LIGHT += "--crop-scale 0.2 1"  # on the augmentation, as short trainings want it
-SCALES = {  # options of train.py and of eval.py finetune; the guide starts after an eighth of the epochs
+SCALES = {  # options of train.py and of eval.py finetune; the guide starts after half of the epochs
     "demo": dict(  # no fine-tuning: it learns nothing in the minutes of a demo
         dataset="shapes:easy",
         seeds=[0, 1],
@@ -144,8 +144,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Experiment:
         "--judge-at",
         type=int,
         nargs="+",
-        help="epochs after which to evaluate, multiples of an eighth of --epochs (default: an eighth, a quarter, "
-        "half; the last one in any case)",
+        help="epochs after which to evaluate, multiples of an eighth of --epochs (default: a quarter, half, "
+        "three quarters; the last one in any case)",
     )
     parser.add_argument(
         "--evidence",
@@ -200,7 +200,7 @@ def check_experiment(experiment: Experiment, pretrain: str):
     if experiment.jobs < 1 or experiment.epochs < 2:
         raise ValueError("--jobs must be at least 1, --epochs at least 2")
     eighth = max(1, experiment.epochs // 8)
-    usual = [epoch for epoch in (eighth, 2 * eighth, 4 * eighth) if epoch < experiment.epochs]
+    usual = [epoch for epoch in (2 * eighth, 4 * eighth, 6 * eighth) if epoch < experiment.epochs]
     experiment.judge_at = sorted({*(experiment.judge_at or usual), experiment.epochs})
     for epoch in experiment.judge_at:
         if not 0 < epoch <= experiment.epochs or (epoch % eighth and epoch != experiment.epochs):
@@ -226,8 +226,9 @@ class Run:
         self.out, self.log = experiment.out / self.name, experiment.out / f"{self.name}.log"
         self.judge_at = experiment.judge_at
         eighth = max(1, experiment.epochs // 8)
+        start = max(1, experiment.epochs // 2 // eighth * eighth)  # where the run with random masks is saved
         self.options = [
-            *shlex.split(f"--guide-start {eighth} --guide-every {eighth} {experiment.pretrain}"),
+            *shlex.split(f"--guide-start {start} --guide-every {eighth} {experiment.pretrain}"),
             *("--dataset", experiment.dataset),
             *f"--preload --epochs {experiment.epochs} --seed {seed} --save-every {eighth} --keep 9999".split(),
             *shlex.split(experiment.arms[arm]),

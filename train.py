@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--guide-start",
         type=cli.epochs_or_auto,
         help="epochs of random masks before, or auto: until the decoder exploits mask tokens more than visible ones "
-        "(default: an eighth of --epochs; a tenth for amt; 0 with --guide-from)",
+        "(default: half of --epochs)",
     )
     group.add_argument(
         "--guide-every",
@@ -222,8 +222,7 @@ def fill_defaults(args: argparse.Namespace):
     """Fill in the defaults that depend on other options; raise ValueError where options make no sense."""
     cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, args.crop_scale)
     if args.guide_start is None:
-        args.guide_start = max(1, args.epochs // (10 if args.mask == "amt" else 8))
-        args.guide_start = 0 if args.guide_from else args.guide_start
+        args.guide_start = max(1, args.epochs // 2)
     if args.guide_start != "auto" and args.guide_start < 0:
         raise ValueError(f"--guide-start must not be negative, got {args.guide_start}")
     if args.guide is None:

@@ -470,7 +470,7 @@ def test_what_guides_is_named_and_never_called_self_guided(extra, passes, small_
     source = dict(itertools.pairwise(options)).get("--guide-from")
     assert ("not self-guided: relevance comes from" in printed) == bool(source)
     assert ("relevance of another" in printed) == ("--guide-shuffle" in options)
-    start = int(dict(itertools.pairwise(options)).get("--guide-start", 0 if source else 1))
+    start = int(dict(itertools.pairwise(options)).get("--guide-start", 2))
     phases = [record["phase"] for record in records(tmp_path / "run")]
     assert phases == ["random"] * start + ["guided"] * (4 - start)
     title = sheets[-1].get_suptitle()

@@ -325,13 +325,13 @@ def test_many_compiled_runs_fit_in_one_process(monkeypatch):
             model(torch.randn(1, 3, 224, 224), masks.random_mask(1, 196))
 
 
-def test_guide_starts_after_an_eighth_of_the_epochs_unless_told():
+def test_the_guide_starts_after_half_of_the_epochs_unless_told():
     args = train.parse_arguments(["--epochs", "80"])
     train.fill_defaults(args)
-    assert args.guide_start == 10 and args.guide == "online"
+    assert args.guide_start == 40 and args.guide == "online"
     args = train.parse_arguments(["--epochs", "400", "--mask", "amt"])
     train.fill_defaults(args)
-    assert (args.guide_start, args.guide_every, args.guide) == (40, 40, "cached")  # as in arXiv 2211.15362
+    assert (args.guide_start, args.guide_every, args.guide) == (200, 40, "cached")
 
 
 def test_every_option_has_help_and_shows_no_empty_default():
