@@ -216,7 +216,7 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
     scale = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)[:, None]
     basis = torch.zeros(b, steps + 1, n, device=device)  # orthonormal rows
     basis[:, 0] = F.normalize(degree.sqrt(), dim=1)
-    tridiagonal = torch.zeros(b, steps, steps, device=device)
+    diagonal, beside = [], []  # of the tridiagonal matrix, (b, 1) each
     k = torch.arange(1, n + 1, device=device)
     x = ((k * k * 40503 % 65536) / 65536 - 0.5) * (scale > 0)  # (b, 1, n)
 
@@ -224,14 +224,17 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
     with torch.autocast(device.type, enabled=False):
         for j in range(steps):
             known = basis[:, : j + 1]
-            x = x - torch.bmm(torch.bmm(x, known.mT), known)
+            for _ in range(2):  # what the first leaves of a complete basis is rounding, the second removes it
+                x = x - torch.bmm(torch.bmm(x, known.mT), known)
             length = x.norm(dim=2, keepdim=True)
-            if j:
-                tridiagonal[:, j, j - 1] = tridiagonal[:, j - 1, j] = length[:, 0, 0]
+            beside.append(length[:, 0])
             x = torch.where(length > ROUNDING, x / length.clamp(min=1e-30), 0)  # 0: basis complete
             basis[:, j + 1] = x[:, 0]
             previous, x = x, scale * multiply(scale * x)
-            tridiagonal[:, j, j] = (previous * x).sum(dim=(1, 2))
+            diagonal.append((previous * x).sum(dim=2))
+        beside = torch.cat(beside, dim=1)[:, 1:]
+        tridiagonal = torch.diag_embed(torch.cat(diagonal, dim=1))
+        tridiagonal += torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
         top = _top_eigenvector(tridiagonal) * (tridiagonal.abs().amax(dim=(1, 2)) > ROUNDING)[:, None]
         return (scale * torch.bmm(top[:, None], basis[:, 1:]))[:, 0]
 

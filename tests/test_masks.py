@@ -257,6 +257,18 @@ def test_planted_clusters_are_recovered_exactly(sizes):
         assert set(found.tolist()) == set(range(k))
 
 
+def test_a_cut_of_few_nodes_is_right_when_there_are_more_steps_than_vectors():
+    b, i = 200, torch.arange(200)[:, None, None]
+    few = 0.97 + 0.01 * torch.rand(b, 4, 4)  # three that are alike, and a fourth
+    few[:, 3] = few[:, :, 3] = 0.05 * torch.rand(b, 4)
+    few = (few + few.mT) / 2
+    few.diagonal(dim1=1, dim2=2).fill_(1)
+    nodes, w = torch.rand(b, 64).argsort(1)[:, :4], torch.zeros(b, 64, 64)  # the others have no edges
+    w[i, nodes[:, :, None], nodes[:, None, :]] = few
+    y = masks._cut(lambda v: torch.bmm(v, w), w.sum(-1), steps=24).gather(1, nodes)
+    assert (y[:, :3].sign() == -y[:, 3:].sign()).all()
+
+
 def test_the_split_has_the_least_normalized_cut_along_the_relaxed_one():
     features, _ = object_features(spread=2.0)
     w = masks.similarity(features).clamp(min=1e-5)
