@@ -202,21 +202,27 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
 def accuracy_curves(records: list[dict], x: str, label: str) -> Figure:
     """Draw the accuracy of each arm against ``x`` (epoch or minutes).
 
-    Points are means over seeds, bars are one deviation.
+    Points are means over seeds, bars are one deviation. An arm branches off random masks, with which it shares the
+    epochs before its own records.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for axis, (metric, title) in zip(axes, (("knn", "kNN (k = 20)"), ("linear", "linear probe")), strict=True):
-        for arm in dict.fromkeys(record["arm"] for record in records):
+        for number, arm in enumerate(dict.fromkeys(record["arm"] for record in records)):
+            rows = [row for row in records if row["arm"] == arm]
+            first, seeds = min(row["epoch"] for row in rows), {row["seed"] for row in rows}
+            before = [r for r in records if r["arm"] == "random" and r["epoch"] < first and r["seed"] in seeds]
+            rows += [row for row in before if row["epoch"] == max(r["epoch"] for r in before)]
             points = []
-            for epoch in sorted({r["epoch"] for r in records if r["arm"] == arm}):
-                rows = [r for r in records if (r["arm"], r["epoch"]) == (arm, epoch)]
-                values = [row[metric] for row in rows]
+            for epoch in sorted({row["epoch"] for row in rows}):
+                now = [row for row in rows if row["epoch"] == epoch]
+                values = [row[metric] for row in now]
                 deviation = statistics.stdev(values) if len(values) > 1 else 0
-                points.append((statistics.mean(row[x] for row in rows), statistics.mean(values), deviation))
+                points.append((statistics.mean(row[x] for row in now), statistics.mean(values), deviation))
             places, means, deviations = zip(*points)
-            style = dict(color="black", linewidth=2) if arm == "random" else dict(linewidth=1.3)
-            axis.errorbar(places, means, deviations, marker=".", capsize=3, label=arm, **style)
+            style = dict(color="black", linewidth=2) if arm == "random" else dict(color=f"C{number}", linewidth=1.3)
+            style |= dict(marker=MARKERS[number % len(MARKERS)], markersize=4, capsize=3)
+            axis.errorbar(places, means, deviations, label=arm, **style)
         axis.set(xlabel=label, ylabel="top-1 accuracy, %", title=title)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

@@ -344,6 +344,18 @@ def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatc
     assert line.lines[0].get_ydata().tolist() == pytest.approx([mean - 4, mean])
 
 
+def test_curves_branch_off_random_masks_of_the_same_seeds():
+    scores = {("random", 4): (40.0, 50.0), ("random", 8): (48.0, 60.0), ("late", 8): (49.0,), ("early", 4): (41.0,)}
+    records = [
+        dict(arm=arm, seed=seed, epoch=epoch, knn=score, linear=score + 1)
+        for (arm, epoch), values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    curves = pictures.accuracy_curves(records, "epoch", "epochs").axes[1].containers
+    points = {curve.get_label(): curve.lines[0].get_xydata().tolist() for curve in curves}
+    assert points == {"random": [[4, 46], [8, 55]], "late": [[4, 41], [8, 50]], "early": [[4, 42]]}
+
+
 def test_the_confidence_interval_is_that_of_a_paired_t_test():
     rng = np.random.default_rng(0)
     random, arm = rng.normal(50, 2, 7), rng.normal(51, 2, 7)
