@@ -13,16 +13,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "eval", "torch.utils.tensorboard"])
+context.set_forkserver_preload(
+    ["train", "eval", "dense", "torch.utils.tensorboard", "torch._dynamo"]  # the last is imported by optimizers
+)
 
 
 def start(
-    log, *arguments, script: str = "train", world: int = 1, largest_file: int | None = None, patches: str | None = None
+    log, *arguments, script: str = "train", world: int = 1, largest_file: int | None = None, patches: str = "undrawn"
 ) -> list:
     """Start ``world`` processes of ``SCRIPT.py arguments``; what they print goes to ``log``-RANK.
 
     ``largest_file``: bytes beyond which no file can grow, in place of a full disk. ``patches``: a module of tests/
-    whose ``apply()`` is called first.
+    whose ``apply()`` is called first; by default it leaves out the pictures.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -54,8 +56,7 @@ def _run(script, arguments, environment, log, largest_file, patches):
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     module = importlib.import_module(script)
-    if patches:
-        importlib.import_module(patches).apply()
+    importlib.import_module(patches).apply()
     sys.argv = [f"{script}.py", *arguments]
     module.main()
 

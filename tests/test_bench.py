@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,9 @@ def run(monkeypatch, capsys):
 
     def run(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
+        monkeypatch.setattr(
+            datasets.config, "HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE
+        )  # undone at the end
         threads = torch.get_num_threads()
         bench.main()
         torch.set_num_threads(threads)

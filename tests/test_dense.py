@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from coco_files import make_coco
-from helpers import ROOT, contents, picture, records, run
+from helpers import ROOT, contents, picture, records
 from PIL import Image
 from torch import nn
 
@@ -186,8 +187,8 @@ def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(tr
     before = json.loads((trained / task / "result.json").read_text())
     how = ["--checkpoint", trained / task, "--split", "test", "--max-images", 6, "--workers", 0, "--precision", "no"]
     found = dense.main(["test", *how, "--out", tmp_path / "one"])
-    done = run("test", *how, "--out", tmp_path / "two", processes=2, script="dense.py")
-    assert done.returncode == 0, done.stderr
+    processes = forked.start(tmp_path / "log", "test", *how, "--out", tmp_path / "two", script="dense", world=2)
+    assert forked.finish(processes) == [0, 0]
     again = json.loads((tmp_path / "two" / "result.json").read_text())
     assert again["processes"] == 2
     for name in ("images", "miou", "iou") if task == "segment" else ("images", "box_ap", "mask_ap", "box_ap50"):
@@ -196,9 +197,9 @@ def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(tr
 
 def test_two_processes_train_one_model_and_then_its_floor(encoder, tmp_path):
     how = ["--checkpoint", encoder, "--floor", "--epochs", 1, "--log-with", "tensorboard"]
-    done = run(*SEGMENT, *how, "--out", tmp_path, processes=2, script="dense.py")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "result.json").read_text())
+    processes = forked.start(tmp_path / "log", *SEGMENT, *how, "--out", tmp_path / "run", script="dense", world=2)
+    assert forked.finish(processes) == [0, 0]
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["processes"] == 2 and found["images"] == found["floor"]["images"] == 6
 
 

@@ -389,8 +389,8 @@ def test_two_processes_count_every_picture_once_and_agree_with_one(monkeypatch, 
         arguments = ["--checkpoint", tuned, "--dataset", folder, "--batch-size", 8, *extra]
         arguments += ["--split", "val"] if command != "knn" else []
         alone = evaluate(monkeypatch, command, tmp_path / f"{command}-1", *arguments)
-        result = run(command, *arguments, *TINY, "--out", tmp_path / f"{command}-2", script="eval.py", processes=2)
-        assert result.returncode == 0, result.stderr
+        arguments = [command, *arguments, *TINY, "--out", tmp_path / f"{command}-2"]
+        assert forked.finish(forked.start(tmp_path / "log", *arguments, script="eval", world=2)) == [0, 0]
         both = json.loads((tmp_path / f"{command}-2" / "result.json").read_text())
         assert both["images"] == alone["images"] == 15
         assert both.get("top1") == alone.get("top1")

@@ -30,7 +30,7 @@ import train
 
 PRETRAIN = " ".join([*SMALL, *"--max-images 48 --batch-size 16 --workers 0 --precision no".split()])
 QUICK = ["--dataset", "shapes", "--arms", "random", "cached", "--seeds", "0", "--epochs", "2", "--judge-at", "1"]
-QUICK += ["--pretrain", PRETRAIN, "--probe", "--workers 0"]
+QUICK += ["--pretrain", PRETRAIN, "--probe", "--workers 0 --batch-size 48"]
 QUICK += ["--finetune", "--epochs 1 --max-images 48 --batch-size 16 --workers 0"]
 
 
@@ -125,7 +125,7 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
     last = sorted((out / "cached-seed0").glob("checkpoint-*"))[-1]
 
     def judged(command: str, seed: int = 0) -> float:
-        options = f"--checkpoint {last} --pool mean --max-images 48 --workers 0 --seed {seed}"
+        options = f"--checkpoint {last} --pool mean --max-images 48 --workers 0 --batch-size 48 --seed {seed}"
         judgement = tmp_path / f"{command}-{seed}"
         monkeypatch.setattr(sys, "argv", ["eval.py", command, *options.split(), "--out", str(judgement)])
         evaluation.main()
