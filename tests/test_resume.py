@@ -223,6 +223,7 @@ def test_a_launcher_that_is_gone_counts_as_a_signal(line, number, monkeypatch):
     monkeypatch.setattr(
         checkpoint.Path, "read_text", lambda self: line.replace(" ", "\0") if self.name == "cmdline" else read(self)
     )
+    monkeypatch.setattr(os, "getppid", lambda: 2)  # these tests themselves may be an orphan's
     signals = checkpoint.Signals()
     assert signals.caught() == 0
     monkeypatch.setattr(os, "getppid", lambda: 1)  # as of any orphan
