@@ -345,7 +345,8 @@ def test_the_table_has_means_deviations_and_leads_over_the_same_seeds(monkeypatc
 
 
 def test_curves_branch_off_random_masks_of_the_same_seeds():
-    scores = {("random", 4): (40.0, 50.0), ("random", 8): (48.0, 60.0), ("late", 8): (49.0,), ("early", 4): (41.0,)}
+    scores = {("random", 2): (30.0, 32.0), ("random", 4): (40.0, 50.0), ("random", 8): (48.0, 60.0)}
+    scores |= {("first", 2): (31.0,), ("late", 8): (49.0,)}
     records = [
         dict(arm=arm, seed=seed, epoch=epoch, knn=score, linear=score + 1)
         for (arm, epoch), values in scores.items()
@@ -353,7 +354,7 @@ def test_curves_branch_off_random_masks_of_the_same_seeds():
     ]
     curves = pictures.accuracy_curves(records, "epoch", "epochs").axes[1].containers
     points = {curve.get_label(): curve.lines[0].get_xydata().tolist() for curve in curves}
-    assert points == {"random": [[4, 46], [8, 55]], "late": [[4, 41], [8, 50]], "early": [[4, 42]]}
+    assert points == {"random": [[2, 32], [4, 46], [8, 55]], "first": [[2, 32]], "late": [[4, 41], [8, 50]]}
 
 
 def test_the_confidence_interval_is_that_of_a_paired_t_test():
