@@ -19,7 +19,12 @@ context.set_forkserver_preload(
 
 
 def start(
-    log, *arguments, script: str = "train", world: int = 1, largest_file: int | None = None, patches: str = "undrawn"
+    log,
+    *arguments,
+    script: str = "train",
+    world: int = 1,
+    largest_file: int | None = None,
+    patches: str | None = "undrawn",
 ) -> list:
     """Start ``world`` processes of ``SCRIPT.py arguments``; what they print goes to ``log``-RANK.
 
@@ -56,7 +61,8 @@ def _run(script, arguments, environment, log, largest_file, patches):
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     module = importlib.import_module(script)
-    importlib.import_module(patches).apply()
+    if patches:
+        importlib.import_module(patches).apply()
     sys.argv = [f"{script}.py", *arguments]
     module.main()
 

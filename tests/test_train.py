@@ -547,6 +547,13 @@ def test_max_images_of_a_stream_is_the_length_of_an_epoch(monkeypatch, tmp_path)
         train_here(monkeypatch, *QUICK, "--streaming", "--max-images", 32, "--out", tmp_path / "run")
 
 
+def test_the_first_of_two_processes_draws(tmp_path):
+    arguments = [*QUICK, "--epochs", 1, "--out", tmp_path / "run"]
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches=None)) == [0, 0]
+    for name in ("masks.png", "loss.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 5_000
+
+
 def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):
     (photos / "30.png").write_bytes(b"")
     arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--max-bad-images", 0.3]
