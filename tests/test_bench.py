@@ -20,9 +20,8 @@ def run(monkeypatch, capsys):
 
     def run(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
-        monkeypatch.setattr(
-            datasets.config, "HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE
-        )  # undone at the end
+        cache = datasets.config.HF_DATASETS_CACHE  # bench.py scale has one of its own
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         threads = torch.get_num_threads()
         bench.main()
         torch.set_num_threads(threads)
