@@ -78,7 +78,7 @@ def layers(subjects: list[Subject], how: How) -> Finding:
             }
             columns["mask" + " " * len(columns)] = pictures.hide(shown, ~mask, mask)
         figures[subject.name] = pictures.contact_sheet(columns, f"{subject.name}: cut, relevance and mask by layer")
-    if any(subject.objects is not None for subject in subjects):
+    if any(subject.model and subject.objects is not None for subject in subjects):
         curves = {s.name: looks.objects_found(s, how.foreground, how.relevance) for s in subjects if s.model}
         titles = {"iou": "IoU of the cut with the object", "auc": "rank-AUC of the relevance"}
         panels = {title: pick(curves, key) for key, title in titles.items()}

@@ -566,7 +566,8 @@ def write_shards(folder: Path, images: int, shards: int = 16):
         file.parent.mkdir(parents=True, exist_ok=True)
         table = dict(image=[dict(bytes=tiny[i % 1000], path=None) for i in rows.tolist()], label=rows % 1000)
         table = pyarrow.table(table, schema=features.arrow_schema)
-        pyarrow.parquet.write_table(table, file, use_dictionary=False, row_group_size=10_000)
+        with smae.whole_file(file) as part:
+            pyarrow.parquet.write_table(table, part, use_dictionary=False, row_group_size=10_000)
 
 
 def own_memory(process: int | str = "self") -> float:

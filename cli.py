@@ -57,6 +57,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class BaseLearningRate(argparse.Action):
+    """Takes --blr, and drops a --lr before it: of the two, the later counts."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.blr, namespace.lr = value, None
+
+
 FLAG = dict(action="store_true")
 OPTIONS = {  # that several commands have
     # data
@@ -77,7 +84,7 @@ OPTIONS = {  # that several commands have
         nargs="+",
         metavar="VALUE",
         help="LOW HIGH: the values of black and white in pictures of more than 8 bits; auto: measured on a sample "
-        "(default: 0 and the largest of the type)",
+        "(default: 0, and 1, 255 or 65535 by their type and values)",
     ),
     "preload": dict(
         nargs="?",
@@ -130,7 +137,7 @@ OPTIONS = {  # that several commands have
     "warmup-epochs": dict(type=int, help="epochs of linear warm-up, part of --epochs"),
     "batch-size": dict(type=int, help="images per step, over all processes together"),
     "accumulate": dict(type=int, default=1, help="micro-batches per step in each process (gradient accumulation)"),
-    "blr": dict(type=float, help="base learning rate, for a batch of 256 images"),
+    "blr": dict(type=float, action=BaseLearningRate, help="base learning rate, for a batch of 256 images"),
     "lr": dict(type=float, help="learning rate (default: blr * batch size / 256)"),
     "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
     "clip-grad": dict(type=float, help="largest gradient norm (default: no clipping)"),
@@ -234,13 +241,22 @@ def eval_batch_options(args: argparse.Namespace, accelerator: Accelerator) -> di
 # ------------------------------------------------------------------------------------------------- checks
 
 
-def check_training(epochs: int, warmup_epochs: int, batch_size: int, accumulate: int, crop_scale: Sequence[float]):
+def check_training(
+    epochs: int,
+    warmup_epochs: int,
+    batch_size: int,
+    accumulate: int,
+    crop_scale: Sequence[float],
+    clip_grad: float | None = None,
+):
     """Raise ValueError if an option that every training has makes no sense."""
     for name, value in dict(epochs=epochs, batch_size=batch_size, accumulate=accumulate).items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {crop_scale}")
+    if clip_grad is not None and not clip_grad > 0:  # torch would turn the gradient round
+        raise ValueError(f"--clip-grad must be positive, got {clip_grad:g}; to clip nothing, leave it out")
     if not 0 <= warmup_epochs <= epochs:
         raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {warmup_epochs}")
 
@@ -381,6 +397,8 @@ def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelera
         if "already been initialized" not in str(error):
             raise
         raise ValueError(f"--precision {precision}: this Python process has used another one; restart it") from None
+    if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32, silently
+        raise ValueError("--precision fp16 needs a GPU: on a CPU take bf16, or no for float32")
     if accelerator.device.type == "cpu":  # accelerate launch leaves a CPU process a single thread
         torch.set_num_threads(max(torch.get_num_threads(), cores() // accelerator.num_processes))
     for option, value, variable in (

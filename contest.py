@@ -49,7 +49,8 @@ class Pictures:
     ):
         # collect pictures with an object
         images, truth, self.groups, self.skipped, units = [], [], [], 0, {}
-        for record in tqdm(dataset, desc="pictures", disable=None):
+        needed = ["image", mask_column, *{group_column, unit_column} & set(dataset.column_names)]
+        for record in tqdm(dataset.select_columns(needed), desc="pictures", disable=None):
             try:
                 image = data.decode(record["image"], form)
                 mask = object_mask(record[mask_column], rule, record["image"])

@@ -162,7 +162,7 @@ def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:
         try:
             return load_images(name_or_path, split, *options)
         except ValueError as error:
-            if not re.search("(?i)unknown split|is empty", str(error)):
+            if not re.search("(?i)(unknown|bad) split|is empty", str(error)):
                 raise
     raise ValueError(f"{name_or_path} has no split validation, val or test: name its test split (eval.py --test-split)")
 
@@ -179,7 +179,11 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
     hashes = []
     for record in records.select_columns(["image"]):
         try:
-            encoded = record["image"]["bytes"] or Path(record["image"]["path"]).read_bytes()
+            picture = record["image"]
+            if isinstance(picture, dict):
+                encoded = picture["bytes"] or Path(picture["path"]).read_bytes()
+            else:
+                encoded = np.ascontiguousarray(picture).tobytes()
             hashes.append(hashlib.sha256(encoded).hexdigest()[:16])
         except Exception:  # a broken or missing picture
             hashes.append("")
@@ -376,8 +380,8 @@ def _open_tables(path: Path, tables: list[str], split: str, streaming: bool) -> 
     chosen = [file for file in tables if kinds[file] == (folders.split_kind(split) or split)]
     if not chosen:
         raise ValueError(f"Unknown split {split!r}: expected one of {sorted(set(kinds.values()))}")
-    suffix, _ = collections.Counter(Path(file).suffix for file in chosen).most_common(1)[0]
-    files = {split: [glob.escape(str(path / file)) for file in chosen if file.endswith(suffix)]}
+    suffix, _ = collections.Counter(Path(file).suffix.lower() for file in chosen).most_common(1)[0]
+    files = {split: [glob.escape(str(path / file)) for file in chosen if file.lower().endswith(suffix)]}
     return datasets.load_dataset(FILES[suffix], data_files=files, **how)
 
 
@@ -467,8 +471,8 @@ def pixel_format(dataset: Dataset, channels: int, value_range: list[str] | None 
     if not value_range:
         if warning := pixels.unused_range(sample):
             say_once(f"WARNING: {warning}")
-        if (white := pixels.white_of_floats(sample)) is not None:
-            say_once(f"float pictures: black is 0, white {white} (--pixel-range)")
+        if (white := pixels.common_white(sample)) is not None:
+            say_once(f"pictures of more than 8 bits: black is 0, white {white} (--pixel-range)")
             return PixelFormat(channels, 0, white)
         return PixelFormat(channels)
     if value_range == ["auto"]:

@@ -249,14 +249,15 @@ def fill_defaults(args: argparse.Namespace):
 
 def check_options(args: argparse.Namespace):
     """Raise ValueError where options of a training make no sense."""
-    cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, (0.1, 1.0))
+    sizes = args.epochs, args.warmup_epochs, args.batch_size, args.accumulate
+    cli.check_training(*sizes, (0.1, 1.0), args.clip_grad)
     for name in ("test_every", "head_width", "max_test_images", "save_every_steps", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise ValueError(f"--scale takes two factors, 0 < low <= high, got {args.scale}")
-    if not 0 < args.layer_decay <= 1 or args.lr <= 0 or (args.clip_grad or 1) <= 0:
-        raise ValueError("--layer-decay must lie in (0, 1], --lr and --clip-grad must be positive")
+    if not 0 < args.layer_decay <= 1 or args.lr <= 0:
+        raise ValueError("--layer-decay must lie in (0, 1], --lr must be positive")
     if args.out.resolve() == Path(args.checkpoint).resolve():
         raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
 

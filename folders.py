@@ -70,7 +70,7 @@ def list_files(root: Path) -> Listing:
         above[folder] = parents | {os.path.realpath(folder)}
         images = [name for name in names if Path(name).suffix.lower() in image_suffixes()]
         is_result = bool(RESULTS & set(names)) and (Path(folder) == root or all(map(_is_ours, images)))
-        if is_result and Path(folder) != root:
+        if is_result and Path(folder) != root and (images or not children):  # else a stray file beside folders
             listing.left_out["results of smae"] += len(names)
             children.clear()
             continue
@@ -334,7 +334,7 @@ def _rows(file: Path) -> list[dict]:
     """The rows of a metadata file."""
     if file.suffix == ".jsonl":
         with contextlib.suppress(json.JSONDecodeError):
-            return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         raise ValueError(f"{file} does not hold a JSON object in each line")
     read = pyarrow.csv.read_csv if file.suffix == ".csv" else pyarrow.parquet.read_table
     return read(file).to_pylist()

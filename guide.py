@@ -130,6 +130,8 @@ class Guide:
                 ) from None
         if self.debias and (self.source == "centre" or isinstance(self.source, ObjectMasks)):
             raise ValueError("--guide-debias takes the mean off features, and this --guide-from has none")
+        if self.debias and self.kind == "amt":
+            raise ValueError("--guide-debias takes the mean off features, and --mask amt follows attention")
         if self.kind == "amt":
             masks.amt_mask(torch.ones(1, n), self.amt_ratio, self.throw_ratio)
             if not self.model.config["class_token"]:
@@ -139,8 +141,12 @@ class Guide:
             raise ValueError(
                 f"--hint-portion {self.hint_portion} must not be smaller than --hint-ratio {self.hint_ratio}"
             )
-        for share in (1, self.hint_end):  # what fits at the start and at the end fits in between
-            masks.hint_count(n, self.ratio, self.hint, share * self.hint_ratio, share * self.hint_portion)
+        # what fits at the start and at the end fits in between
+        for share, option in ((1, ""), (self.hint_end, f"--hint-end {self.hint_end}: ")):
+            try:
+                masks.hint_count(n, self.ratio, self.hint, share * self.hint_ratio, share * self.hint_portion)
+            except ValueError as error:
+                raise ValueError(f"{option}{error}") from None
 
     # ---------------------------------------------------------------------------------------------- relevance
 
@@ -406,8 +412,8 @@ class Guide:
         return True
 
     def _method(self) -> list:
-        how = [self.kind, self.layer, self.foreground, self.scoring, self.debias]
-        return [*how, self.source_name, list(self.size)]
+        how = [self.kind, self.layer, self.foreground, self.scoring, self.debias, self.source_name, list(self.size)]
+        return how + ([*self.source.rule] if isinstance(self.source, ObjectMasks) else [])
 
 
 def write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, int]):

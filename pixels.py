@@ -182,9 +182,14 @@ def usual_top(values: np.ndarray) -> int:
     """The value of white: 65,535 for 16 bits and beyond 255, 1 for floats and booleans up to 1, else 255."""
     finite = values[np.isfinite(values)]
     largest = finite.max() if finite.size else 0
-    if values.dtype == np.uint16 or largest > 255:
+    if is_16_bit(values) or largest > 255:
         return 65535
     return 1 if values.dtype.kind in "fb" and largest <= 1 else 255
+
+
+def is_16_bit(values: np.ndarray) -> bool:
+    """Whether the values are unsigned, of 16 bits, in either order of bytes."""
+    return values.dtype.kind == "u" and values.dtype.itemsize == 2
 
 
 def _deep_grey(image: Image.Image, form: PixelFormat) -> Image.Image:
@@ -219,10 +224,16 @@ def measure_range(pictures: Iterable[Image.Image | np.ndarray]) -> tuple[float, 
     return (float(low), float(high)) if high > low else None
 
 
-def white_of_floats(pictures: Iterable[Image.Image | np.ndarray]) -> int | None:
-    """The value of white in data whose deep pictures are floats: 1, 255 or 65,535; None for any other data."""
-    kinds = {np.asarray(picture).dtype.kind for picture in pictures if is_deep(picture)}
-    return usual_top(_deep_values(pictures)) if kinds == {"f"} else None
+def common_white(pictures: Iterable[Image.Image | np.ndarray]) -> int | None:
+    """The value of white in data whose deep pictures are floats or integers: 1 (floats only), 255 or 65,535.
+
+    By itself, each of them would find its own. None for any other data, whose type settles it.
+    """
+    deep = [np.asarray(picture) for picture in pictures if is_deep(picture)]
+    if not deep or any(values.dtype.kind not in "iuf" or is_16_bit(values) for values in deep):
+        return None
+    floats = any(values.dtype.kind == "f" for values in deep)
+    return usual_top(_deep_values(pictures).astype(np.float64 if floats else np.int64))
 
 
 def _deep_values(pictures: Iterable[Image.Image | np.ndarray]) -> np.ndarray:

@@ -159,6 +159,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Experiment:
 
 def plan_experiment(args: argparse.Namespace) -> Experiment:
     """Fill in what the scale says. Raises ValueError where options make no sense."""
+    if args.scale == "paper":
+        unused = "dataset epochs pretrain finetune probe select jobs judge_at evidence".split()
+        if given := [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name)]:
+            raise ValueError(f"--scale paper prints commands of the paper's experiment, without {', '.join(given)}")
     arms = {name: ARMS[name] for name in args.arms}
     for text in args.arm:
         name, equals, options = text.partition("=")
@@ -171,7 +175,7 @@ def plan_experiment(args: argparse.Namespace) -> Experiment:
         scale=args.scale,
         dataset=args.dataset or scale.get("dataset"),
         epochs=scale["epochs"] if args.epochs is None else args.epochs,
-        seeds=args.seeds or scale["seeds"],
+        seeds=list(dict.fromkeys(args.seeds or scale["seeds"])),
         arms=arms,
         pretrain=f"{scale['pretrain']} {args.pretrain}",
         finetune=None if args.finetune == "none" else " ".join(finetune) or None,
@@ -199,7 +203,7 @@ def check_experiment(experiment: Experiment, pretrain: str):
         )
     if experiment.jobs < 1 or experiment.epochs < 2:
         raise ValueError("--jobs must be at least 1, --epochs at least 2")
-    eighth = max(1, experiment.epochs // 8)
+    eighth = save_every(experiment.epochs)
     usual = [epoch for epoch in (2 * eighth, 4 * eighth, 6 * eighth) if epoch < experiment.epochs]
     experiment.judge_at = sorted({*(experiment.judge_at or usual), experiment.epochs})
     for epoch in experiment.judge_at:
@@ -218,6 +222,16 @@ def check_experiment(experiment: Experiment, pretrain: str):
 # ------------------------------------------------------------------------------------------------- runs
 
 
+def save_every(epochs: int) -> int:
+    """The epochs between checkpoints: an eighth of all."""
+    return max(1, epochs // 8)
+
+
+def guide_start(epochs: int) -> int:
+    """The usual start of the guide: half of the epochs, where the run with random masks is saved."""
+    return max(1, epochs // 2 // save_every(epochs) * save_every(epochs))
+
+
 class Run:
     """One arm with one seed: its folder, and the options of ``train.py`` that make it."""
 
@@ -225,16 +239,17 @@ class Run:
         self.arm, self.seed, self.name = arm, seed, f"{arm}-seed{seed}"
         self.out, self.log = experiment.out / self.name, experiment.out / f"{self.name}.log"
         self.judge_at = experiment.judge_at
-        eighth = max(1, experiment.epochs // 8)
-        start = max(1, experiment.epochs // 2 // eighth * eighth)  # where the run with random masks is saved
-        self.options = [
-            *shlex.split(f"--guide-start {start} --guide-every {eighth} {experiment.pretrain}"),
+        every, start = save_every(experiment.epochs), guide_start(experiment.epochs)
+        common = [
+            *shlex.split(f"--guide-start {start} --guide-every {every} {experiment.pretrain}"),
             *("--dataset", experiment.dataset),
-            *f"--preload --epochs {experiment.epochs} --seed {seed} --save-every {eighth} --keep 9999".split(),
-            *shlex.split(experiment.arms[arm]),
-            *("--out", str(self.out)),
+            *f"--preload --epochs {experiment.epochs} --seed {seed} --save-every {every} --keep 9999".split(),
         ]
+        self.options = [*common, *shlex.split(experiment.arms[arm]), "--out", str(self.out)]
         self.settings = train.parse_arguments(self.options)
+        ours, theirs = vars(self.settings), vars(train.parse_arguments([*common, *shlex.split(ARMS["random"])]))
+        same = all(ours[name] == theirs[name] for name in set(ours) - GUIDING - {"out"})
+        self.begins_random = same and self.settings.guide_start != "auto"  # as the run with random masks does
 
     @property
     def done(self) -> bool:
@@ -255,8 +270,8 @@ class Run:
 
     def epochs_to_judge(self) -> list[int]:
         """The epochs to evaluate after: only those that can differ from the run with random masks."""
-        start = self.settings.guide_start
-        first = 0 if self.settings.mask == "random" or start == "auto" else start
+        guided = self.begins_random and self.settings.mask != "random"
+        first = self.settings.guide_start if guided else 0
         return [epoch for epoch in self.judge_at if epoch > first]
 
     def is_judged(self, experiment: Experiment) -> bool:
@@ -268,11 +283,10 @@ class Run:
 
     def resume(self, random: "Run") -> list[str]:
         """The options to resume with: from itself, or at first from the run with random masks, which begins alike."""
-        ours, theirs = vars(self.settings), vars(random.settings)
-        same = all(ours[name] == theirs[name] for name in set(ours) - GUIDING - {"out"})
-        if not same or ours["guide_start"] == "auto" or not random.done or checkpoint.folders(self.out):
+        if not self.begins_random or not random.done or checkpoint.folders(self.out):
             return ["--resume"]
-        before = {epoch: folder for epoch, folder in random.checkpoints().items() if epoch <= ours["guide_start"]}
+        start = self.settings.guide_start
+        before = {epoch: folder for epoch, folder in random.checkpoints().items() if epoch <= start}
         return ["--resume", str(before[max(before)]), "--overwrite"] if before else ["--resume"]
 
 
@@ -405,16 +419,17 @@ def judge_all(experiment: Experiment, runs: list[Run]):
     if experiment.select:
         training, tests = training.train_test_split(0.2, seed=0).values()
     judge.fill_recipe(linear, len(training), 1)
-    crops, size_wanted = {}, linear.image_size  # of the pictures, by their size
+    crops, size_wanted = {}, linear.image_size  # of the pictures, by size and channels
     for run, epoch, folder in due:
         since = time.perf_counter()
         encoder = encoders.load(str(folder)).to(accelerator.device)
-        linear.image_size = size = data.pair(size_wanted or encoder.image_size)
-        if size not in crops:
+        linear.image_size = data.pair(size_wanted or encoder.image_size)
+        kind = *linear.image_size, encoder.channels
+        if kind not in crops:
             options = cli.eval_batch_options(linear, accelerator) | dict(crop_ratio=linear.crop_ratio)
             form = data.pixel_format(training, encoder.channels, linear.pixel_range)
-            crops[size] = [EvalBatches(part, **options, keep=True, form=form) for part in (training, tests)]
-        seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[size]]
+            crops[kind] = [EvalBatches(part, **options, keep=True, form=form) for part in (training, tests)]
+        seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[kind]]
         common = dict(classes=len(classes), device=accelerator.device)
         how = dict(epochs=linear.epochs, batch_size=linear.batch_size, lr=linear.lr, weight_decay=linear.weight_decay)
         seeds = range(PROBES * run.seed, PROBES * (run.seed + 1))

@@ -622,7 +622,8 @@ def _choose_checkpoint(folder: Folder, resume: str | None, overwrite: bool, say:
             raise ValueError(f"{', '.join(newer)} of {out} would be lost; to allow that, add --overwrite")
     else:  # auto: a run that stopped before its first checkpoint has nothing to lose
         results = {"model.safetensors", "result.json"} & set(folder.files)
-        cli.check_folder(out, overwrite, tuple(results) if auto else folder.files)
+        checkpoints = [held.name for held in checkpoint.folders(out)]
+        cli.check_folder(out, overwrite, tuple(results) if auto else (*folder.files, *checkpoints))
     return found
 
 
@@ -632,7 +633,8 @@ def compare_configurations(
     """What has changed since a checkpoint was written, as lines for the log.
 
     ``config`` holds the options of ``command`` under its name. Raises ValueError if the model, the
-    data or an option in ``fixed`` has changed. Options in ``ignored`` are not compared.
+    data or an option in ``fixed`` has changed, or if there are fewer epochs than were begun. Options
+    in ``ignored`` are not compared.
     """
     then, now = (json.loads(json.dumps(x)) for x in (state["config"], config))
     _compare_models(then["model"], now["model"])
@@ -643,6 +645,9 @@ def compare_configurations(
             f"cannot resume with another data set: it was {old['dataset']}, {then['data']['images']} images, "
             f"and is {new['dataset']}, {now['data']['images']} images"
         )
+    begun = state["progress"]["epoch"] - (not state["progress"]["seen"])
+    if begun > new["epochs"]:
+        raise ValueError(f"cannot resume with --epochs {new['epochs']}: epoch {begun} had begun")
     changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
     options = {name: f"--{name.replace('_', '-')}" for name in changed}
     if refused := [f"{options[name]} was {old.get(name)}" for name in changed if name in fixed]:

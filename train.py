@@ -220,7 +220,8 @@ def describe_repeat(run: str, options: dict) -> str:
 
 def fill_defaults(args: argparse.Namespace):
     """Fill in the defaults that depend on other options; raise ValueError where options make no sense."""
-    cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, args.crop_scale)
+    sizes = args.epochs, args.warmup_epochs, args.batch_size, args.accumulate
+    cli.check_training(*sizes, args.crop_scale, args.clip_grad)
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // 2)
     if args.guide_start != "auto" and args.guide_start < 0:
@@ -245,6 +246,12 @@ def fill_defaults(args: argparse.Namespace):
         args.lr = args.blr * args.batch_size / 256
     if args.save_every is None:
         args.save_every = math.ceil(args.epochs / 10)
+    if args.fresh_decoder and not args.init_from:
+        raise ValueError("--fresh-decoder takes the encoder of --init-from: name one")
+    if (args.object_ids or args.object_void is not None) and not mask_column(args.guide_from):
+        raise ValueError("--object-ids and --object-void explain the masks of --guide-from column:NAME: add it")
+    if args.probe_dataset and not args.probe_every:
+        raise ValueError("--probe-dataset is for --probe-every: add it")
     if min(args.probe_images) < 1:
         raise ValueError(f"--probe-images takes two numbers of pictures, got {args.probe_images}")
     for name in ("save_every", "save_every_steps", "keep", "probe_every"):
@@ -297,7 +304,9 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
     hint = args.hint
     if args.mask == "random":  # hints only show in masks.png, where they fit
         try:
-            masks.hint_count(model.patch_count, args.mask_ratio, hint, args.hint_ratio, args.hint_portion)
+            for share in (1, args.hint_end):
+                shares = share * args.hint_ratio, share * args.hint_portion
+                masks.hint_count(model.patch_count, args.mask_ratio, hint, *shares)
         except ValueError:
             hint = "none"
     guide = Guide(
@@ -361,6 +370,10 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     # What the options describe; an error in one process ends all of them.
     with all_processes_or_none():
         state = checkpoint.read(resumed_from) if resumed_from else None
+        if state:  # its model began from these, whether they are named again or not
+            began = state["config"]["train"]
+            args.init_from = args.init_from or began.get("init_from")
+            args.fresh_decoder = args.fresh_decoder or began.get("fresh_decoder", False)
         set_seed(args.seed)
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
@@ -499,6 +512,8 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, guide: Guide, b
         f"{args.epochs} epochs of {batches.steps_per_epoch} steps, {kind} masks"
         + (f" ({args.guide} guide), start: {when}" if args.mask != "random" else ""),
     ]
+    if args.mask != "random" and not auto and args.guide_start >= args.epochs:
+        lines += [f"all masks are random: {args.epochs} epochs end before the guide starts (--guide-start)"]
     if args.guide_from:
         rule = getattr(guide.source, "rule", None)
         lines += [f"not self-guided: relevance comes from {args.guide_from}" + (f" ({rule.kind})" if rule else "")]

@@ -140,9 +140,10 @@ def test_a_broken_mask_is_left_out(monkeypatch, tmp_path, capsys, small_model):
     shapes = load_shapes("test").select(range(6))
     blobs = [image_bytes(mask) for mask in shapes["mask"]]
     blobs[2] = b"not a picture"
+    broken = [dict(bytes=b"nor is this, but nobody looks at it", path=None)] * 6
     table = datasets.Dataset.from_dict(
-        dict(image=list(shapes["image"]), mask=[dict(bytes=blob, path=None) for blob in blobs]),
-        datasets.Features(image=datasets.Image(), mask=datasets.Image()),
+        dict(image=list(shapes["image"]), mask=[dict(bytes=blob, path=None) for blob in blobs], depth=broken),
+        datasets.Features(image=datasets.Image(), mask=datasets.Image(), depth=datasets.Image()),
     )
     table.to_parquet(tmp_path / "data.parquet")
     arguments = ["--checkpoint", tmp_path / "model", "--dataset", tmp_path / "data.parquet", "--layers", 2]

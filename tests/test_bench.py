@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import SMALL, train_here
@@ -55,6 +57,24 @@ def test_scale_measures_opening_reading_and_resuming(run, tmp_path):
         assert words in text
     assert np.load(tmp_path / "relevance.npy").shape == (1100, 14, 14)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_shard_that_was_interrupted_is_written_again(monkeypatch, tmp_path):
+    write, files = pyarrow.parquet.write_table, []
+
+    def interrupted(table, file, **options):
+        files.append(file)
+        if len(files) == 2:
+            Path(file).write_bytes(b"PAR1, and then nothing")
+            raise KeyboardInterrupt
+        write(table, file, **options)
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.write_shards(tmp_path, 6, 3)
+    bench.write_shards(tmp_path, 6, 3)
+    assert len(files) == 4
+    assert [pyarrow.parquet.read_metadata(file).num_rows for file in sorted(tmp_path.glob("data/*"))] == [2, 2, 2]
 
 
 def test_guides_are_measured_on_crops_that_show_an_object(run, monkeypatch, tmp_path):

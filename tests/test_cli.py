@@ -1,8 +1,10 @@
 """What the commands share."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import QUICK, SMALL, records
 
 import cli
@@ -37,6 +39,12 @@ def test_precision_auto_follows_the_launcher(option, launcher, chosen, monkeypat
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     assert cli.choose_precision(option) == chosen
+
+
+def test_fp16_is_refused_where_accelerate_would_silently_compute_in_float32(monkeypatch):
+    monkeypatch.setattr(cli, "Accelerator", lambda **_: SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        cli.make_accelerator("fp16")
 
 
 def test_accumulation_set_for_accelerate_changes_nothing_and_is_named(quick_drawing, monkeypatch, tmp_path, capfd):

@@ -218,6 +218,9 @@ def test_fingerprints_tell_data_sets_apart_and_bear_broken_pictures():
     gone = dict(image=[dict(bytes=None, path="/nowhere.png")])
     gone = datasets.Dataset.from_dict(gone, datasets.Features(image=datasets.Image(decode=False)))
     assert data.fingerprint(gone) == [""]
+    arrays = [datasets.Dataset.from_dict(dict(image=np.full((2, 4, 4, 3), value, np.uint8))) for value in (1, 2)]
+    one, other = (data.fingerprint(each) for each in arrays)
+    assert len(one[0]) == 16 and one[0] == one[1] != other[0]
 
 
 # ------------------------------------------------------------------------------------------- decoding

@@ -274,6 +274,38 @@ def test_a_class_folder_with_a_file_called_like_ours_is_no_run(tmp_path):
     assert folders.list_files(tmp_path).images == ["a/1.png", "b/1.png"]
 
 
+def test_a_file_called_like_ours_beside_class_folders_hides_none_of_them(tmp_path):
+    write(tmp_path, ["photos/a/1.png", "photos/b/1.png", "other/c/1.png", "run/masks.png", "run/checkpoint-1/2.png"])
+    for folder in ("photos", "run"):
+        (tmp_path / folder / "results.json").write_text("{}")
+    assert folders.list_files(tmp_path).images == ["other/c/1.png", "photos/a/1.png", "photos/b/1.png"]
+
+
+def test_a_stream_of_tables_is_tested_on_the_split_it_has(tmp_path):
+    for split in ("train", "test"):
+        table = dict(image=[picture(seed=i) for i in range(3)], label=[0, 1, 0])
+        datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    stream = data.load_test_images(str(tmp_path), None, None, None, True)
+    assert len(list(stream)) == 3
+
+
+def test_tables_with_capital_suffixes_are_read_from_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "[2024]"
+    folder.mkdir()
+    table = datasets.Dataset.from_dict(dict(image=[picture()])).cast_column("image", datasets.Image())
+    table.to_parquet(folder / "train.PARQUET")
+    assert len(data.load_images(str(folder))) == 1
+
+
+def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
+    write(tmp_path, ["1.png"])
+    row = '{"file_name": "1.png", "caption": "two\u2028lines"}\n'
+    (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
+    assert data.load_images(str(tmp_path))[0]["caption"] == "two\u2028lines"
+
+
 def test_metadata_may_lack_a_mask_and_must_hold_objects(tmp_path):
     write(tmp_path, ["1.png", "2.png", "masks/1.png"])
     rows = ['{"file_name": "1.png", "mask_file_name": "masks/1.png"}', '{"file_name": "2.png", "mask_file_name": null}']

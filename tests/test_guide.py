@@ -224,8 +224,12 @@ def test_the_guide_is_part_of_a_checkpoint(small_model, accelerator, tmp_path):
     other[-1] ^= 1
     (tmp_path / "other.npy").write_bytes(other)
     assert not Guide(small_model, debias=True).load_maps(state, tmp_path / "other.npy")
-    ways = [dict(debias=False), dict(layer=1), dict(foreground="peak"), dict(kind="amt"), dict(source="pixels")]
-    ways += [dict(scoring="foreground"), dict(source=small_model, source_name="itself", source_size=64)]
+    ways = [dict(debias=False), dict(layer=1), dict(foreground="peak"), dict(source="pixels")]
+    ways += [
+        dict(kind="amt", debias=False),
+        dict(scoring="foreground"),
+        dict(source=small_model, source_name="itself", source_size=64),
+    ]
     for way in ways:
         changed = Guide(small_model, **dict(debias=True) | way, start=3)
         changed.load_state_dict(state)
@@ -328,6 +332,13 @@ def test_a_mask_column_guides_by_the_share_of_the_object_in_each_patch(small_mod
     assert torch.equal(side, seen > 0.5)
     with pytest.raises(ValueError, match="no column 'mask' of mask pictures, only image, truth"):
         ObjectMasks(dataset, "mask")
+
+    # the maps of another object are of no use when resuming
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    state = torch.load(tmp_path / "guide.pt", weights_only=True)
+    for ids, void, kept in ((None, None, True), ([255], None, False), (None, 7, False)):
+        again = Guide(small_model, source=ObjectMasks(dataset, "truth", ids, void), source_name="column:truth")
+        assert again.load_maps(state, tmp_path / "maps.npy") == kept
 
 
 def test_the_centre_and_raw_pixels_are_floors(small_model, accelerator, tmp_path):
@@ -539,13 +550,18 @@ def test_every_option_of_the_guide_reaches_it(small_model):
         guide_every=3, epochs=9, seed=5,
     )  # fmt: skip
     line = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not True]
-    args = train.parse_arguments([*line, "--guide-debias", "--mask", "amt"])
-    guide = train.build_guide(args, small_model)
+    guide = train.build_guide(train.parse_arguments([*line, "--guide-debias"]), small_model)
     names = dict(
         mask_ratio="ratio", guide_layer="layer", guide_debias="debias", relevance="scoring", guide_start="start",
         guide_every="every",
     )  # fmt: skip
-    assert {name: getattr(guide, names.get(name, name)) for name in given} == given and guide.kind == "amt"
+    assert {name: getattr(guide, names.get(name, name)) for name in given} == given
+    assert [
+        train.build_guide(train.parse_arguments(["--mask", kind]), small_model).kind for kind in ("amt", "random")
+    ] == [
+        "amt",
+        "selfguided",
+    ]
     defaults = train.parse_arguments([])
     train.fill_defaults(defaults)
     assert all(getattr(defaults, name) != value for name, value in given.items())

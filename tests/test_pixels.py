@@ -199,7 +199,7 @@ def test_values_that_are_missing_or_far_out_do_not_darken_a_picture(capsys):
 
 def test_white_follows_from_the_type_of_an_array():
     """A dark array of 16 bits once became as bright as one of 8."""
-    for kind, white in ((np.uint16, 65535), (np.int32, 255), (np.float32, 255)):
+    for kind, white in ((np.uint16, 65535), (">u2", 65535), (np.int32, 255), (np.float32, 255)):
         values = np.array([[0, 200]]).astype(kind)
         expected = round(200 * 255 / white)
         assert np.asarray(pixels.convert(values, PixelFormat(1))).tolist() == [[0, expected]], kind
@@ -213,6 +213,16 @@ def test_float_pictures_of_one_data_set_share_their_white(capsys):
     assert "white 1" in capsys.readouterr().err
     bright = pixels.convert(Image.fromarray(np.array([[0.5, 1.1]], np.float32)), form)
     assert np.asarray(bright).tolist() == [[128, 255]]  # 1.1 does not make 0.5 black
+
+
+@pytest.mark.parametrize("tops, white", [((200, 3000), 65535), ((200, 3), 255), ((1, 0), 255)])
+def test_integers_of_one_data_set_share_their_white(tops, white):
+    """A dark picture among bright ones once became 257 times as bright."""
+    table = datasets.Dataset.from_dict(dict(image=[np.full((4, 5, 1), top, np.int32) for top in tops]))
+    form = data.pixel_format(table, 1)
+    assert (form.low, form.high) == (0, white)
+    levels = [int(np.asarray(data.decode(record["image"], form)).max()) for record in table]
+    assert levels == [round(top * 255 / white) for top in tops]
 
 
 @pytest.mark.parametrize("values", [np.empty((0, 4)), np.array([["a"]]), np.ones((4, 4), complex)])

@@ -105,6 +105,11 @@ def test_a_command_that_fails_does_not_take_the_report_with_it(checkpoints, monk
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_report_of_the_floor_without_blocks_is_a_report(tmp_path):
+    result = see("report", tmp_path, "pixels")
+    assert "pixels has no blocks" in result["layers"]["left_out"] and list(result["clusters"]) == ["pixels", "left_out"]
+
+
 def test_a_command_alone_leaves_its_own_figures(checkpoints, tmp_path):
     result = see("attention", tmp_path, f"a={checkpoints / 'mae'}", f"b={checkpoints / 'mae'}")
     assert set(result) == {"arguments", "pictures", "attention"}

@@ -181,12 +181,13 @@ def test_evidence_outlives_the_weights_and_seed_comes_after_seed(reproduced, tmp
         *QUICK, "--finetune", "none", "--seeds", "1", "--evidence", kept, "--out", again
     )
     assert (again / "table.md").read_text() == (out / "table.md").read_text()  # of both seeds
-    more = reproduced(*arguments, "--seeds", "2", "--arms", "random", "--out", again)
+    grey = ["--arm", "grey=--mask random --channels 1"]
+    more = reproduced(*arguments, "--seeds", "2", "--arms", "random", *grey, "--out", again)
     assert "pre-training random-seed2: done" in more and "seed1" not in more
     assert (kept / "random-seed2" / "tests.json").exists()
     records = json.loads((kept / "results.json").read_text())
     assert {(r["arm"], r["seed"]) for r in records} == {
-        ("random", 0), ("random", 1), ("random", 2), ("cached", 0), ("cached", 1),
+        ("random", 0), ("random", 1), ("random", 2), ("cached", 0), ("cached", 1), ("grey", 2),
     }  # fmt: skip
 
 
@@ -279,6 +280,9 @@ def test_only_what_is_the_same_until_the_guide_starts_goes_on_from_random_masks(
     assert sorted(random.epochs_to_judge()) == [2, 4, 6, 8] and random.done
     wanted = ["--resume", str(random.out / f"checkpoint-{20 * shared:08d}"), "--overwrite"] if shared else None
     assert mine.resume(random) == (wanted or ["--resume"])
+    assert mine.epochs_to_judge() == [
+        epoch for epoch in (2, 4, 6, 8) if not shared or epoch > mine.settings.guide_start
+    ]
     (mine.out / "checkpoint-00000060").mkdir(parents=True)
     assert mine.resume(random) == ["--resume"]
 
@@ -300,6 +304,7 @@ def test_runs_are_judged_after_each_quarter_of_their_epochs(monkeypatch, tmp_pat
 def test_the_floors_are_arms_where_asked_for():
     usual = "random amt cached cached-nohint online online-nohint".split()
     assert list(reproduce.parse_arguments([]).arms) == usual
+    assert reproduce.parse_arguments(["--seeds", "3", "1", "3"]).seeds == [3, 1]
     experiment = reproduce.parse_arguments(["--arms", "cached-shuffled", "cached-centre"])
     shuffled, centre = (reproduce.Run(experiment, arm, 0).settings for arm in experiment.arms)
     assert shuffled.guide_shuffle and shuffled.guide_from is None and centre.guide_from == "centre"
@@ -514,6 +519,7 @@ def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
     (["--arm", "nothing"], "NAME=OPTIONS"),
     (["--arm", "random=--mask random"], "a name of its own"),
     (["--jobs", "0"], "--jobs must be at least 1"),
+    (["--scale", "paper", "--finetune", "none", "--judge-at", "50"], "without --finetune, --judge-at"),
     (["--scale", "small"], "--scale small needs --dataset"),
     (["--pretrain", "--guide-start 3 --epochs 9 --keep 1"], "--pretrain cannot set epochs, keep"),
     (["--pretrain=--seed=0"], "--pretrain cannot set seed"),

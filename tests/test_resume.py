@@ -24,6 +24,7 @@ import run
 import smae
 from batches import TrainBatches
 from readers import Share, StreamCrops
+from run import compare_configurations
 from shapes import draw_shapes
 
 BRIEF = [*SMALL, *"--max-images 40 --batch-size 8 --epochs 4 --guide-start 2 --lr 1e-3".split()]
@@ -621,6 +622,30 @@ def started(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.parametrize("epoch, seen, epochs, begun", [(3, 8, 2, 3), (9, 0, 7, 8), (3, 0, 2, None), (3, 8, 3, None)])
+def test_epochs_that_have_begun_cannot_be_taken_back(epoch, seen, epochs, begun):
+    """A run once ended at once, well, and named files that it had not written."""
+    config = dict(model={}, train=dict(epochs=epochs), data=dict(images=40, pictures=[]))
+    state = dict(config=config, processes=[{}], progress=dict(epoch=epoch, seen=seen))
+    how = dict(fixed=set(), ignored=set())
+    if begun is None:
+        assert compare_configurations(state, config, "train", 1, **how) == []
+        return
+    with pytest.raises(ValueError, match=f"--epochs {epochs}: epoch {begun} had begun"):
+        compare_configurations(state, config, "train", 1, **how)
+
+
+@pytest.mark.parametrize("extra", [[], ["--resume", "ELSEWHERE"]])
+def test_the_checkpoints_of_a_run_that_has_no_results_yet_are_not_lost(extra, started, monkeypatch, tmp_path, capfd):
+    """An interrupted first epoch leaves nothing else; the same command without --resume once removed them."""
+    shutil.copytree(started / "checkpoint-00000003", tmp_path / "run" / "checkpoint-00000003")
+    extra = [str(started) if word == "ELSEWHERE" else word for word in extra]
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, *BRIEF, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "run", *extra)
+    assert "run holds another run (checkpoint-00000003)" in capfd.readouterr().err
+    assert len(checkpoint.folders(tmp_path / "run")) == 1
+
+
 def test_data_that_has_moved_are_the_same_data_even_if_a_picture_broke(
     quick_drawing, monkeypatch, tmp_path, photos, capfd
 ):
@@ -638,9 +663,9 @@ def test_a_run_that_started_from_another_goes_on_without_it(quick_drawing, monke
     arguments = ["--init-from", tmp_path / "first", *BRIEF[len(SMALL) :], "--guide-start", "auto"]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
     shutil.rmtree(tmp_path / "first")
-    for point in (3, 13):
+    for point, again in ((3, arguments), (13, arguments[2:])):  # it need not be named again
         resume = ["--resume", tmp_path / "whole" / f"checkpoint-{point:08d}"]
-        train_here(monkeypatch, *arguments, "--out", tmp_path / str(point), *resume)
+        train_here(monkeypatch, *again, "--out", tmp_path / str(point), *resume)
         end_alike(tmp_path / "whole", tmp_path / str(point))
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *arguments, "--depth", 5, "--out", tmp_path / "other", *resume)

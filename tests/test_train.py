@@ -212,6 +212,22 @@ def test_a_run_is_repeated_and_what_is_given_beside_it_overrides(quick_drawing, 
     assert (config["epochs"], config["batch_size"], config["mask_ratio"]) == (3, 8, 0.5)
     assert config["warmup_epochs"] == config["weight_decay"] == config["guide_start"] == 0
     assert config["lr"] == config["blr"] * 8 / 256  # what follows from other options follows anew
+    assert "all masks are random" not in capfd.readouterr().out
+
+
+def test_of_two_learning_rates_the_later_counts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(options=dict(lr=0.3, blr=0.1))))
+    for given, expected in ((["--blr", "0.5"], 0.5), (["--lr", "0.7"], 0.7), (["--blr", "0.5", "--lr", "0.7"], 0.7)):
+        args = train.parse_arguments(["--config", str(tmp_path), *given, "--batch-size", "256"])
+        train.fill_defaults(args)
+        assert args.lr == expected
+
+
+def test_that_a_guide_starts_too_late_to_guide_is_said(quick_drawing, monkeypatch, tmp_path, capfd):
+    train_here(monkeypatch, *QUICK, "--guide-start", 2, "--hint-end", 0, "--mask", "random", "--out", tmp_path / "a")
+    assert "all masks are random" not in capfd.readouterr().out  # nor do hints that random masks lack need to fit
+    train_here(monkeypatch, *QUICK, "--guide-start", 2, "--out", tmp_path / "b")
+    assert "all masks are random: 2 epochs end before the guide starts" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -415,7 +431,7 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--hint-ratio 0.5", "asks for 8 hints, but only 4"),
         ("--hint-portion 0.1", "hint portion 0.1 of 16 patches holds 1 patches, too few for 2 hints"),
         ("--hint-ratio 0.2 --hint-portion 0.19", "--hint-portion 0.19 must not be smaller than --hint-ratio 0.2"),
-        ("--hint-end 0.1", "too few for 2 hints"),
+        ("--hint-end 0.1", "--hint-end 0.1: hint portion 0.05 of 16 patches holds 0 patches, too few for 2 hints"),
         ("--hint-end 1.5", "--hint-end must lie between 0 and 1"),
         ("--guide-from nowhere", "there is no checkpoint nowhere"),
         ("--guide-from column:nothing", "the data has no column 'nothing' of mask pictures, only image"),
@@ -444,6 +460,13 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--log-with nothing", "nothing"),
         ("--log-with comet_ml", "not installed"),
         ("--lr -1", "learning rate"),
+        ("--clip-grad -1", "--clip-grad must be positive, got -1"),
+        ("--clip-grad 0", "--clip-grad must be positive, got 0"),
+        ("--mask amt --guide-debias", "--mask amt follows attention"),
+        ("--fresh-decoder", "takes the encoder of --init-from"),
+        ("--object-ids 1", "explain the masks of --guide-from column:NAME"),
+        ("--object-void 0", "explain the masks of --guide-from column:NAME"),
+        ("--probe-dataset shapes", "--probe-dataset is for --probe-every"),
         ("--model huge", "not a positive multiple of the patch size 14"),
     ],
 )

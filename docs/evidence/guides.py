@@ -2,8 +2,8 @@
 
     python docs/evidence/guides.py OUT DATA [SPLIT]      # OUT of reproduce.py; DATA with a column "mask"
 
-Each arm's guide works on the weights of the random run of the same seed, from which the arm goes on. Guides that are
-columns of the data, the truth itself, are left out.
+Each arm's guide works on the weights of the random run of the same seed, from which the arm goes on. Left out are
+guides that are columns of the data, the truth itself, and those whose start is auto.
 Writes OUT/guides.json: means over the pictures, by arm and seed.
 """
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import contest
 import data
 import measures
+import reproduce
 import smae
 import train
 from guide import mask_column
@@ -51,16 +52,19 @@ def main(out: Path, objects: str, split: str = "train"):
     known = json.loads(file.read_text()) if file.exists() else {}
     for arm, options in settings["arms"].items():
         for seed in settings["seeds"]:
-            epochs = str(settings["epochs"])
-            options_of_run = [*shlex.split(settings["pretrain"]), "--epochs", epochs, *shlex.split(options)]
+            start = f"--epochs {settings['epochs']} --guide-start {reproduce.guide_start(settings['epochs'])}"
+            options_of_run = shlex.split(f"{start} {settings['pretrain']} {options}")
             args = train.parse_arguments([*options_of_run, "--dataset", settings["dataset"], "--preload"])
-            if args.mask == "random" or mask_column(args.guide_from) or str(seed) in known.get(arm, {}):
+            has_guide = args.mask != "random" and args.guide_start != "auto" and not mask_column(args.guide_from)
+            if not has_guide or str(seed) in known.get(arm, {}):
                 continue
             train.fill_defaults(args)
             random = out / f"random-seed{seed}"
             images = json.loads((random / "config.json").read_text())["data"]["images"] if random.exists() else 0
             checkpoint = random / f"checkpoint-{args.guide_start * (images // args.batch_size):08d}"
-            if checkpoint.exists():
+            if not checkpoint.exists():
+                print(f"{arm} {seed}: left out, there is no {checkpoint}", flush=True)
+            else:
                 known.setdefault(arm, {})[str(seed)] = rank_auc(options_of_run, checkpoint, pictures)
                 print(arm, seed, round(known[arm][str(seed)], 1), flush=True)
     file.write_text(json.dumps(known, indent=1) + "\n")
