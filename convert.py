@@ -409,7 +409,7 @@ def infer_image_size(weights: Weights, config: dict, p: int):
     prefix = cls + len(weights.get("registers", ()))
     side = next((math.isqrt(rows - k) for k in (0, cls, prefix) if math.isqrt(rows - k) ** 2 == rows - k), None)
     if not side:
-        raise ValueError(f"{rows} positions do not form a square grid: pass image_size=(H, W)")
+        raise ValueError(f"{rows} positions do not form a square grid: pass image_size=(H, W), or --image-size H W")
     return side * p
 
 

@@ -29,6 +29,7 @@ import checkpoint
 import cli
 import data
 import encoders
+import folders
 import optim
 import overlays
 import scores
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "or, for label maps, a column that lists them (default: found in the data)",
             )
         if name in ("detect", "test"):
-            group.add_argument("--boxes", choices=["xywh", "xyxy"], default="xywh", help="what boxes in a column are")
+            group.add_argument("--boxes", choices=["xywh", "xyxy"], default="xywh", help="what boxes are")
         if name == "detect":
             group.add_argument(
                 "--single-class",
@@ -563,7 +564,10 @@ def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
 def predict(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """Write what is found in pictures without truth, and draw it."""
     task, config = load_task(args, accelerator.device)
-    records = data.load_images(args.dataset, args.split, args.image_column, "", False, args.max_images, spread=True)
+    place, split = args.dataset, args.split
+    if pair := folders.pair_of_split(Path(place).expanduser(), split):  # masks are no photographs
+        place, split = str(pair[1]), "train"
+    records = data.load_images(place, split, args.image_column, "", False, args.max_images, spread=True)
     model, form = task.model, data.pixel_format(records, task.model.config["channels"])
     scenes = Pictures(records, model.classes, form, config.get("data", {}).get("category_ids"))
     clear(args, accelerator)

@@ -91,15 +91,35 @@ def load(name: str, *, heads: int | None = None, untrained: dict | None = None) 
     """The encoder that ``name`` stands for: a run folder, checkpoint or hub name, "random" or "pixels".
 
     ``untrained`` holds the constructor's arguments of a random encoder; "image_size" is also that
-    of pixels. Raises FileNotFoundError or ValueError where there is no such encoder.
+    of pixels, and of files without it whose positions form no square. Raises FileNotFoundError or
+    ValueError where there is no such encoder.
     """
+    size = (untrained or {}).get("image_size")
     untrained = dict(image_size=64, patch_size=8) | smae.PRESETS["tiny"] | (untrained or {})
     if name == "pixels":
         return Pixels(untrained["image_size"], untrained["patch_size"], untrained.get("channels", 3))
     if name == "random":
         return ViT(smae.SMAE(**untrained).eval())
-    model = smae.load(name, heads=heads)
+    try:
+        model = smae.load(name, heads=heads)
+    except ValueError as error:
+        if "do not form a square grid" not in str(error) or size is None:
+            raise
+        model = smae.load(name, heads=heads, image_size=size)
     return FineTuned(model) if isinstance(model, smae.Classifier) else ViT(smae.encoder_of(model))
+
+
+def resized(encoder: smae.SMAE, image_size: data.Size) -> smae.SMAE:
+    """A copy of an encoder, without decoder, whose own image size is ``image_size``, a side or (H, W).
+
+    Learned positions are resized; computed ones are stretched, as they are when used.
+    """
+    config = encoder.config | dict(image_size=list(data.pair(image_size)), decoder_depth=0)
+    if not config["learned_positions"]:
+        config["position_size"] = config["position_size"] or encoder.config["image_size"]
+    copy = smae.SMAE(**config)
+    smae.initialise(copy, encoder.copy_encoder(), decoder=False)
+    return copy
 
 
 def backbone(name: str, device: torch.device | str = "cpu", heads: int | None = None) -> smae.SMAE:

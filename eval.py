@@ -17,6 +17,7 @@ import argparse
 import csv
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -165,7 +166,9 @@ def fill_recipe(args: argparse.Namespace, images: int | None, world: int):
     share = world * max(1, args.accumulate)
     least = 2 * share if getattr(args, "recipe", None) == "mae" else share  # BatchNorm takes two images or more
     if args.batch_size is None:  # of a small data set, so that an epoch has 16 steps
-        args.batch_size = max(least, min(recipe["batch_size"], (images or 2**62) // 16 // share * share))
+        largest, unit = (images or 2**62) // 16, math.lcm(8, share)  # the same for 1, 2, 4 and 8 processes
+        unit = unit if largest >= unit else share
+        args.batch_size = max(least, min(recipe["batch_size"], largest // unit * unit))
     if args.batch_size < least:
         raise ValueError(
             f"--recipe mae needs two images in each micro-batch for BatchNorm: a --batch-size of at least {least}, "
@@ -196,6 +199,8 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         if encoder.backbone is None:
             raise ValueError(f"--checkpoint {args.checkpoint} has nothing to fine-tune")
         encoder.backbone.grid(image)  # or raise
+        if pixels.pair(args.image_size) != encoder.image_size:  # which is also that of the classifier
+            return encoders.ViT(encoders.resized(encoder.backbone, args.image_size))
         return encoder
     args.pool = args.pool or encoder.pools[0]
     if isinstance(encoder, encoders.FineTuned) and args.pool not in encoder.pools:
@@ -497,6 +502,8 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         classes = []
         parts = [data.load_images(args.dataset, args.split, *columns)]
         if "int" not in getattr((parts[0].features or {}).get("label"), "dtype", ""):  # names of files say more
+            if args.label_column and args.command == "embed":
+                raise ValueError(f"embed writes numbers, and --label-column {args.label_column} has none")
             parts = [parts[0].select_columns(["image"])]
     options = cli.eval_batch_options(args, accelerator) | dict(crop_ratio=args.crop_ratio)
     form = data.pixel_format(parts[0], encoder.channels, args.pixel_range)

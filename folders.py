@@ -357,6 +357,41 @@ def find_pairs(root: Path, split: str) -> Pairs | None:
     are "train". Pictures without a mask are left out, which is said. None if there are no such
     folders. Raises ValueError for an unknown split, or one without masks.
     """
+    place = pair_of_split(root, split)
+    if place is None:
+        return None
+    name, images, masks = place
+    found = _masks_of(images, masks)
+    pairs = {file: mask for file, mask in found.items() if mask is not None}
+    missing = [file for file in found if file not in pairs]
+    if not pairs:
+        raise ValueError(f"split {split!r} of {root} has no pictures in {images.name} with a mask in {masks.name}")
+    if missing:
+        say_once(f"{images}: left out {len(missing)} of {len(found)} pictures without a mask, for example {missing[0]}")
+    columns = dict(
+        image=[_image(os.path.abspath(images / file)) for file in pairs],
+        mask=[_image(os.path.abspath(masks / mask)) for mask in pairs.values()],
+    )
+    features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+    name = datasets.NamedSplit(re.sub(r"\W", "_", name))
+    return Pairs(
+        datasets.Dataset.from_dict(columns, features, split=name),
+        is_ade20k=masks.parent.name == "annotations" and next(iter(pairs)).startswith("ADE_"),
+    )
+
+
+def _masks_of(images: Path, masks: Path) -> dict[str, str | None]:
+    """For each picture in ``images`` the mask of the same name in ``masks``, None if there is none."""
+    listed = list_files(masks).images if masks.is_dir() else []
+    by_stem = {os.path.splitext(file)[0]: file for file in listed}
+    return {file: by_stem.get(os.path.splitext(file)[0]) for file in list_files(images).images}
+
+
+def pair_of_split(root: Path, split: str) -> tuple[str, Path, Path] | None:
+    """Name, pictures and masks of a split of folders as :func:`find_pairs` knows them; None without any.
+
+    Raises ValueError for an unknown split.
+    """
     if not root.is_dir():
         return None
     both = _pair_in(root)
@@ -372,31 +407,7 @@ def find_pairs(root: Path, split: str) -> Pairs | None:
     names = named_like(split, places)
     if not names:
         raise ValueError(f"Unknown split {split!r}: {root} has {', '.join(sorted(places))}")
-    images, masks = places[names[0]]
-    found = _masks_of(images, masks)
-    pairs = {file: mask for file, mask in found.items() if mask is not None}
-    missing = [file for file in found if file not in pairs]
-    if not pairs:
-        raise ValueError(f"split {split!r} of {root} has no pictures in {images.name} with a mask in {masks.name}")
-    if missing:
-        say_once(f"{images}: left out {len(missing)} of {len(found)} pictures without a mask, for example {missing[0]}")
-    columns = dict(
-        image=[_image(os.path.abspath(images / file)) for file in pairs],
-        mask=[_image(os.path.abspath(masks / mask)) for mask in pairs.values()],
-    )
-    features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
-    name = datasets.NamedSplit(re.sub(r"\W", "_", names[0]))
-    return Pairs(
-        datasets.Dataset.from_dict(columns, features, split=name),
-        is_ade20k=masks.parent.name == "annotations" and next(iter(pairs)).startswith("ADE_"),
-    )
-
-
-def _masks_of(images: Path, masks: Path) -> dict[str, str | None]:
-    """For each picture in ``images`` the mask of the same name in ``masks``, None if there is none."""
-    listed = list_files(masks).images if masks.is_dir() else []
-    by_stem = {os.path.splitext(file)[0]: file for file in listed}
-    return {file: by_stem.get(os.path.splitext(file)[0]) for file in list_files(images).images}
+    return names[0], *places[names[0]]
 
 
 def _pair_in(folder: Path) -> tuple[Path, Path] | None:

@@ -3,6 +3,7 @@
 Letters in shapes: ``k`` objects, ``H``/``W`` image height/width in pixels.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -203,14 +204,14 @@ def load_instances(
     if file is not None:
         if classes:
             raise ValueError(f"--classes {classes}: {file} names its classes itself")
-        records, names, category_ids, has_masks = read_coco(file, split, known)
-        return _checked(name, Instances(records, names, form, has_masks, category_ids))
+        records, names, category_ids, has_masks = read_coco(file, split, known, boxes)
+        return _checked(name, Instances(records, names, form, has_masks, category_ids), boxes)
     records = data.load_images(name, split, image_column, "")
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
     fields = _fields(name, records, column)
     mask = _mask_column(records, mask_column, name)
     names = known[0] if known else _class_names(records, column, fields["category"], classes)
-    texts = [json.dumps(_objects(row, fields, boxes)) for row in records[column]]
+    texts = [json.dumps(_number_classes(_objects(row, fields, boxes), names)) for row in records[column]]
     kept = records.select_columns([key for key in ("image", mask) if key])
     if "image_id" in records.features:
         kept = kept.add_column("image_id", [json.dumps(each) for each in records["image_id"]])
@@ -259,20 +260,33 @@ def _class_names(records: datasets.Dataset, column: str, field: str, file: str |
     names = getattr(getattr(inner, "feature", inner), "names", None)
     if names:
         return names
-    largest = max((number for row in records[column] for number in _by_field(row)[field]), default=0)
-    if not isinstance(largest, int):
-        raise ValueError(f"the classes of the objects are {type(largest).__name__}s, expected numbers")
-    return [f"class {i}" for i in range(largest + 1)]
+    values = {value for row in records[column] for value in _by_field(row).get(field) or ()}
+    if values and all(isinstance(value, str) for value in values):
+        return sorted(values)
+    if not all(isinstance(value, int) for value in values):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise ValueError(f"the classes of the objects are {kinds}, expected numbers or names")
+    return [f"class {i}" for i in range(max(values, default=0) + 1)]
 
 
-def _by_field(row: dict | list[dict]) -> dict[str, list]:
+def _by_field(row: dict | list[dict] | None) -> dict[str, list]:
     """The objects of a picture as a dictionary of lists, whether they come so or as a list of dictionaries."""
     if isinstance(row, dict):
         return row
     return {key: [each[key] for each in row] for key in (row[0] if row else ())}
 
 
-def _objects(row: dict | list[dict], fields: dict[str, str | None], boxes: str) -> list[dict]:
+def _number_classes(objects: list[dict], names: list[str]) -> list[dict]:
+    """The objects, with the number of their class where they have its name. Raises ValueError for another name."""
+    for each in objects:
+        if isinstance(each["category"], str):
+            if each["category"] not in names:
+                raise ValueError(f"an object has the class {each['category']!r}, expected {', '.join(names[:5])}, ...")
+            each["category"] = names.index(each["category"])
+    return objects
+
+
+def _objects(row: dict | list[dict] | None, fields: dict[str, str | None], boxes: str) -> list[dict]:
     """The objects of a picture as Instances takes them."""
     columns = _by_field(row)
     count = len(columns.get(fields["bbox"]) or [])
@@ -281,11 +295,14 @@ def _objects(row: dict | list[dict], fields: dict[str, str | None], boxes: str) 
         raise ValueError(f"a picture has lists of objects of different lengths: {row}"[:300])
     found = [dict(zip(values, each)) for each in zip(*values.values())]
     for each in found:
-        each["bbox"] = [float(x) for x in each["bbox"]]
-        if boxes == "xyxy":
-            left, top, right, bottom = each["bbox"]
-            each["bbox"] = [left, top, right - left, bottom - top]
+        each["bbox"] = _left_top_width_height([float(x) for x in each["bbox"]], boxes)
     return found
+
+
+def _left_top_width_height(box: list[float], boxes: str) -> list[float]:
+    """A box as COCO has it, from one that is "xywh" or "xyxy"."""
+    left, top, *rest = box
+    return box if boxes == "xywh" else [left, top, rest[0] - left, rest[1] - top]
 
 
 def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
@@ -316,10 +333,12 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
     if count and largest <= 1:
         raise ValueError(f"the boxes of {name} are fractions of the picture: expected pixels")
     if empty > 0.05 * count:
-        raise ValueError(
-            f"{empty} of {count} objects sampled from {name} have an empty mask: in a column of masks, the first "
-            "object of a picture has the value 1, the second 2, ...; name another with --mask-column"
+        advice = (
+            ": in a column of masks, the first object of a picture has the value 1, the second 2, ...; name another "
+            "with --mask-column"
         )
+        advice = advice if "mask" in scenes.records.features else ""
+        raise ValueError(f"{empty} of {count} objects sampled from {name} have an empty mask{advice}")
     return scenes
 
 
@@ -344,11 +363,12 @@ def find_annotations(root: Path, split: str) -> Path | None:
 
 
 def read_coco(
-    file: Path, split: str, known: tuple[list[str], list[int]] | None = None
+    file: Path, split: str, known: tuple[list[str], list[int]] | None = None, boxes: str = "xywh"
 ) -> tuple[datasets.Dataset, list[str], list[int], bool]:
     """What :class:`Instances` takes: records, names of the classes, their category ids, whether there are masks.
 
-    Raises ValueError or FileNotFoundError.
+    The classes are those that are ``known``, found by their names; the ids are those of the file.
+    Raises ValueError, for an object of another class too, or FileNotFoundError.
     """
     content = json.loads(file.read_text(encoding="utf-8-sig"))
     missing = {"images", "annotations", "categories"} - content.keys()
@@ -363,9 +383,14 @@ def read_coco(
     names, ids = [each["name"] for each in categories], [each["id"] for each in categories]
     names = [f"{name} ({number})" if names.count(name) > 1 else name for name, number in zip(names, ids)]
     for each in content["annotations"]:
-        _box(each)  # or raise
+        _box(each, boxes)  # or raise
     if known:
-        names, ids = known
+        own = dict(zip(names, ids))
+        used = {each["category_id"] for each in content["annotations"]}
+        if other := [name for name in own if name not in known[0] and own[name] in used]:
+            raise ValueError(f"{file} has other classes: {', '.join(other[:5])}")
+        names, free = known[0], itertools.count(max(ids, default=0) + 1)  # ids of classes that the file lacks
+        ids = [own[name] if name in own else next(free) for name in names]
     features = datasets.Features(
         image=datasets.Image(decode=False),
         image_id=datasets.Value("string"),
@@ -375,21 +400,21 @@ def read_coco(
     status = file.stat()
     version = status.st_mtime_ns, status.st_size
     # datasets would divide a list
-    arguments = dict(file=str(file.resolve()), place=str(place), version=version, ids=tuple(ids))
+    arguments = dict(file=str(file.resolve()), place=str(place), version=version, ids=tuple(ids), boxes=boxes)
     del content
     name = datasets.NamedSplit(re.sub(r"\W", "_", split))
     records = datasets.Dataset.from_generator(coco_records, features=features, gen_kwargs=arguments, split=name)
     return records, names, ids, has_masks
 
 
-def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...]) -> Iterator[dict]:
+def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...], boxes: str) -> Iterator[dict]:
     """A record for each picture of a file of COCO. ``version`` is only for the cache of ``datasets``."""
     content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     category = {number: i for i, number in enumerate(ids)}
     objects = {}
     for each in content["annotations"]:
         kept = {key: each[key] for key in ("area", "iscrowd", "segmentation") if key in each}
-        kept |= dict(bbox=_box(each), category=category.get(each["category_id"], -1))
+        kept |= dict(bbox=_box(each, boxes), category=category.get(each["category_id"], -1))
         objects.setdefault(each["image_id"], []).append(kept)
     for image in sorted(content["images"], key=lambda image: str(image["file_name"])):
         size = [image.get("width"), image.get("height")]
@@ -401,11 +426,11 @@ def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...]) ->
         )
 
 
-def _box(annotation: dict) -> list[float]:
+def _box(annotation: dict, boxes: str) -> list[float]:
     """The box of an annotation, by default that around its polygons. Raises ValueError if it has neither."""
     box, polygons = annotation.get("bbox"), annotation.get("segmentation")
     if box and len(box) == 4:
-        return box
+        return _left_top_width_height(box, boxes)
     if not isinstance(polygons, list) or not any(polygons):
         raise ValueError(f"annotation {annotation.get('id')} has neither a box of four numbers nor polygons")
     polygons = polygons if isinstance(polygons[0], list) else [polygons]

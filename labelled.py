@@ -23,6 +23,8 @@ def load_labelled(
     ``skip_unlabelled`` leaves out pictures whose label is hidden (-1) or missing. Raises ValueError
     if there are no labels, or labels of the test that the training does not have.
     """
+    if streaming and skip_unlabelled:
+        raise ValueError("--skip-unlabelled looks at all labels beforehand: drop it, or --streaming")
     columns = image_column, label_column, streaming
     training = data.load_images(name, split, *columns, max_images, spread=True)
     tests = data.load_test_images(name, test_split, *columns)

@@ -183,7 +183,10 @@ class Segmentation:
             truth = data.to_device(scene["labels"].as_subclass(Tensor), found.device)
             matrix += scores.confusion(found, truth, count, IGNORED)
             images += 1
-        matrix, images = accelerator.reduce(matrix), accelerator.reduce(images)
+        stopped = torch.tensor(int(bool(options.get("stopped", bool)())), device=accelerator.device)
+        matrix, images, stopped = (accelerator.reduce(each) for each in (matrix, images, stopped))
+        if stopped:  # by a signal: a part of the pictures gives no score
+            return {}
         if not matrix.any():
             raise ValueError("none of the pictures to test on has a pixel of a known class")
         return scores.iou_scores(matrix.cpu(), scenes.classes) | dict(images=int(images))
@@ -319,7 +322,8 @@ class Detection:
         for kind in ("box", "mask"):
             if f"{kind}_ap" in found:
                 names = dict(ap="AP", ap50="AP50", ap75="AP75")
-                values = [f"{title} {found[f'{kind}_{name}'] or 0:.2f}" for name, title in names.items()]
+                scores_of = {title: found[f"{kind}_{name}"] for name, title in names.items()}
+                values = [f"{k} undefined" if v is None else f"{k} {v:.2f}" for k, v in scores_of.items()]
                 words.append(f"{kind} {', '.join(values)}")
         return "; ".join(words)
 

@@ -214,6 +214,16 @@ def test_predictions_of_a_segmenter_are_label_maps_with_a_palette(trained, photo
     assert len(list((tmp_path / "overlays").iterdir())) == 39 and (tmp_path / "predictions.png").exists()
 
 
+@pytest.mark.parametrize("split", ["", "train"])
+def test_masks_beside_the_pictures_are_no_pictures_to_predict(split, trained, tmp_path):
+    for number in range(3):
+        for name in ("images", "masks"):
+            (tmp_path / "data" / name / split).mkdir(parents=True, exist_ok=True)
+            picture(40, 32, seed=number).save(tmp_path / "data" / name / split / f"{number}.png")
+    how = ["--dataset", tmp_path / "data", "--precision", "no", "--out", tmp_path / "found"]
+    assert dense.main(["predict", "--checkpoint", trained / "segment", *how])["images"] == 3
+
+
 def test_predictions_of_a_detector_are_boxes_and_pictures(trained, photos, tmp_path, monkeypatch):
     how = ["--dataset", photos, "--split", "train", "--max-bad-images", 0.1, "--precision", "no"]
     monkeypatch.setattr(tasks, "SHOWN_SCORE", 0.0)  # it has hardly learned
@@ -391,6 +401,18 @@ def test_a_test_without_labelled_pixels_says_so(small_model, monkeypatch):
     monkeypatch.setattr(tasks, "predictions", lambda *_, **__: iter([(0, scene, torch.zeros(4, 4, dtype=torch.int64))]))
     with pytest.raises(ValueError, match="none of the pictures to test on has a pixel of a known class"):
         tasks.Segmentation(Columns(small_model)).test(argparse.Namespace(classes=list("abc")), Accelerator(cpu=True))
+
+
+def test_a_signal_during_a_test_is_no_lack_of_labels(small_model, monkeypatch):
+    """It ended the run with that error, and without the exit code of the signal."""
+    monkeypatch.setattr(tasks, "predictions", lambda *_, **__: iter([]))
+    task, scenes = tasks.Segmentation(Columns(small_model)), argparse.Namespace(classes=list("abc"))
+    assert task.test(scenes, Accelerator(cpu=True), stopped=lambda: 15) == {}
+
+
+def test_what_is_undefined_is_not_said_to_be_zero():
+    found = dict(box_ap=None, box_ap50=0.0, box_ap75=1.234)
+    assert tasks.Detection.describe(found) == "box AP undefined, AP50 0.00, AP75 1.23"
 
 
 @pytest.mark.parametrize("band", [1, 2**26])

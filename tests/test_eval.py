@@ -18,6 +18,7 @@ from PIL import Image
 
 import checkpoint as checkpoint_file
 import data
+import encoders
 import eval as judge
 import smae
 import train
@@ -175,8 +176,12 @@ def test_recipes_are_those_of_mae():
     assert (args.erasing, args.randaugment, args.min_lr, tuple(args.crop_scale)) == (0.25, 9, 1e-6, (0.08, 1.0))
     args = parser.parse_args("finetune --accumulate 2 --epochs 20".split())
     judge.fill_recipe(args, 500, 3)
-    assert args.batch_size == 30  # of a small set: 16 steps an epoch, divisible by processes and micro-batches
+    assert args.batch_size == 24  # of a small set: 16 steps an epoch, divisible by processes and micro-batches
     assert args.warmup_epochs == 1  # the same share of the epochs
+    for images, world, size in ((500, 1, 24), (500, 4, 24), (100, 1, 6), (100, 4, 4)):  # to resume on more processes
+        args = parser.parse_args(["finetune"])
+        judge.fill_recipe(args, images, world)
+        assert args.batch_size == size
 
 
 # ------------------------------------------------------------------------------------------- fine-tuning
@@ -241,6 +246,23 @@ def test_fine_tuning_learns_and_leaves_a_classifier(finetuned):
     assert classifier.classes == sorted(CLASSES) and not classifier.training
     assert classifier.encoder.config["decoder_depth"] == 0
     assert (result["best_epoch"] == 4) == torch.equal(best.head.weight, classifier.head.weight)
+
+
+def test_a_classifier_has_the_size_of_its_fine_tuning(monkeypatch, checkpoint, folder, tmp_path):
+    """It kept that of the encoder, at which its predictions are poor."""
+    short = ["--checkpoint", checkpoint, "--dataset", folder, *FINETUNE, "--epochs", 1, "--image-size", 48]
+    tuned = evaluate(monkeypatch, "finetune", tmp_path / "tuned", *short)
+    classifier = smae.load(tmp_path / "tuned")
+    assert classifier.config["image_size"] == [48, 48] and classifier.config["position_size"] == [32, 32]
+    arguments = ["--checkpoint", tmp_path / "tuned", "--dataset", folder, "--split", "val"]
+    evaluate(monkeypatch, "predict", tmp_path / "predicted", *arguments)
+    rows = list(csv.DictReader((tmp_path / "predicted" / "predictions.csv").open()))
+    assert 100 * np.mean([row["class"] in row["file"] for row in rows]) == pytest.approx(tuned["top1"])
+    untouched = smae.load(checkpoint)
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        same = encoders.resized(untouched, 48).encode(images), untouched.encode(images)
+    torch.testing.assert_close(*same)
 
 
 def test_predictions_and_features_of_a_classifier(finetuned, monkeypatch, folder, tmp_path):
@@ -597,6 +619,7 @@ def test_the_checkpoint_that_is_judged_is_never_lost(monkeypatch, checkpoint, fo
         (["knn", "--checkpoint", "random", "--test-split", "elsewhere"], "elsewhere"),
         (["predict", "--checkpoint", "random"], "is no classifier"),
         (["finetune", "--checkpoint", "pixels"], "nothing to fine-tune"),
+        (["knn", "--checkpoint", "random", "--streaming", "--skip-unlabelled"], "drop it, or --streaming"),
         (["finetune", "--checkpoint", "random", "--epochs", "0"], "at least 1"),
         (["linear", "--checkpoint", "random", "--dataset", "nowhere/at/all"], "cannot find data set"),
     ],
@@ -618,6 +641,25 @@ def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folde
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "knn", tmp_path / "out", "--checkpoint", "pixels", "--dataset", tmp_path / "flat")
     assert "has no labels; name a column with --label-column" in capsys.readouterr().err
+
+
+def test_names_of_classes_are_not_written_as_a_number_that_means_none(monkeypatch, folder, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text(f"file_name,kind\n{folder / 'train' / 'red' / '0.png'},felis\n")
+    arguments = ["--checkpoint", "random", "--dataset", tmp_path / "list.csv", "--label-column", "kind"]
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "embed", tmp_path / "out", *arguments)
+    assert "embed writes numbers, and --label-column kind has none" in capsys.readouterr().err
+
+
+def test_oblong_positions_take_the_size_that_is_given(tmp_path):
+    oblong = smae.SMAE(width=32, depth=1, heads=2, image_size=[32, 64], patch_size=8, learned_positions=True)
+    smae.save(oblong, tmp_path / "oblong.pth", format="mae")
+    weights = torch.load(tmp_path / "oblong.pth", weights_only=True)["model"]
+    torch.save(dict(model=weights), tmp_path / "oblong.pth")  # as others leave it, without options
+    with pytest.raises(ValueError, match="or --image-size H W"):
+        encoders.load(str(tmp_path / "oblong.pth"), heads=2)
+    given = encoders.load(str(tmp_path / "oblong.pth"), heads=2, untrained=dict(image_size=[32, 64]))
+    assert given.image_size == (32, 64)
 
 
 # ------------------------------------------------------------------------------------------- reconstruction

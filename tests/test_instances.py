@@ -48,6 +48,24 @@ def test_another_split_has_the_classes_of_the_first(tmp_path):
     assert tests.classes == ["cat", "dog"]
     assert tests.read(2)["objects"][0]["category"] == 0
 
+    # the numbers of the same names may differ, other names may not
+    content = coco_content()
+    for each in content["categories"]:
+        each["name"] = "dog" if each["name"] == "cat" else "cat"
+    make_coco(tmp_path / "turned", "val2017", content)
+    known = training.classes, training.category_ids
+    turned = load_instances(str(tmp_path / "turned"), "validation", known=known)
+    assert turned.classes == ["cat", "dog"] and turned.category_ids == [9, 3]
+    assert turned.read(2)["objects"][0]["category"] == 1  # category 3, which is called dog there
+    content["categories"] = [dict(id=3, name="dog"), dict(id=9, name="house")]
+    make_coco(tmp_path / "other", "val2017", content)
+    with pytest.raises(ValueError, match="has other classes: house"):
+        load_instances(str(tmp_path / "other"), "validation", known=known)
+    content["annotations"] = [each for each in content["annotations"] if each["category_id"] == 3]
+    make_coco(tmp_path / "unused", "val2017", content)
+    unused = load_instances(str(tmp_path / "unused"), "validation", known=known)
+    assert unused.category_ids == [10, 3] and unused.read(2)["objects"][0]["category"] == 1
+
 
 def test_roboflows_folders_are_coco_too(tmp_path):
     content = coco_content()
@@ -100,6 +118,40 @@ def test_boxes_of_another_format_are_noticed(tmp_path):
     scenes = load_instances(str(tmp_path / "data"), "train", boxes="xyxy")
     assert scenes.read(0)["objects"][0]["bbox"] == [30, 20, 8, 8] and not scenes.has_masks
     assert "masks" not in targets_of(scenes.read(0))
+
+
+def test_boxes_in_files_of_coco_may_be_corners_too(tmp_path):
+    content = coco_content()
+    for each in content["annotations"]:
+        left, top, width, height = each["bbox"]
+        each["bbox"] = [left, top, left + width, top + height]
+    make_coco(tmp_path, content=content)
+    scenes = load_instances(str(tmp_path), "train", boxes="xyxy")
+    assert [each["bbox"] for each in scenes.read(2)["objects"]] == [[5, 5, 20, 15], [30, 2, 8, 7]]
+    with pytest.raises(ValueError, match="perhaps they are --boxes xyxy"):
+        load_instances(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("none", [[], None])
+def test_pictures_without_objects_hide_no_numbers_or_names_of_classes(none, tmp_path):
+    def write(place, categories):
+        rows = [dict(bbox=[1.0, 1, 4, 4], category=each) for each in categories]
+        columns = dict(image=[picture(WIDTH, HEIGHT)] * 3, objects=[rows, none, rows])
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(place)
+        return str(place)
+
+    numbered = load_instances(write(tmp_path / "numbered", [0, 2]), "train")
+    assert numbered.classes == ["class 0", "class 1", "class 2"] and numbered.read(1)["objects"] == []
+    place = write(tmp_path / "named", ["dog", "cat"])
+    (tmp_path / "names.txt").write_text("dog\nowl\ncat\n")
+    for file, names, numbers in (
+        (None, ["cat", "dog"], [1, 0]),
+        (tmp_path / "names.txt", ["dog", "owl", "cat"], [0, 2]),
+    ):
+        named = load_instances(place, "train", classes=file)
+        assert named.classes == names and [each["category"] for each in named.read(2)["objects"]] == numbers
+    with pytest.raises(ValueError, match="an object has the class 'dog', expected cat"):
+        load_instances(place, "train", known=(["cat"], [0]))
 
 
 def test_boxes_that_are_fractions_are_noticed(tmp_path):
