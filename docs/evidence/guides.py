@@ -60,7 +60,8 @@ def main(out: Path, objects: str, split: str = "train"):
                 continue
             train.fill_defaults(args)
             random = out / f"random-seed{seed}"
-            images = json.loads((random / "config.json").read_text())["data"]["images"] if random.exists() else 0
+            config = random / "config.json"  # which a run begun a moment ago has not yet
+            images = json.loads(config.read_text())["data"]["images"] if config.exists() else 0
             checkpoint = random / f"checkpoint-{args.guide_start * (images // args.batch_size):08d}"
             if not checkpoint.exists():
                 print(f"{arm} {seed}: left out, there is no {checkpoint}", flush=True)
