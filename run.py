@@ -325,12 +325,16 @@ class Run:
     # -------------------------------------------------------------------------- trackers
 
     def start_trackers(self, options: dict):
-        """Start the trackers of Accelerate, or continue in them (tensorboard: from the checkpoint)."""
+        """Start the trackers of Accelerate, or continue in them (tensorboard: from the checkpoint).
+
+        What another run has logged to the same folder is hidden.
+        """
+        first_step = 1 if self.folder.holds_other_run else self.progress.step + 1
         self.accelerator.init_trackers(
             "smae",
             config={key: str(value) for key, value in options.items()},
             init_kwargs=dict(
-                tensorboard=dict(purge_step=self.progress.step + 1) if self.progress.step else {},
+                tensorboard=dict(purge_step=first_step),
                 wandb=dict(id=self.progress.name, resume="allow"),
                 trackio=dict(name=self.progress.name, resume="allow"),
             ),

@@ -720,6 +720,16 @@ def test_trackers_show_steps_epochs_and_masks_and_go_on_where_the_run_does(monke
         logged = Image.open(io.BytesIO(last.encoded_image_string))
         assert np.array_equal(np.asarray(logged), np.asarray(sheet.convert("RGB")))
 
+    # another run in its place: its curves begin anew
+    train_here(monkeypatch, *arguments, "--epochs", 3, "--overwrite")
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("loss")] == steps[:3]
+    # and one that goes on from elsewhere
+    shutil.copytree(tmp_path / "run" / "checkpoint-00000010", tmp_path / "kept" / "checkpoint-00000010")
+    train_here(monkeypatch, *arguments, "--resume", tmp_path / "kept" / "checkpoint-00000010", "--overwrite")
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("loss")] == steps[2:]
+
 
 def expected_steps(out) -> int:
     """The steps of an epoch of a run."""
