@@ -1,12 +1,14 @@
 """One table of an experiment, from what is kept of it: all arms, their leads by seed, and how good their guides were.
 
     python docs/evidence/summary.py docs/evidence/cpu16 self:random self:shuffled self:centre teacher:centre
+    python docs/evidence/summary.py docs/evidence/cpu100 self:shuffled self:random --seeds 62 63 64 65 66 67
 
 Prints Markdown: for each arm accuracies at the end (mean ± deviation over seeds), leads over random masks of the same
 seed with 95 % confidence intervals, and the rank-AUC of its guide from guides.json; leads after every epoch that was
 judged; and paired, two-sided t tests of the differences that are named, linear probe.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,8 +24,9 @@ def differences(records: list[dict], arm: str, than: str, metric: str, epoch: in
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def main(folder: Path, tests: list[str]):
+def main(folder: Path, tests: list[str], seeds: list[int] | None):
     records = json.loads((folder / "results.json").read_text())
+    records = [record for record in records if seeds is None or record["seed"] in seeds]
     file = folder / "guides.json"
     guides = json.loads(file.read_text()) if file.exists() else {}
     arms = list(dict.fromkeys(record["arm"] for record in records))
@@ -35,7 +38,8 @@ def main(folder: Path, tests: list[str]):
     print("|---" * (3 + 2 * len(metrics)) + "|")
     for arm in arms:
         cells = [arm, str(len(reproduce.by_seed(records, arm, last, "linear")))]
-        cells += [reproduce.show(list(guides.get(arm, {}).values()))]
+        found = [auc for seed, auc in guides.get(arm, {}).items() if seeds is None or int(seed) in seeds]
+        cells += [reproduce.show(found)]
         for metric in metrics:
             cells += [reproduce.show(list(reproduce.by_seed(records, arm, last, metric).values()))]
             lead = differences(records, arm, "random", metric, last)
@@ -58,4 +62,8 @@ def main(folder: Path, tests: list[str]):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tests", nargs="*", metavar="ARM:THAN")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these (default: all)")
+    main(**vars(parser.parse_args()))
