@@ -529,7 +529,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     several = dict(nargs="+", metavar="NAME=PATH", help="encoders to look at, with a name for each")
     helps = {name: function.__doc__ for name, function in FIGURES.items()} | dict(
-        report="All of these, in report.html."
+        report="All of the above, in report.html."
     )
     for name, help in helps.items():
         sub = command(name, help, several)

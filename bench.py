@@ -100,7 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     guides = commands.add_parser("guide", help="guides: cost and quality", formatter_class=cli.HelpFormatter)
     cli.add(guides, "checkpoint", "dataset", "split", "seed", checkpoint="runs/pretrain")
     guides.add_argument("--mask-column", default="mask", help="column of object masks")
-    guides.add_argument("--max-images", type=int, default=512, help="pictures, from all over the data")
+    guides.add_argument("--max-images", type=int, default=512, help="pictures, evenly spaced in the data")
 
     everything = commands.add_parser(
         "all", help="all but guide and scale, in minutes", formatter_class=cli.HelpFormatter

@@ -69,8 +69,8 @@ OPTIONS = {  # that several commands have
     # data
     "dataset": dict(
         default="shapes",
-        help="shapes or shapes:easy (the demo data), a folder of images, a parquet file or folder, a save_to_disk "
-        f"folder, a hub name, or {', '.join(data.DATASETS)}",
+        help="shapes or shapes:easy (the demo data), a folder of pictures, parquet, csv or jsonl files, a WebDataset, "
+        f"a save_to_disk folder, a hub name, or {', '.join(data.DATASETS)}",
     ),
     "split": dict(default="train", help="split of the data"),
     "image-column": dict(help="column of the images (default: found by its type)"),
@@ -78,7 +78,7 @@ OPTIONS = {  # that several commands have
     "streaming": FLAG | dict(help="read the data while training, without downloading it first"),
     "max-images": dict(
         type=int,
-        help="use only so many images (to train on, where there are others to test on); for a stream: images per epoch",
+        help="use only so many images (to train on, where there are others to test on); of a stream: images per epoch",
     ),
     "pixel-range": dict(
         nargs="+",
@@ -97,7 +97,8 @@ OPTIONS = {  # that several commands have
     "crop-scale": dict(type=float, nargs=2, help="smallest and largest crop, as fractions of the image area"),
     # model
     "checkpoint": dict(
-        help="run folder; checkpoint of facebookresearch/mae, transformers or timm; or the name of one on the hub"
+        help="run folder; checkpoint of facebookresearch/mae, transformers or timm; the name of one on the hub; or "
+        "random: untrained"
     ),
     "model": dict(choices=list(smae.PRESETS), default="tiny", help="size of the encoder"),
     "image-size": dict(
@@ -138,16 +139,18 @@ OPTIONS = {  # that several commands have
     "batch-size": dict(type=int, help="images per step, over all processes together"),
     "accumulate": dict(type=int, default=1, help="micro-batches per step in each process (gradient accumulation)"),
     "blr": dict(type=float, action=BaseLearningRate, help="base learning rate, for a batch of 256 images"),
-    "lr": dict(type=float, help="learning rate (default: blr * batch size / 256)"),
+    "lr": dict(type=float, help="learning rate (default: blr * batch size / 256; linear: the best of ten)"),
     "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
     "clip-grad": dict(type=float, help="largest gradient norm (default: no clipping)"),
     "layer-decay": dict(type=float, help="ratio of the learning rate of each block to that of the next"),
     "drop-path": dict(type=float, help="stochastic depth of the last block"),
     "precision": dict(
-        choices=["auto", "no", "bf16", "fp16"], default="auto", help="auto: bf16 where the hardware has it"
+        choices=["auto", "no", "bf16", "fp16"],
+        default="auto",
+        help="auto: accelerate's own setting, else bf16 where the hardware has it, else fp16 on a GPU",
     ),
     "compile": FLAG | dict(help="compile the model (slow start, faster steps)"),
-    "seed": dict(type=int, default=0, help="seed of everything random"),
+    "seed": dict(type=int, default=0, help="random seed"),
     # run
     "resume": dict(
         nargs="?",
@@ -156,7 +159,7 @@ OPTIONS = {  # that several commands have
         "newest in --out, if there is one",
     ),
     "save-every-steps": dict(
-        type=int, help="steps between more checkpoints (one is written every 15 minutes in any case)"
+        type=int, help="write another checkpoint every so many steps (one is written every 15 minutes in any case)"
     ),
     "keep": dict(type=int, default=2, help="number of checkpoints to keep, the newest"),
     "log-with": dict(help="tracker of Accelerate: tensorboard, wandb, ... (default: none)"),

@@ -30,7 +30,7 @@ MEASURES = {
 
 
 class Pictures:
-    """Pictures with known objects: ``images`` (N, 3, H, W) uint8 and their ``groups``.
+    """Pictures with known objects: ``images`` (N, C, H, W) uint8 and their ``groups``.
 
     ``truth`` (N, H, W) is the share of object in each pixel. ``units`` (N,) numbers the independent
     units: pictures, or the videos they are from. ``skipped`` counts broken pictures and those where

@@ -1,8 +1,8 @@
 """Convert checkpoints of other projects to ``smae.SMAE`` and back.
 
-Reads facebookresearch/mae, transformers' ViTMAE, ViT, DeiT and DINOv2, and ViTs with timm's names
-(plain ViT, DeiT, MoCo v3, DINO, DINOv2). Writes timm, transformers and facebookresearch/mae. ``weights``
-are state dicts, ``config`` is the JSON beside them, ``arguments`` are those of ``smae.SMAE``.
+Reads facebookresearch/mae, transformers' ViTMAE, ViT, DeiT, DINOv2, I-JEPA and MSN, and ViTs with timm's
+names (ViT, DeiT, DeiT III, MoCo v3, DINO, DINOv2, SigLIP). Writes timm, transformers and facebookresearch/mae.
+``weights`` are state dicts, ``config`` is the JSON beside them, ``arguments`` are those of ``smae.SMAE``.
 Imports nothing of this project; ``smae.load`` and ``smae.save`` import it for every format but
 their own.
 
@@ -182,8 +182,9 @@ def from_foreign(
     """The arguments and the state dict of ``smae.SMAE`` for the checkpoint of another project.
 
     ``heads`` and ``image_size``, a side or (H, W), override ``config``. Without either, an encoder
-    has heads of 64 channels (width 1280: 80; the small one of MoCo v3: 32), a decoder has heads of
-    32, and the patch grid is square. The default mean and deviation are those of ImageNet.
+    has heads of 64 channels (widths 1152, 1280, 1408, 1664: 16 heads; the small one of MoCo v3: 12), a
+    decoder has heads of 32 channels, and the patch grid is square. The default mean and deviation are
+    those of ImageNet.
 
     Leaves out the heads of classifiers, and position tables equal to ``fixed_positions(grid, width,
     prefix)``, which the model computes. Raises ValueError if the checkpoint is not such a ViT.

@@ -1,7 +1,7 @@
 """Load data sets by name or path; decode, crop and normalise their pictures.
 
-Pictures are upright RGB, as PIL images or uint8 tensors. :func:`normalize` turns them into floats
-on the device.
+Pictures are upright, RGB unless a PixelFormat says otherwise, as PIL images or uint8 tensors.
+:func:`normalize` turns them into floats on the device.
 
 Letters in shapes: ``b`` batch, ``H``/``W`` image height/width in pixels, ``h``/``w`` cells of a
 grid.

@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "or, for label maps, a column that lists them (default: found in the data)",
             )
         if name in ("detect", "test"):
-            group.add_argument("--boxes", choices=["xywh", "xyxy"], default="xywh", help="what boxes are")
+            group.add_argument("--boxes", choices=["xywh", "xyxy"], default="xywh", help="format of the boxes")
         if name == "detect":
             group.add_argument(
                 "--single-class",
@@ -195,15 +195,19 @@ def add_training_options(parser: argparse.ArgumentParser, side: str):
         help=f"side of the training crops, and {side} in the test (default: the checkpoint's, or 64, rounded up)",
     )
     parser.add_argument("--test-split", help="split to test on (default: validation, val or test, else every tenth)")
-    parser.add_argument("--max-test-images", type=int, help="test on only so many pictures, from all over the data")
+    parser.add_argument("--max-test-images", type=int, help="test on only so many pictures, evenly spaced")
     group = parser.add_argument_group("optimisation (defaults: those of the preset)")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "weight-decay")
     group.add_argument("--lr", type=float, help="learning rate, not scaled with the batch")
-    group.add_argument("--schedule", choices=optim.SCHEDULES, help="learning-rate schedule (default: cosine)")
+    group.add_argument(
+        "--schedule", choices=optim.SCHEDULES, help="learning-rate schedule (default: the preset's, or cosine)"
+    )
     cli.add(group, "layer-decay", "drop-path", "clip-grad")
     group.add_argument("--scale", type=float, nargs=2, help="smallest and largest factor on the size of pictures")
     group = parser.add_argument_group("run")
-    group.add_argument("--test-every", type=int, help="epochs between tests (default: a fifth of --epochs)")
+    group.add_argument(
+        "--test-every", type=int, help="epochs between tests (default: the preset's, or a fifth of --epochs)"
+    )
     group.add_argument(
         "--floor",
         action=argparse.BooleanOptionalAction,

@@ -289,8 +289,8 @@ def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -
 
     Takes similarities (b, n, n) and ``foreground`` (b, n) bool. ``scoring``: "foreground" is the
     mean similarity to the foreground patches, from -1 to 1, as in the paper; "contrast" subtracts
-    the mean similarity to the others, and finds known objects better. Raises ValueError for another
-    scoring.
+    the mean similarity to the others, which finds known objects better if the features are good. Raises
+    ValueError for another scoring.
     """
     if scoring not in ("foreground", "contrast"):
         raise ValueError(f"scoring must be foreground or contrast, got {scoring!r}")

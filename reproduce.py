@@ -1,6 +1,7 @@
 """Test the claim: does self-guided masking learn better than random masking and AMT in the same number of epochs?
 
     python reproduce.py                                     # drawn shapes: 15 minutes on two cores
+    python reproduce.py --scale cpu --dataset PATH          # photographs, two cores
     python reproduce.py --scale small --dataset PATH        # photographs, one GPU
     python reproduce.py --scale paper                       # ImageNet-1k, 8 GPUs: prints the commands and the hours
 

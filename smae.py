@@ -705,9 +705,9 @@ def load(path: str | os.PathLike, device="cpu", *, heads: int | None = None, ima
 
     Reads checkpoints of :func:`save`, ``train.py``, ``eval.py`` and ``dense.py``. With
     ``convert.py``, also reads the encoder, and the decoder if any, of facebookresearch/mae ``.pth``
-    files, folders of transformers' ViTMAE, ViT, DeiT and DINOv2, and ViTs with timm's names (plain
-    ViT, DeiT, MoCo v3, DINO, DINOv2) as ``.safetensors``, ``.pth`` or a folder. With ``hub.py``,
-    ``path`` may be the name of any of these on the Hugging Face hub: user/model or
+    files, folders of transformers' ViTMAE, ViT, DeiT, DINOv2, I-JEPA and MSN, and ViTs with timm's
+    names (ViT, DeiT, DeiT III, MoCo v3, DINO, DINOv2, SigLIP) as ``.safetensors``, ``.pth`` or a
+    folder. With ``hub.py``, ``path`` may be the name of any of these on the Hugging Face hub: user/model or
     user/model@revision. ``heads`` and ``image_size`` (H, W) describe files without a configuration;
     ``convert.from_foreign`` documents the defaults.
 

@@ -8,7 +8,8 @@
 
 Leaves in --out: config.json, model.safetensors, metrics.jsonl (one object per epoch), masks.png,
 loss.png, README.md (a model card) and the newest checkpoints. SIGTERM, SIGINT (Ctrl-C) and SIGUSR1
-end it after the current step, with a checkpoint and exit code 128 + signal; a second signal ends it at once.
+end it after the current step, with a checkpoint and exit code 128 + signal; a second one, at least a
+second later, ends it at once.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask", choices=["random", "selfguided", "amt"], default="selfguided", help="masks after --guide-start"
     )
     cli.add(group, "mask-ratio")
-    group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="choice of the hints")
+    group.add_argument("--hint", choices=["none", "random", "similar"], default="random", help="how hints are drawn")
     group.add_argument("--hint-ratio", type=float, default=0.05, help="hints, as a fraction of all patches; at least 2")
     group.add_argument(
         "--hint-portion",
@@ -111,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--guide",
         choices=["online", "cached"],
         help="online: relevance of each crop, at every step; cached: of whole pictures, every --guide-every epochs "
-        "(default: cached for amt and --guide-from, else online)",
+        "(default: cached for amt and --guide-from, but online for streams; else online)",
     )
     group.add_argument(
         "--guide-from",
@@ -138,7 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--guide-every",
         type=int,
-        help="epochs between two passes of --guide cached; 0: one pass, at the start (default: a tenth of --epochs)",
+        help="epochs between two passes of --guide cached; 0: one pass, at the start, as with --guide-from (default: a "
+        "tenth of --epochs)",
     )
     group.add_argument(
         "--guide-layer",
@@ -166,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--probe-dataset", help="labelled data for it (default: the training data and its test split)")
     group.add_argument(
-        "--probe-images", type=int, nargs=2, default=(5000, 2000), help="its training and test pictures, from all over"
+        "--probe-images", type=int, nargs=2, default=(5000, 2000), help="its training and test pictures, evenly spaced"
     )
     return parser
 
