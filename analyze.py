@@ -199,7 +199,7 @@ def clusters(subjects: list[Subject], how: How) -> Finding:
     found, reference, shown = Finding(), None, few(subjects[0], how.drawn)[0]
     columns, clouds, scores = {"input": shown}, [{} for _ in shown], {}
     for subject in subjects:
-        _, x = few(subject, how.drawn)
+        own, x = few(subject, how.drawn)
         features = subject.features(x).float().cpu()
         labels = masks.cluster(features, min(how.clusters, features.shape[1]))
         cells = on_grid(subject, labels)
@@ -211,9 +211,7 @@ def clusters(subjects: list[Subject], how: How) -> Finding:
             clouds[row][subject.name] = places, flat.numpy()
             if 1 < len(flat.unique()) < len(points):
                 scores.setdefault(subject.name, []).append(silhouette_score(points, flat.numpy(), metric="cosine"))
-        columns[subject.name] = pictures.paint(
-            pictures.displayable(subject.images[few_rows(subject, how.drawn)]), cells
-        )
+        columns[subject.name] = pictures.paint(own, cells)
     found.numbers = {name: dict(silhouette=spread(torch.tensor(v))) for name, v in scores.items()}
     sheet = pictures.contact_sheet(
         same_size(columns), f"{how.clusters} clusters by recursive normalized cut, last block"
@@ -230,7 +228,8 @@ def reconstruction(subjects: list[Subject], how: How) -> Finding:
             continue
         rows = found.numbers[subject.name] = {}
         for kind in ("random", "own", "own, no hints"):
-            errors, masked = looks.reconstruction_errors(subject, kind, how.ratio, how.seed)
+            rules = how.foreground, how.relevance
+            errors, masked = looks.reconstruction_errors(subject, kind, how.ratio, how.seed, *rules)
             rows[kind] = dict(loss=spread(errors.mean(dim=1)))
             if subject.share is not None:
                 of_object = subject.share.gather(1, masked)
@@ -346,7 +345,7 @@ def contest_of(args: argparse.Namespace):
     with cli.one_line_errors(ValueError, OSError):
         cli.check_folder(args.out, args.overwrite, ("result.json", "masks.png"))
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        model = encoders.backbone(args.checkpoint, device)
+        model = encoders.backbone(args.checkpoint, device, image_size=args.image_size)
         layers, size = contest.choose_layers(model, args.layers), args.image_size or model.config["image_size"]
         h, w = grid = model.grid(torch.empty(0, model.config["channels"], *data.pair(size)))
         masks.masked_count(h * w, args.mask_ratio)
@@ -410,11 +409,13 @@ def open_subjects(args: argparse.Namespace) -> list[Subject]:
     if isinstance(dataset.features.get(args.mask_column), datasets.Image):
         rule = understand_column(dataset, args.mask_column, args.object_ids, args.object_void)
         print(f"objects of column {args.mask_column}: {rule.kind}")
+    elif args.mask_column != "mask" or args.object_ids or args.object_void is not None:
+        raise ValueError(f"{args.dataset} has no column {args.mask_column!r} of masks: see --mask-column")
     named = named_checkpoints(args.checkpoint)
-    loaded = {name: encoders.load(path) for name, path in named.items() if path not in ("random", "pixels")}
-    like = next((encoder.backbone.config for encoder in loaded.values()), {})  # for encoders without a size
-    if args.image_size:
-        like = like | dict(image_size=args.image_size)
+    asked = dict(image_size=args.image_size) if args.image_size else {}
+    paths = {name: path for name, path in named.items() if path not in ("random", "pixels")}
+    loaded = {name: encoders.load(path, untrained=asked) for name, path in paths.items()}
+    like = next((encoder.backbone.config for encoder in loaded.values()), {}) | asked  # for encoders without a size
     torch.manual_seed(args.seed)
 
     found, crops = [], {}
@@ -472,7 +473,7 @@ def look(args: argparse.Namespace):
                 start = time.perf_counter()
                 try:
                     findings[name] = command(subjects, how)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, RuntimeError) as error:  # of these a GPU without memory is one
                     if args.command == name:
                         raise
                     findings[name] = Finding(left_out=[f"everything: {error}"])  # the others matter as well

@@ -92,7 +92,7 @@ class TrainBatches:
         return self._check_and_move(self.reader.epoch(epoch, seen))
 
     def uncropped(self, count: int | None = None, size: Size | None = None) -> Iterator[Batch]:
-        """This process's share of all pictures (or the first ``count``), stretched to one size.
+        """This process's share of all pictures (or ``count`` of them), stretched to one size.
 
         The batches are those of ``plan.uncropped`` that are not empty. ``size``: side, or height and
         width (default: that of the crops). Raises ValueError for a stream.

@@ -186,7 +186,7 @@ def measure(guess: Guess, share: Tensor, ratio: float) -> dict[str, Tensor]:
 def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: int) -> dict[str, float]:
     """The model's losses under random masks, on object and background.
 
-    Takes uint8 images (N, 3, H, W) with an object that covers ``share`` (N, n) of each patch.
+    Takes uint8 images (N, C, H, W) with an object that covers ``share`` (N, n) of each patch.
     The masks depend on ``seed``, not on the model.
     """
     noise = torch.from_numpy(uniform((seed, RandomStream.MASK), range(len(images)), share.shape[1]))
@@ -194,8 +194,7 @@ def losses(model: smae.SMAE, images: Tensor, share: Tensor, ratio: float, seed: 
     for some_images, some_share, some_noise in zip(images.split(64), share.split(64), noise.split(64)):
         x = data.normalize(some_images.to(device), *model.statistics)
         mask = masks.random_mask(*some_share.shape, ratio, noise=some_noise.to(device))
-        prediction = model.decode(model.encode(x, mask.visible), mask, model.grid(x)).float()
-        errors = (prediction - model.target(x, mask.masked)).pow(2).mean(dim=-1).cpu()
+        errors = model.errors(x, mask).cpu()
         areas = some_share.gather(1, mask.masked.cpu())
         areas = torch.stack([areas, 1 - areas])
         sums += torch.stack([(areas * errors).sum(dim=(1, 2)), areas.sum(dim=(1, 2))])

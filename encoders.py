@@ -100,12 +100,7 @@ def load(name: str, *, heads: int | None = None, untrained: dict | None = None) 
         return Pixels(untrained["image_size"], untrained["patch_size"], untrained.get("channels", 3))
     if name == "random":
         return ViT(smae.SMAE(**untrained).eval())
-    try:
-        model = smae.load(name, heads=heads)
-    except ValueError as error:
-        if "do not form a square grid" not in str(error) or size is None:
-            raise
-        model = smae.load(name, heads=heads, image_size=size)
+    model = _load(name, heads=heads, image_size=size)
     return FineTuned(model) if isinstance(model, smae.Classifier) else ViT(smae.encoder_of(model))
 
 
@@ -122,9 +117,23 @@ def resized(encoder: smae.SMAE, image_size: data.Size) -> smae.SMAE:
     return copy
 
 
-def backbone(name: str, device: torch.device | str = "cpu", heads: int | None = None) -> smae.SMAE:
-    """The SMAE of a run folder or checkpoint, without the head of a classifier, segmenter or detector."""
-    return smae.encoder_of(smae.load(name, device, heads=heads))
+def backbone(
+    name: str, device: torch.device | str = "cpu", heads: int | None = None, image_size: data.Size | None = None
+) -> smae.SMAE:
+    """The SMAE of a run folder or checkpoint, without the head of a classifier, segmenter or detector.
+
+    ``image_size`` is that of files without it whose positions form no square.
+    """
+    return smae.encoder_of(_load(name, device, heads=heads, image_size=image_size))
+
+
+def _load(name: str, device: torch.device | str = "cpu", *, heads: int | None, image_size: data.Size | None):
+    try:
+        return smae.load(name, device, heads=heads)
+    except ValueError as error:
+        if "do not form a square grid" not in str(error) or image_size is None:
+            raise
+        return smae.load(name, device, heads=heads, image_size=image_size)
 
 
 # ------------------------------------------------------------------------------ every picture once

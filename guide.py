@@ -281,8 +281,8 @@ class Guide:
     ):
         """Compute the relevance of every whole picture of the data and keep it in ``file``: one pass, shared out.
 
-        ``debias`` takes another pass before, over the first MEAN_OVER pictures, for the mean of the
-        features. ``after_each`` is called after every batch, equally often in each process. Raises
+        ``debias`` takes another pass before, over MEAN_OVER pictures, for the mean of the features.
+        ``after_each`` is called after every batch, equally often in each process. Raises
         OSError, in all processes, if the main one cannot write the file; earlier maps then stay.
         """
 

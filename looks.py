@@ -171,11 +171,13 @@ def objects_found(subject: Subject, foreground: str, scoring: str) -> dict[int |
     return {layer: {name: torch.cat(parts) for name, parts in both.items()} for layer, both in found.items()}
 
 
-def reconstruction_errors(subject: Subject, masked_by: str, ratio: float, seed: int) -> tuple[Tensor, Tensor]:
+def reconstruction_errors(
+    subject: Subject, masked_by: str, ratio: float, seed: int, foreground: str = "border", scoring: str = "contrast"
+) -> tuple[Tensor, Tensor]:
     """The loss of every patch (N, m) under some masks, and which patches these are (N, m).
 
     ``masked_by``: "random", the same for every model of as many patches, or the model's own clusters
-    with hints ("own") or without ("own, no hints").
+    with hints ("own") or without ("own, no hints"); ``foreground`` and ``scoring`` are those of masks.py.
     """
     errors, masked = [], []
     for rows, x in subject.parts(f"reconstruction, {masked_by} masks"):
@@ -184,7 +186,8 @@ def reconstruction_errors(subject: Subject, masked_by: str, ratio: float, seed: 
         else:
             tokens = subject.features(x, max(1, len(subject.model.blocks) - 1))
             hint = "none" if "no hints" in masked_by else "random"
-            mask = masks.self_guided_mask(tokens, subject.grid, ratio, hint, noise=subject.noise(rows, seed))
+            how = dict(foreground=foreground, scoring=scoring, noise=subject.noise(rows, seed))
+            mask = masks.self_guided_mask(tokens, subject.grid, ratio, hint, **how)
         errors.append(subject.model.errors(x, mask).cpu())
         masked.append(mask.masked.cpu())
     return torch.cat(errors), torch.cat(masked)

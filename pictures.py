@@ -27,7 +27,7 @@ CLUSTERS = [matplotlib.colors.to_rgb(colour) for colour in [*COLOURS, "#F0E442",
 
 @torch.no_grad()
 def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch: int | None = None) -> Figure:
-    """Draw masks and reconstructions of uint8 images (b, 3, H, W), one row each.
+    """Draw masks and reconstructions of uint8 images (b, c, H, W), one row each.
 
     Columns: input, random mask, bipartition, relevance, informed mask, informed mask with the
     hints of ``epoch``, reconstruction; with AMT: input, random mask, attention, mask,
@@ -258,7 +258,7 @@ def style(number: int) -> dict:
     return dict(color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=4)
 
 
-def by_layer(panels: dict[str, dict[str, dict]], dots: bool = False, order: list[str] | None = None) -> Figure:
+def by_layer(panels: dict[str, dict[str, dict]], order: list[str], dots: bool = False) -> Figure:
     """Draw values by layer: panels by their axis label, in them curves by encoder and layer.
 
     Values are tensors whose mean is drawn; ``dots`` adds the mean over pictures (N, heads) of each
@@ -269,7 +269,7 @@ def by_layer(panels: dict[str, dict[str, dict]], dots: bool = False, order: list
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, subjects) in zip(axes, panels.items()):
         for name, layers in subjects.items():
-            look = style((order or list(subjects)).index(name))
+            look = style(order.index(name))
             depth = sum(isinstance(layer, int) for layer in layers)
             places = [layer if isinstance(layer, int) else depth + int(layer.split("-")[1]) for layer in layers]
             means = [values.float().nanmean().item() for values in layers.values()]

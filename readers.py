@@ -74,14 +74,14 @@ class Plan(NamedTuple):
         return by_rank[self.share.rank]
 
     def uncropped(self, count: int | None = None) -> list[np.ndarray]:
-        """Indices of this process's share of all pictures (or the first ``count``), by batch.
+        """Indices of this process's share of all pictures (or ``count`` evenly spaced ones), by batch.
 
-        Process r of w gets pictures r, r + w, r + 2w, ... All processes get the same number of
+        Process r of w gets every w-th of them, from number r on. All processes get the same number of
         batches; the last may be empty.
         """
-        count = min(count or self.length, self.length)
-        mine = np.arange(self.share.rank, count, self.share.world)
-        largest_share = -(-count // self.share.world)
+        chosen = data.evenly_spaced(self.length, count or self.length)
+        mine = chosen[self.share.rank :: self.share.world]
+        largest_share = -(-len(chosen) // self.share.world)
         size = self.micro_batch_size
         return [mine[start : start + size] for start in range(0, largest_share, size)]
 

@@ -90,7 +90,7 @@ PROBES = 3  # linear probes per run: which head is chosen depends on the split o
 OURS = ("dataset", "epochs", "seed", "mask", "save_every", "keep", "out", "resume", "overwrite")  # not for --pretrain
 GUIDING = set(  # options that make no difference before the guide starts
     "mask hint hint_ratio hint_portion hint_end amt_ratio throw_ratio guide guide_start guide_every guide_layer "
-    "guide_debias guide_from guide_image_size guide_shuffle foreground relevance".split()
+    "guide_debias guide_from guide_image_size guide_shuffle foreground relevance object_ids object_void".split()
 )
 
 
@@ -212,9 +212,12 @@ def check_experiment(experiment: Experiment, pretrain: str):
             raise ValueError(f"--judge-at {epoch}: checkpoints are kept every {eighth} epochs, of {experiment.epochs}")
     parser = train.build_parser()
     parser.set_defaults(**dict.fromkeys(OURS))
-    options = vars(parser.parse_args(shlex.split(pretrain)))
-    if taken := [name for name in OURS if options[name] is not None]:
-        raise ValueError(f"--pretrain cannot set {', '.join(taken)}: reproduce.py sets them from its own options")
+    texts = {"--pretrain": pretrain} | {f"--arm {name}": options for name, options in experiment.arms.items()}
+    for option, text in texts.items():
+        given = vars(parser.parse_args(shlex.split(text)))
+        taken = [name for name in OURS if given[name] is not None and (name != "mask" or option == "--pretrain")]
+        if taken:
+            raise ValueError(f"{option} cannot set {', '.join(taken)}: reproduce.py sets them from its own options")
     for command in ("knn", "linear"):
         probe_arguments(experiment, command)
     judge.build_parser().parse_args(["finetune", *shlex.split(experiment.finetune or "")])
@@ -242,9 +245,9 @@ class Run:
         self.judge_at = experiment.judge_at
         every, start = save_every(experiment.epochs), guide_start(experiment.epochs)
         common = [
-            *shlex.split(f"--guide-start {start} --guide-every {every} {experiment.pretrain}"),
+            *shlex.split(f"--guide-start {start} --guide-every {every} --preload {experiment.pretrain}"),
             *("--dataset", experiment.dataset),
-            *f"--preload --epochs {experiment.epochs} --seed {seed} --save-every {every} --keep 9999".split(),
+            *f"--epochs {experiment.epochs} --seed {seed} --save-every {every} --keep 9999".split(),
         ]
         self.options = [*common, *shlex.split(experiment.arms[arm]), "--out", str(self.out)]
         self.settings = train.parse_arguments(self.options)
@@ -275,12 +278,20 @@ class Run:
         first = self.settings.guide_start if guided else 0
         return [epoch for epoch in self.judge_at if epoch > first]
 
+    def due(self, experiment: Experiment) -> list[int]:
+        """The epochs whose evaluation is asked for: with --select the last one."""
+        return self.epochs_to_judge()[-1:] if experiment.select else self.epochs_to_judge()
+
     def is_judged(self, experiment: Experiment) -> bool:
         """Whether all its results are there, so that its weights are no longer needed."""
-        due = self.epochs_to_judge()[-1:] if experiment.select else self.epochs_to_judge()
-        known = read(judgements(experiment, self))
+        due, known = self.due(experiment), read(judgements(experiment, self))
         tuned = experiment.select or not experiment.finetune or (self.out / "finetune" / "result.json").exists()
         return tuned and len(self.records()) == self.settings.epochs and all(str(epoch) in known for epoch in due)
+
+    def outlives_its_weights(self) -> bool:
+        """Whether it is trained and has results, but no longer its weights, so that results could not be made again."""
+        judged = any((self.out / name).exists() for name in ("tests.json", "selection.json"))
+        return judged and len(self.records()) == self.settings.epochs and not checkpoint.folders(self.out)
 
     def resume(self, random: "Run") -> list[str]:
         """The options to resume with: from itself, or at first from the run with random masks, which begins alike."""
@@ -326,7 +337,7 @@ def work(jobs: list[Job], count: int) -> list[str]:
                     if code:
                         failed.append(job.name)
                         print(f"exit code {code}: {job.log.read_text().strip()[-1000:]}", file=sys.stderr)
-    except KeyboardInterrupt:
+    except BaseException:  # a signal, a full disk
         for _, process, _ in running.values():
             process.terminate()  # training then writes a checkpoint
         for _, process, _ in running.values():
@@ -357,12 +368,16 @@ def pretrain(experiment: Experiment, runs: list[Run]) -> list[str]:
     random = {run.seed: run for run in runs if run.arm == "random"}
     jobs = []
     for run in (run for run in runs if not run.done and not run.is_judged(experiment)):
+        if run.outlives_its_weights():
+            print(f"{run.name}: its checkpoints are gone, so that other results than those in {run.out} need a new run")
+            continue
         first = random.get(run.seed, run)
 
         def arguments(run: Run = run, first: Run = first) -> list[str]:
-            if not checkpoint.folders(run.out):  # results of other weights, imported perhaps, are void
+            if not checkpoint.folders(run.out):  # results of other weights are void
                 for name in EVIDENCE:
                     (run.out / name).unlink(missing_ok=True)
+                shutil.rmtree(run.out / "finetune", ignore_errors=True)
             return [sys.executable, str(ROOT / "train.py"), *run.options, *run.resume(first)]
 
         after = None if first is run else f"pre-training {first.name}"  # no such job: it is done
@@ -405,8 +420,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
     due = []
     for run in (run for run in runs if run.done):
         known, checkpoints = read(judgements(experiment, run)), run.checkpoints()
-        wanted = run.epochs_to_judge()[-1:] if experiment.select else run.epochs_to_judge()
-        wanted = [epoch for epoch in wanted if str(epoch) not in known]
+        wanted = [epoch for epoch in run.due(experiment) if str(epoch) not in known]
         if gone := [epoch for epoch in wanted if epoch not in checkpoints]:
             print(f"{run.name}: not evaluated after epochs {gone}, whose checkpoints are gone", flush=True)
         due += [(run, epoch, checkpoints[epoch]) for epoch in wanted if epoch in checkpoints]
@@ -432,7 +446,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
             crops[kind] = [EvalBatches(part, **options, keep=True, form=form) for part in (training, tests)]
         seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[kind]]
         common = dict(classes=len(classes), device=accelerator.device)
-        how = dict(epochs=linear.epochs, batch_size=linear.batch_size, lr=linear.lr, weight_decay=linear.weight_decay)
+        how = dict(epochs=linear.epochs, batch_size=linear.batch_size)
         seeds = range(PROBES * run.seed, PROBES * (run.seed + 1))
         found = [probes.evaluate_linear(*seen, **how, **common, seed=seed)["top1"] for seed in seeds]
         how = dict(ks=knn.k, temperature=knn.temperature)
@@ -694,6 +708,9 @@ def main():
                 judge_all(experiment, runs)
                 if experiment.finetune and not experiment.select:
                     failed += finetune(experiment, runs)
+                if experiment.evidence:  # to which others may have added
+                    note_settings(experiment)
+                    import_evidence(experiment)
                 report(experiment)
                 export_evidence(experiment, runs)
         except KeyboardInterrupt as interrupt:

@@ -8,8 +8,8 @@
             run.end_epoch()
     run.finish()
 
-Pre-training, fine-tuning and the linear probe of MAE are such loops. What else a training must
-remember, and what has a ``state_dict``, goes into ``parts``.
+Pre-training, fine-tuning, the linear probe of MAE, segmentation and detection are such loops. What
+else a training must remember, and what has a ``state_dict``, goes into ``parts``.
 """
 
 import collections
@@ -463,11 +463,11 @@ class Run:
         self.check_losses()
         self._check_weights()
         progress.seconds = time.perf_counter() - self.clock
-        state = self._state()
         ended = not progress.seen  # the epoch has
         due = folder.is_due(progress.epoch - 1, progress.step) if ended else folder.is_due_at_step(progress.step)
         if not due:
             folder.extra_steps.add(progress.step)
+        state = self._state()
         keep = folder.keep, folder.extra_steps, self.attached()
         done = self.write(lambda: checkpoint.write(folder.path, progress.step, self.model, state, *keep))
         if not self.peers.largest(not done)[0]:
@@ -500,6 +500,7 @@ class Run:
             scaler=scaler.state_dict() if scaler else None,
             bad=self.batches.bad.state_dict(),
             lengths=dict(collections.ChainMap(*gather_object([self.batches.lengths]))),
+            extra_steps=sorted(self.folder.extra_steps),
             **{name: part.state_dict() for name, part in self.parts.items()},
         )
 
@@ -524,6 +525,7 @@ class Run:
 
         if source.parent == self.folder.path.resolve():
             self.folder.saved_step, self.folder.holds_other_run = progress.step, False
+            self.folder.extra_steps.update(state.get("extra_steps", []))
         else:
             progress.name = uuid.uuid4().hex
         self.bar.update(self.steps_done())

@@ -2,8 +2,8 @@
 
 Works alone, with torch, einops and safetensors; checkpoints of other projects also need
 ``convert.py``, those of ``dense.py`` also ``segmenter.py`` or ``detector.py``. A mask is any object
-with ascending integer index tensors ``visible`` (b, v) and
-``masked`` (b, m), such as a ``masks.Mask``.
+with ascending integer index tensors ``visible`` (b, v) and ``masked`` (b, m), such as a
+``masks.Mask``.
 
 Letters in shapes: ``b`` batch, ``n`` patches (n = h * w of the patch grid), ``v`` visible, ``m``
 masked, ``d`` width, ``p`` patch side, ``c`` channels, ``H``/``W`` image height/width in pixels.

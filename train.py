@@ -61,7 +61,7 @@ PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
     blr=1.5e-4,
     save_every=5,
 )
-NOT_REPEATED = {"config", "preset", "out", "overwrite", "resume", "help"}
+NOT_REPEATED = {"config", "preset", "out", "overwrite", "resume"}
 MAPS = "relevance.npy"  # of whole pictures, as long as --guide cached needs it
 IGNORED = set(  # when resuming: what makes no difference, and what the model's configuration says
     "out overwrite resume save_every save_every_steps keep log_with max_bad_images config probe_every probe_dataset "
@@ -272,8 +272,8 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=N
         config = dict(resumed)
         args.image_size = args.image_size or pixels.compact(config["image_size"])
     elif args.init_from:
-        source = encoders.backbone(args.init_from, heads=args.heads)
-        fresh = args.fresh_decoder or not source.config["decoder_depth"]
+        source = encoders.backbone(args.init_from, heads=args.heads, image_size=args.image_size)
+        fresh = args.fresh_decoder = args.fresh_decoder or not source.config["decoder_depth"]
         config = source.config | (decoder_sizes(source) | dict(normalize_pixels=True) if fresh else {})
         args.image_size = args.image_size or pixels.compact(config["image_size"])
         config["norm_after_mean"] = False  # the decoder reads tokens after the norm
@@ -282,12 +282,16 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=N
     else:
         config = smae.PRESETS[args.model] | dict(normalize_pixels=True)
         config.setdefault("patch_size", 8)
-        if args.channels not in (None, 1, 3) and dataset is not None:
+        if resumed and resumed["channels"] == args.channels:
+            config |= dict(mean=resumed["mean"], std=resumed["std"])
+        elif args.channels not in (None, 1, 3) and dataset is not None:
             form = data.pixel_format(dataset, args.channels, args.pixel_range)
             config["mean"], config["std"] = data.measure_statistics(dataset, form)
         args.image_size = args.image_size or 64
     config |= cli.model_sizes(vars(args)) | dict(image_size=args.image_size)
     model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
+    if not model.config["decoder_depth"]:
+        raise ValueError("--decoder-depth must be at least 1: the decoder reconstructs what is masked, got 0")
     if source:
         smae.initialise(model, source, decoder=not fresh)
     args.patch_size = model.patch_size
@@ -376,6 +380,8 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
             began = state["config"]["train"]
             args.init_from = args.init_from or began.get("init_from")
             args.fresh_decoder = args.fresh_decoder or began.get("fresh_decoder", False)
+            if options["guide_start"] is None and began["mask"] != "random":  # longer, but guided from the same epoch
+                args.guide_start = began["guide_start"]
         set_seed(args.seed)
         if not accelerator.is_main_process:
             datasets.disable_progress_bars()
@@ -568,7 +574,7 @@ def restore_relevance(run: Run, guide: Guide, state: dict, source: Path):
             run.folder.claim()
             checkpoint.link(source / MAPS, file)
     run.accelerator.wait_for_everyone()
-    found = guide.load_maps(state, file) or not guide.cached
+    found = guide.load_maps(state, file) or not (guide.cached and guide.lacks_maps and guide.guides(guide.epochs))
     if run.peers.largest(not found)[0]:
         run.say(f"the relevance of whole pictures ({MAPS}) is lost or of another kind: it will be computed again")
 

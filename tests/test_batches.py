@@ -107,6 +107,8 @@ def test_every_process_gets_its_share_of_the_uncropped_pictures_in_as_many_batch
     expected = torch.stack([pixels.stretch(picture(seed=i), 20) for i in range(20)])
     difference = torch.stack([found[i] for i in range(20)]).int() - expected.int()
     assert difference.abs().float().mean() < 2 if preload else not difference.any()
+    some = TrainBatches(pictures, 16, 6, preload=preload).uncropped(3, size=20)  # not all of the first class
+    assert [batch.indices.tolist() for batch in some] == [[0, 9, 19]]
 
 
 def test_what_does_not_divide_or_suffice_is_refused(pictures):

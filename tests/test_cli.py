@@ -107,11 +107,3 @@ def test_commands_can_be_called_from_python(quick_drawing, monkeypatch, tmp_path
         with pytest.raises((ValueError, OSError)):
             call()
     assert "error:" not in capfd.readouterr().err  # an exception says it
-
-
-def test_from_the_command_line_an_error_is_a_line_and_a_code(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "0", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        train.main()
-    assert stopped.value.code == 1
-    assert capfd.readouterr().err.strip().endswith("error: --epochs must be at least 1, got 0")

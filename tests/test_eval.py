@@ -660,6 +660,12 @@ def test_oblong_positions_take_the_size_that_is_given(tmp_path):
         encoders.load(str(tmp_path / "oblong.pth"), heads=2)
     given = encoders.load(str(tmp_path / "oblong.pth"), heads=2, untrained=dict(image_size=[32, 64]))
     assert given.image_size == (32, 64)
+    own = encoders.backbone(str(tmp_path / "oblong.pth"), heads=2, image_size=[32, 64])
+    assert own.config["image_size"] == [32, 64]
+    args = train.parse_arguments(
+        ["--init-from", str(tmp_path / "oblong.pth"), "--heads", "2", "--image-size", "32", "64"]
+    )
+    assert train.build_model(args).config["image_size"] == [32, 64]
 
 
 # ------------------------------------------------------------------------------------------- reconstruction

@@ -659,9 +659,6 @@ def test_auto_starts_after_the_epoch_that_is_ready_and_every_run_is_measured(
         assert ("the guide never started" in printed) == (not extra) and "starts after" not in printed
 
 
-# ------------------------------------------------------------------------------------------- judging
-
-
 # ------------------------------------------------------------------------------------------- whatever the features are
 
 

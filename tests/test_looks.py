@@ -79,7 +79,12 @@ def test_errors_under_the_same_random_masks_are_the_loss(small_model):
     assert torch.equal(masked, mask.masked)
     with torch.no_grad():
         torch.testing.assert_close(errors.mean(), small_model(data.normalize(subject.images), mask))
+    assert errors.shape == (5, 12)
     own = looks.reconstruction_errors(subject, "own", 0.75, 3)[1]
+    small = looks.reconstruction_errors(subject, "own", 0.75, 3, "small", "foreground")[1]
+    tokens = small_model.features(data.normalize(subject.images), len(small_model.blocks) - 1).detach()
+    how = dict(foreground="small", scoring="foreground", noise=subject.noise(slice(None), 3))
+    assert torch.equal(small, masks.self_guided_mask(tokens, (4, 4), **how).masked) and not torch.equal(small, own)
     bare = looks.reconstruction_errors(subject, "own, no hints", 0.75, 3)[1]
     assert not torch.equal(own, masked) and not torch.equal(own, bare)
 

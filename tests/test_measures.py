@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from einops import reduce
 
@@ -84,11 +86,9 @@ def test_planted_blocks_have_their_gap():
 
 
 def test_the_divergence_of_relations_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    special = pytest.importorskip("scipy.special")
     last, now = torch.rand(2, 4, 4), torch.rand(2, 4, 4)
-    p, q = special.softmax(last.numpy(), -1), special.softmax(now.numpy(), -1)
-    wanted = [np.mean([stats.entropy(p[i, row], q[i, row]) for row in range(4)]) for i in range(2)]
+    p, q = scipy.special.softmax(last.numpy(), -1), scipy.special.softmax(now.numpy(), -1)
+    wanted = [np.mean([scipy.stats.entropy(p[i, row], q[i, row]) for row in range(4)]) for i in range(2)]
     assert measures.relation_divergence(last, now).tolist() == pytest.approx(wanted, rel=1e-4)
     assert measures.relation_divergence(last, last).abs().max() < 1e-6
 

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
 import probes
 
 
 @pytest.mark.parametrize("chunk, queries", [(1000, 1000), (7, 5), (64, 1)])
 def test_knn_is_that_of_scikit_learn(chunk, queries):
-    neighbors = pytest.importorskip("sklearn.neighbors")
     centres = torch.randn(7, 16)
     labels, test_labels = torch.randint(7, (90,)), torch.randint(7, (40,))
     x, test = (centres[wanted] + 3 * torch.randn(len(wanted), 16) for wanted in (labels, test_labels))
@@ -15,7 +16,7 @@ def test_knn_is_that_of_scikit_learn(chunk, queries):
         x, labels, test, ks=[1, 5, 20, 90], classes=7, temperature=0.3, chunk=chunk, queries=queries
     )
     for k in ours:
-        peer = neighbors.KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.3))
+        peer = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.3))
         assert (peer.fit(x.numpy(), labels.numpy()).predict(test.numpy()) == ours[k].numpy()).all()
     assert len({tuple(predicted.tolist()) for predicted in ours.values()}) == 4  # k makes a difference
 
@@ -44,11 +45,10 @@ def test_a_learning_rate_of_0_is_one():
 
 
 def test_a_head_finds_what_logistic_regression_finds():
-    linear_model = pytest.importorskip("sklearn.linear_model")
     centres = torch.randn(4, 6)
     labels = torch.randint(4, (400,))
     x = 5 + 3 * (centres[labels] + 0.7 * torch.randn(400, 6))
     how = dict(classes=4, settings=[(0.1, 0.0)], epochs=100, batch_size=100, seed=0)
     logits = probes.fit_heads(x, labels, torch.arange(400), **how)(x)[0]
-    peer = linear_model.LogisticRegression(C=1e6, max_iter=1000).fit(x.numpy(), labels.numpy())
+    peer = LogisticRegression(C=1e6, max_iter=1000).fit(x.numpy(), labels.numpy())
     assert (logits.argmax(1).numpy() == peer.predict(x.numpy())).mean() > 0.97

@@ -94,10 +94,11 @@ def test_all_sizes_but_the_models_own_and_layers_that_few_have(checkpoints, tmp_
     assert "one" not in result["clusters"]
 
 
-def test_a_command_that_fails_does_not_take_the_report_with_it(checkpoints, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError])
+def test_a_command_that_fails_does_not_take_the_report_with_it(kind, checkpoints, monkeypatch, tmp_path):
     def fails(*_):
         """It fails."""
-        raise ValueError("not today")
+        raise kind("not today")
 
     monkeypatch.setitem(analyze.FIGURES, "attention", fails)
     result = see("report", tmp_path, f"mae={checkpoints / 'mae'}")
@@ -133,6 +134,7 @@ def test_progress_is_that_of_a_run(quick_drawing, monkeypatch, tmp_path):
         (["$x_{^$=random"], "is no name for a checkpoint"),
         (["random", "--layers", "99"], "--layers 99: no encoder has such a block"),
         (["random", "--drawn", "0"], "'0' is not a number above 0"),
+        (["random", "--mask-column", "nothing"], "shapes has no column 'nothing' of masks"),
     ],
 )
 def test_wrong_calls_give_one_line_and_leave_results_alone(arguments, message, tmp_path, capsys):

@@ -165,7 +165,27 @@ def test_an_experiment_goes_from_pre_training_to_a_table_and_is_not_done_twice(
         assert "holds another experiment" in capsys.readouterr().err
 
 
-def test_evidence_outlives_the_weights_and_seed_comes_after_seed(reproduced, tmp_path):
+def test_results_that_could_not_be_made_again_stay(monkeypatch, tmp_path, capsys):
+    """Asked for one more evaluation, it removed all, to train again, although others may do without it."""
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--epochs", "8", "--finetune", "none", "--out", str(tmp_path)])
+    args, jobs = reproduce.parse_arguments(), []
+    monkeypatch.setattr(reproduce, "work", lambda found, count: jobs.extend(found) or [])
+    run = reproduce.Run(args, "random", 0)
+    run.out.mkdir()
+    (run.out / "metrics.jsonl").write_text("{}\n" * 8)
+    (run.out / "finetune").mkdir()
+    (run.out / "finetune" / "result.json").write_text("{}")
+    (run.out / "tests.json").write_text(json.dumps({"8": dict(knn=1.0, linear=2.0)}))  # not after 2, 4, 6
+    before = contents(run.out)
+    assert reproduce.pretrain(args, [run]) == jobs == [] and contents(run.out) == before
+    assert "its checkpoints are gone" in capsys.readouterr().out
+    (run.out / "tests.json").unlink()  # without it there is nothing to lose
+    reproduce.pretrain(args, [run])
+    jobs[0].arguments()
+    assert contents(run.out) == {}
+
+
+def test_evidence_outlives_the_weights_and_seed_comes_after_seed(reproduced, monkeypatch, tmp_path):
     out, kept = tmp_path / "first", tmp_path / "evidence"
     arguments = [*QUICK, "--finetune", "none", "--seeds", "0", "1", "--jobs", "1", "--evidence", kept]
     text = reproduced(*arguments, "--out", out)
@@ -182,13 +202,23 @@ def test_evidence_outlives_the_weights_and_seed_comes_after_seed(reproduced, tmp
     )
     assert (again / "table.md").read_text() == (out / "table.md").read_text()  # of both seeds
     grey = ["--arm", "grey=--mask random --channels 1"]
+    judge_all = reproduce.judge_all
+
+    def meanwhile(*given):  # another machine keeps a seed of its own there
+        judge_all(*given)
+        shutil.copytree(kept / "random-seed1", kept / "random-seed7", dirs_exist_ok=True)
+        settings = json.loads((kept / "settings.json").read_text())
+        (kept / "settings.json").write_text(json.dumps(settings | dict(seeds=[*settings["seeds"], 7])))
+
+    monkeypatch.setattr(reproduce, "judge_all", meanwhile)
     more = reproduced(*arguments, "--seeds", "2", "--arms", "random", *grey, "--out", again)
     assert "pre-training random-seed2: done" in more and "seed1" not in more
     assert (kept / "random-seed2" / "tests.json").exists()
     records = json.loads((kept / "results.json").read_text())
     assert {(r["arm"], r["seed"]) for r in records} == {
-        ("random", 0), ("random", 1), ("random", 2), ("cached", 0), ("cached", 1), ("grey", 2),
+        ("random", 0), ("random", 1), ("random", 2), ("cached", 0), ("cached", 1), ("grey", 2), ("random", 7),
     }  # fmt: skip
+    assert json.loads((kept / "settings.json").read_text())["seeds"] == [0, 1, 2, 7]
 
 
 def test_evidence_of_another_experiment_is_refused_before_it_is_copied(monkeypatch, tmp_path):
@@ -260,6 +290,7 @@ def test_a_scale_is_fine_tuned_as_it_says_and_as_asked(monkeypatch, options, exp
     ("--mask selfguided --guide-start 6", 4),
     ("--mask selfguided --guide-start 3 --guide cached --guide-shuffle --hint-end 0.5 --hint-portion 0.7", 3),
     ("--mask selfguided --guide-start 2 --guide-from elsewhere --guide-image-size 8", 2),
+    ("--mask selfguided --guide-start 2 --guide-from column:mask --object-ids 1 --object-void 9", 2),
     ("--mask selfguided --guide-start 0", None),
     ("--mask selfguided --guide-start 2 --mask-ratio 0.6", None),
     ("--mask selfguided --guide-start 2 --blr 1e-4", None),
@@ -311,12 +342,15 @@ def test_the_floors_are_arms_where_asked_for():
     assert {shuffled.mask, centre.mask} == {"selfguided"} and {shuffled.guide, centre.guide} == {"cached"}
 
 
-@pytest.mark.parametrize("options, start, every", [("", 8, 2), ("--guide-start 5 --guide-every 3", 5, 3)])
-def test_options_of_all_arms_have_their_way(monkeypatch, tmp_path, options, start, every):
+@pytest.mark.parametrize("options, start, every, preload", [
+    ("", 8, 2, "device"),
+    ("--guide-start 5 --guide-every 3 --preload host", 5, 3, "host"),
+])  # fmt: skip
+def test_options_of_all_arms_have_their_way(monkeypatch, tmp_path, options, start, every, preload):
     arguments = ["reproduce.py", "--epochs", "16", f"--pretrain={options}", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     settings = reproduce.Run(reproduce.parse_arguments(), "cached", 0).settings
-    assert (settings.guide_start, settings.guide_every) == (start, every)
+    assert (settings.guide_start, settings.guide_every, settings.preload) == (start, every, preload)
 
 
 def test_a_folder_is_drawn_up_with_all_arms_and_seeds_it_was_ever_asked_for(monkeypatch, tmp_path):
@@ -425,6 +459,13 @@ def test_a_signal_stops_all_jobs_and_starts_no_more(fakes, monkeypatch):
     assert [process.code for process in Fake.started] == [143, 143]
 
 
+def test_an_error_leaves_no_jobs_behind(fakes, tmp_path):
+    job = fakes("second", "waits")
+    with pytest.raises(OSError):
+        reproduce.work([fakes("first", "waits"), job._replace(log=tmp_path / "nowhere" / "log")], 2)
+    assert [process.code for process in Fake.started] == [143]
+
+
 def test_a_job_waits_for_the_one_it_needs_and_failures_are_named(fakes, capsys):
     jobs = [fakes("second", "fails", "first"), fakes("first", "fails"), fakes("third", "fails", "not to be done")]
     assert sorted(reproduce.work(jobs, 2)) == ["first", "second", "third"]
@@ -523,6 +564,7 @@ def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
     (["--scale", "small"], "--scale small needs --dataset"),
     (["--pretrain", "--guide-start 3 --epochs 9 --keep 1"], "--pretrain cannot set epochs, keep"),
     (["--pretrain=--seed=0"], "--pretrain cannot set seed"),
+    (["--arm", "long=--mask random --epochs 16"], "--arm long cannot set epochs"),
     (["--probe=--nonsense"], "unrecognized arguments: --nonsense"),
     (["--finetune=--nonsense"], "unrecognized arguments: --nonsense"),
     (["--dataset", "no/such/data", "--arms", "random", "--seeds", "0"], "failed: pre-training random-seed0"),

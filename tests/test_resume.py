@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import forked
 import numpy as np
@@ -22,7 +23,9 @@ import cli
 import data
 import run
 import smae
+import train
 from batches import TrainBatches
+from guide import Guide
 from readers import Share, StreamCrops
 from run import compare_configurations
 from shapes import draw_shapes
@@ -43,7 +46,7 @@ def outcome(out, step: int | None = None) -> dict:
     """All that a run has come to (after a step), but for times, names and where it lies."""
     name = f"checkpoint-{step:08d}" if step else checkpoint.folders(out)[0].name
     state = checkpoint.read(out / name)
-    for key in ("config", "crc"):
+    for key in ("config", "crc", "extra_steps"):
         del state[key]
     for key in ("seconds", "name"):
         del state["progress"][key]
@@ -335,6 +338,12 @@ def test_a_checkpoint_comes_at_least_every_so_often(quick_drawing, monkeypatch, 
     left = [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "run")]
     assert left == [20, 19, 15, 10, 5]  # those that nobody asked for go when there are two newer ones
     monkeypatch.setattr(run, "LONGEST_UNSAVED", 3600)
+    again = ["--resume", tmp_path / "run" / "checkpoint-00000019", "--overwrite", "--epochs", 6, "--guide-start", 2]
+    train_here(
+        monkeypatch, *BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, *again, "--out", tmp_path / "run"
+    )
+    left = [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "run")]
+    assert left == [30, 25, 20, 15, 10, 5]  # also by a process that did not write them
     arguments = [*BRIEF[: BRIEF.index("--save-every-steps")], "--keep", 99, "--save-every", 2]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "other")
     assert [checkpoint.number(folder) for folder in checkpoint.folders(tmp_path / "other")] == [20, 10]
@@ -502,6 +511,44 @@ def test_another_batch_size_goes_on_with_the_pictures_not_yet_seen_and_says_so(
     assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
     rates = [records(tmp_path / name)[-1]["lr"] for name in ("whole", "run")]
     assert rates[1] < rates[0] / 2
+
+
+def test_a_run_that_goes_on_for_longer_stays_guided(quick_drawing, monkeypatch, tmp_path):
+    """The default, half of the epochs, would make its masks random again."""
+    arguments = [*SMALL, *"--max-images 16 --batch-size 8 --workers 0 --precision no --warmup-epochs 0".split()]
+    arguments += ["--out", tmp_path / "run", "--resume"]
+    for epochs in (2, 6):
+        train_here(monkeypatch, *arguments, "--epochs", epochs)
+    assert [record["phase"] for record in records(tmp_path / "run")] == ["random"] + ["selfguided"] * 5
+
+
+def test_statistics_of_many_channels_are_measured_once():
+    """Another processor, or a picture that has broken since, gave others, so that the run could not be resumed."""
+    args = train.parse_arguments([*SMALL, "--channels", "5"])
+    sizes = dict(width=32, depth=2, heads=2, image_size=32, patch_size=8)
+    began = smae.SMAE(**sizes, channels=5, mean=[0.1] * 5, std=[0.3] * 5)
+    model = train.build_model(args, began.config, dataset=[])
+    assert model.statistics == began.statistics == ((0.1,) * 5, (0.3,) * 5)
+
+
+def test_relevance_that_is_not_needed_is_not_missed(small_model, capsys):
+    told = []
+    stand_in = types.SimpleNamespace(
+        folder=types.SimpleNamespace(path=Path("nowhere")),
+        accelerator=types.SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None),
+        peers=types.SimpleNamespace(largest=lambda lost: [lost]),
+        say=told.append,
+    )
+    state = dict(maps=17, look="of another kind")
+    for guide, lost in (
+        (Guide(small_model, cached=True, start=2, epochs=4), 1),
+        (Guide(small_model, cached=True, start=4, epochs=4), 0),  # random masks
+        (Guide(small_model, cached=True, start=2, epochs=4, source="centre"), 0),
+        (Guide(small_model, start=2, epochs=4), 0),
+    ):
+        told.clear()
+        train.restore_relevance(stand_in, guide, state, Path("nowhere"))
+        assert len(told) == lost
 
 
 def test_a_weight_decay_that_was_changed_is_the_new_one(quick_drawing, monkeypatch, tmp_path, capfd):
@@ -787,6 +834,7 @@ def test_a_loss_that_is_no_number_stops_with_step_images_and_masks_and_spoils_no
     wrong = np.random.default_rng((0, 3)).permutation(40)[24:32].tolist()
     assert len(errors) == 1 and f"the loss is {value} in epoch 3, step 14 of the run, selfguided masks" in errors[0]
     assert f"images {', '.join(map(str, wrong))} of the data" in errors[0] and "with --resume" in errors[0]
+    assert all(torch.isfinite(x).all() for x in smae.load(tmp_path / "run").state_dict().values())
     assert checkpoint.folders(tmp_path / "run")[0].name == "checkpoint-00000013"
     train_here(monkeypatch, *BRIEF, "--out", tmp_path / "run", "--resume", "auto")
     end_alike(tmp_path / "whole", tmp_path / "run")

@@ -466,14 +466,6 @@ def test_decoder_attention_is_that_of_the_pass_that_decodes(small_model):
         torch.testing.assert_close(x.sum(-1), torch.ones(2, 2, 17))
 
 
-def test_the_errors_of_patches_have_the_loss_as_their_mean(small_model):
-    images, mask = torch.randn(3, 3, 32, 32), masks.random_mask(3, 16)
-    with torch.no_grad():
-        errors, loss = small_model.errors(images, mask), small_model(images, mask)
-    assert errors.shape == (3, 12)
-    torch.testing.assert_close(errors.mean(), loss)
-
-
 def test_registers_are_tokens_between_cls_and_patches(small_model):
     model = smae.SMAE(**small_model.config | dict(registers=3, learned_positions=True)).eval()
     images = torch.randn(2, 3, 32, 32)
