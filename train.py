@@ -317,7 +317,7 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
             hint = "none"
     guide = Guide(
         model,
-        "amt" if args.mask == "amt" else "selfguided",
+        "selfguided" if args.mask == "random" else args.mask,
         source=find_source(args.guide_from, dataset, device, args.object_ids, args.object_void),
         source_name=args.guide_from,
         source_size=args.guide_image_size,
