@@ -139,7 +139,7 @@ OPTIONS = {  # that several commands have
     "batch-size": dict(type=int, help="images per step, over all processes together"),
     "accumulate": dict(type=int, default=1, help="micro-batches per step in each process (gradient accumulation)"),
     "blr": dict(type=float, action=BaseLearningRate, help="base learning rate, for a batch of 256 images"),
-    "lr": dict(type=float, help="learning rate (default: blr * batch size / 256; linear: the best of ten)"),
+    "lr": dict(type=float, help="learning rate (default: blr * batch size / 256; fast linear probe: the best of ten)"),
     "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
     "clip-grad": dict(type=float, help="largest gradient norm (default: no clipping)"),
     "layer-decay": dict(type=float, help="ratio of the learning rate of each block to that of the next"),
