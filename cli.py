@@ -264,6 +264,13 @@ def check_training(
         raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {warmup_epochs}")
 
 
+def check_out(out: Path, checkpoint: str):
+    """Raise ValueError if a training to ``out`` would remove the ``checkpoint``, or others of the same run."""
+    path = Path(checkpoint).resolve()
+    if out.resolve() in (path, path.parent):
+        raise ValueError(f"--out {out} holds the checkpoint itself, which would be lost: choose another --out")
+
+
 def check_folder(out: Path, overwrite: bool, files: tuple[str, ...]):
     """Raise ValueError if ``out`` is not a folder, or holds one of ``files`` without ``overwrite``."""
     found = [name for name in files if (out / name).exists()]

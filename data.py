@@ -164,7 +164,10 @@ def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:
         except ValueError as error:
             if not re.search("(?i)(unknown|bad) split|is empty", str(error)):
                 raise
-    raise ValueError(f"{name_or_path} has no split validation, val or test: name its test split (eval.py --test-split)")
+    advice = "name its test split (eval.py --test-split)"
+    if Path(name_or_path).is_file():
+        advice = "name the folder of two files instead, such as train.parquet and test.parquet"
+    raise ValueError(f"{name_or_path} has no split validation, val or test: {advice}")
 
 
 def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
@@ -487,6 +490,11 @@ def pixel_format(dataset: Dataset, channels: int, value_range: list[str] | None 
     if not low < high or math.isinf(high - low):
         raise ValueError(f"--pixel-range takes LOW HIGH with LOW < HIGH, or auto, got {' '.join(value_range)}")
     return PixelFormat(channels, low, high)
+
+
+def pixel_range(form: PixelFormat) -> list[float] | None:
+    """What --pixel-range would be for this format; None if the type of each picture decides."""
+    return None if form.low is None else [form.low, form.high]
 
 
 def _sample_pictures_as_they_are(dataset: Dataset, count: int) -> list:

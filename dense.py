@@ -14,7 +14,7 @@ encoder is then trained in the same way, for comparison (--floor).
 import argparse
 import copy
 import json
-import shutil
+import re
 import time
 from pathlib import Path
 
@@ -39,7 +39,17 @@ from detector import Detector, smallest_side
 from instances import Instances, load_instances
 from label_maps import Labels, load_label_maps
 from readers import Share
-from run import Folder, ProcessLost, Run, Schedule, all_processes_or_none, compare_configurations, find_checkpoint
+from run import (
+    Folder,
+    ProcessLost,
+    Run,
+    Schedule,
+    all_processes_or_none,
+    compare_configurations,
+    find_checkpoint,
+    read_state,
+    take_folder,
+)
 from scenes import Pictures, SceneBatches, Scenes, hold_out
 from segmenter import HEADS, Segmenter
 from tasks import Detection, Segmentation, Task, coco_results, predictions
@@ -136,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         cli.add(sub, "precision", "seed", "out", "overwrite", out=out)
         group = sub.add_argument_group("data")
         cli.add(group, "dataset", "split", "image-column", dataset=DEMO, split=None if name == "test" else "train")
-        cli.add(group, "max-images", "workers", "max-bad-images")
+        cli.add(group, "max-images", "pixel-range", "workers", "max-bad-images")
         if name != "predict":
             group.add_argument("--mask-column", help="column of label maps or instance masks (default: found)")
             group.add_argument(
@@ -263,8 +273,7 @@ def check_options(args: argparse.Namespace):
         raise ValueError(f"--scale takes two factors, 0 < low <= high, got {args.scale}")
     if not 0 < args.layer_decay <= 1 or args.lr <= 0:
         raise ValueError("--layer-decay must lie in (0, 1], --lr must be positive")
-    if args.out.resolve() == Path(args.checkpoint).resolve():
-        raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
+    cli.check_out(args.out, args.checkpoint)
 
 
 def load_encoder(args: argparse.Namespace) -> smae.SMAE:
@@ -294,7 +303,7 @@ def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, 
         single = known.pop("single_class", getattr(args, "single_class", False))
         scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, **known)
         scenes = scenes.as_one_class() if single else scenes
-    scenes.form = data.pixel_format(scenes.records, channels)
+    scenes.form = data.pixel_format(scenes.records, channels, args.pixel_range)
     return scenes
 
 
@@ -313,8 +322,10 @@ def load_tests(args: argparse.Namespace, task: str, split: str | None, channels:
         try:
             return load_scenes(args, task, name, channels, dict(known))
         except ValueError as error:
-            if split or ("Unknown split" not in str(error) and "is empty" not in str(error)):
+            if split or not re.search("Unknown split|is empty|has no pictures in|has no column", str(error)):
                 raise
+            if not re.search("Unknown split|is empty", str(error)):  # it exists, but without truth
+                data.say_once(f"not tested on split {name}: {error}")
     return None
 
 
@@ -368,7 +379,7 @@ def build_run(
     resumed_from = find_checkpoint(accelerator, folder, args.resume, args.overwrite)
     world = accelerator.num_processes
     with all_processes_or_none():
-        state = checkpoint.read(resumed_from) if resumed_from else None
+        state = read_state(resumed_from, args.command)
         set_seed(args.seed)
         task = build_task(args, encoder, training)
         if world > 1 and accelerator.device.type == "cuda":
@@ -469,10 +480,10 @@ def fit(
 
 
 def values_of(scenes: Scenes) -> dict:
-    """Which values of the data are which class, for config.json: a test must read them alike."""
+    """Which values of the data are which class, and black and white, for config.json: a test must read them alike."""
     if isinstance(scenes, Instances):
-        return dict(category_ids=scenes.category_ids)
-    return dict(class_of=list(scenes.labels.class_of.items()))
+        return dict(category_ids=scenes.category_ids, pixel_range=data.pixel_range(scenes.form))
+    return dict(class_of=list(scenes.labels.class_of.items()), pixel_range=data.pixel_range(scenes.form))
 
 
 def untrained(args: argparse.Namespace, encoder: smae.SMAE) -> tuple[argparse.Namespace, smae.SMAE]:
@@ -523,9 +534,8 @@ def load_task(args: argparse.Namespace, device: torch.device) -> tuple[Task, dic
 
     Raises FileNotFoundError or ValueError.
     """
-    path = smae.find(args.checkpoint)
-    model = smae.load(path, device)
-    config = smae.read_json((path if path.is_dir() else path.parent) / "config.json")
+    model, config = smae.load(args.checkpoint, device), smae.config_of(args.checkpoint)
+    args.pixel_range = args.pixel_range or config.get("data", {}).get("pixel_range")
     if isinstance(model, Segmenter):
         return Segmentation(model, args.slide), config
     if isinstance(model, Detector):
@@ -535,7 +545,7 @@ def load_task(args: argparse.Namespace, device: torch.device) -> tuple[Task, dic
     )
 
 
-def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+def test(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lock) -> dict:
     """Test a trained model on a split. Raises ValueError if that has other classes."""
     task, config = load_task(args, accelerator.device)
     model, seen, known = task.model, config.get("data", {}), {}
@@ -545,6 +555,7 @@ def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
         known = dict(single_class=True)
     elif "category_ids" in seen and not args.classes:
         known = dict(known=(model.classes, seen["category_ids"]))
+    args.ignore_index = config.get("segment", {}).get("ignore_index", ())
     scenes = load_tests(args, model.task, args.split, model.config["channels"], known)
     if scenes is None:
         raise ValueError(f"{args.dataset} has no split validation, val or test: name one with --split")
@@ -555,7 +566,7 @@ def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
             "see --classes"
         )
     scenes = some_of(scenes, args.max_images)
-    clear(args, accelerator)
+    take_folder(accelerator, lock, args.overwrite, FILES["test"])
     found = task.test(scenes, accelerator, workers=args.workers, max_bad=args.max_bad_images)
     if accelerator.is_main_process:
         with accelerator.autocast():
@@ -565,16 +576,18 @@ def test(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     return found
 
 
-def predict(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+def predict(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lock) -> dict:
     """Write what is found in pictures without truth, and draw it."""
     task, config = load_task(args, accelerator.device)
     place, split = args.dataset, args.split
     if pair := folders.pair_of_split(Path(place).expanduser(), split):  # masks are no photographs
         place, split = str(pair[1]), "train"
     records = data.load_images(place, split, args.image_column, "", False, args.max_images, spread=True)
-    model, form = task.model, data.pixel_format(records, task.model.config["channels"])
+    model, form = task.model, data.pixel_format(records, task.model.config["channels"], args.pixel_range)
     scenes = Pictures(records, model.classes, form, config.get("data", {}).get("category_ids"))
-    clear(args, accelerator)
+    take_folder(accelerator, lock, args.overwrite, FILES["predict"])
+    for name in ("overlays", "label_maps"):
+        (args.out / name).mkdir(exist_ok=True)
     found, count = [], torch.zeros((), dtype=torch.int64, device=accelerator.device)
     options = dict(workers=args.workers, max_bad=args.max_bad_images)
     for index, scene, prediction in predictions(task, scenes, accelerator, **options):
@@ -593,20 +606,6 @@ def predict(args: argparse.Namespace, accelerator: Accelerator) -> dict:
         with accelerator.autocast():
             draw(task, scenes, args.out / "predictions.png", f"{args.checkpoint} on {args.dataset}")
     return dict(images=int(accelerator.reduce(count)))
-
-
-def clear(args: argparse.Namespace, accelerator: Accelerator):
-    """Make --out, without what an earlier command left there."""
-    if accelerator.is_main_process:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in FILES[args.command]:
-            shutil.rmtree(args.out / name, ignore_errors=True)
-            if (args.out / name).is_file():
-                (args.out / name).unlink()
-        if args.command == "predict":
-            for name in ("overlays", "label_maps"):
-                (args.out / name).mkdir()
-    accelerator.wait_for_everyone()
 
 
 # ------------------------------------------------------------------------------ command line
@@ -640,9 +639,9 @@ def transfer(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
     set_seed(args.seed)
 
     if args.command == "test":
-        result = test(args, accelerator)
+        result = test(args, accelerator, lock)
     elif args.command == "predict":
-        result = predict(args, accelerator)
+        result = predict(args, accelerator, lock)
     else:
         encoder = load_encoder(args)
         scenes = load_both(args, encoder.config["channels"])

@@ -154,8 +154,8 @@ def compute_rows(
     """``compute`` for normalised images and their indices, gathered batch by batch, in the order of the indices.
 
     Processes with fewer pictures take part until all are done, so that each picture comes exactly
-    once. Leaves broken pictures out and names them, the first time. Raises TooManyBadImages at the end, in the
-    first process, if they exceed ``batches.max_bad``.
+    once. Leaves broken pictures out and names them, the first time. Raises TooManyBadImages, in the first process,
+    if they exceed ``batches.max_bad``.
     """
     iterator, bad, good = iter(batches), [], 0
     bar = tqdm(
@@ -183,6 +183,8 @@ def compute_rows(
         order = [i for i in indices.argsort().tolist() if reasons[i] is None]
         good += len(order)
         bar.update(len(reasons))
+        if batches.length and len(bad) > batches.max_bad * batches.length:  # the rest is in vain
+            break
         if order:
             yield Rows(values[order], labels[order], indices[order], [names[i] for i in order])
     bar.close()

@@ -18,7 +18,6 @@ import csv
 import functools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +47,17 @@ from batches import EvalBatches, TrainBatches
 from cropping import RandomStream, uniform
 from encoders import Encoder, Rows, accuracy, compute_rows, extract, knn
 from labelled import load_labelled
-from run import Folder, ProcessLost, Run, Schedule, all_processes_or_none, compare_configurations, find_checkpoint
+from run import (
+    Folder,
+    ProcessLost,
+    Run,
+    Schedule,
+    all_processes_or_none,
+    compare_configurations,
+    find_checkpoint,
+    read_state,
+    take_folder,
+)
 
 RESULT_FILES = {  # what each command leaves in --out
     "knn": ("result.json",),
@@ -56,7 +65,7 @@ RESULT_FILES = {  # what each command leaves in --out
     "finetune": ("result.json", "metrics.jsonl", "model.safetensors", "config.json"),
     "predict": ("result.json", "predictions.csv"),
     "embed": ("result.json", "features.parquet"),
-    "reconstruct": ("result.json", "reconstruction.png"),
+    "reconstruct": ("result.json", "reconstruction.png", "reconstructions"),
 }
 RECIPES = {  # MAE, appendix A.1 and A.2, and a quick one
     "mae": dict(epochs=90, warmup_epochs=10, batch_size=16384, blr=0.1, weight_decay=0.0),
@@ -144,8 +153,10 @@ def fill_defaults(args: argparse.Namespace):
     """Fill in the precision; raise ValueError where options make no sense."""
     if args.command == "linear" and args.recipe == "fast" and args.resume:
         raise ValueError("--resume is for finetune and linear --recipe mae; the fast recipe takes seconds")
-    if args.command == "finetune" and args.out.resolve() == Path(args.checkpoint).resolve():
-        raise ValueError(f"--out {args.out} is the checkpoint itself, which would be lost")
+    if args.command in ("finetune", "linear"):
+        cli.check_out(args.out, args.checkpoint)
+    if getattr(args, "keep", 1) < 1:
+        raise ValueError(f"--keep must be at least 1, got {args.keep}")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if not 0 < args.crop_ratio <= 1:
@@ -286,7 +297,7 @@ def fit(
     """
     resumed_from = find_checkpoint(accelerator, folder, args.resume, args.overwrite)
     with all_processes_or_none():
-        state = checkpoint.read(resumed_from) if resumed_from else None
+        state = read_state(resumed_from, args.command)
         mix, augment, smoothing, min_lr = None, None, 0.0, 0.0
         if args.command == "finetune":
             model = smae.Classifier(encoder.backbone, classes, args.pool, args.drop_path)
@@ -306,6 +317,7 @@ def fit(
         options = cli.batch_options(args, accelerator)
         batches = TrainBatches(training, **options, labels=True, augment=augment, form=test_batches.form)
         seen = dict(images=batches.length, pictures=data.fingerprint(training), hub=data.hub_id(args.dataset))
+        seen["pixel_range"] = data.pixel_range(test_batches.form)
         config = description | {args.command: cli.plain(vars(args)), "data": seen}
         if state:
             ignored = IGNORED | (set() if args.streaming else {"workers", "preload"})
@@ -483,12 +495,6 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         datasets.disable_progress_bars()
     set_seed(args.seed)
     encoder = load_encoder(args).to(accelerator.device)
-    if accelerator.is_main_process and not trains:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            (args.out / name).unlink(missing_ok=True)
-        if args.command == "reconstruct":
-            shutil.rmtree(args.out / "reconstructions", ignore_errors=True)
 
     limit = None if args.streaming and trains else args.max_images  # of a stream it is the length of an epoch
     columns = args.image_column, args.label_column, args.streaming, limit
@@ -506,13 +512,15 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
                 raise ValueError(f"embed writes numbers, and --label-column {args.label_column} has none")
             parts = [parts[0].select_columns(["image"])]
     options = cli.eval_batch_options(args, accelerator) | dict(crop_ratio=args.crop_ratio)
-    form = data.pixel_format(parts[0], encoder.channels, args.pixel_range)
+    trained = smae.config_of(args.checkpoint).get("data", {}) if args.command == "predict" else {}
+    form = data.pixel_format(parts[0], encoder.channels, args.pixel_range or trained.get("pixel_range"))
     batches = [EvalBatches(part, **options, keep=trains and bool(args.preload), form=form) for part in parts]
 
     if trains:
         folder = Folder(args.out, lock, files, save_every_steps=args.save_every_steps, keep=args.keep)
         result = fit(args, accelerator, folder, encoder, training, batches[1], classes)
     else:
+        take_folder(accelerator, lock, args.overwrite, files)
         result = apply(args, accelerator, encoder, batches, len(classes))
 
     if len(parts) == 2:

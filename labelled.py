@@ -26,12 +26,15 @@ def load_labelled(
     if streaming and skip_unlabelled:
         raise ValueError("--skip-unlabelled looks at all labels beforehand: drop it, or --streaming")
     columns = image_column, label_column, streaming
-    training = data.load_images(name, split, *columns, max_images, spread=True)
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"--max-images must be positive, got {max_images}")
+    training = data.load_images(name, split, *columns, max_images if streaming else None)
     tests = data.load_test_images(name, test_split, *columns)
-    for dataset in (training, tests):
+    for dataset, option in ((training, "--split"), (tests, "--test-split")):
         label = (dataset.features or {}).get("label")
         if label is None:
-            raise ValueError(f"{name} has no labels; name a column with --label-column")
+            advice = f"name a column with --label-column, or another split with {option}"
+            raise ValueError(f"split {dataset.split!s} of {name} has no labels; {advice}")
         if not re.match("u?int|bool|string|large_string", getattr(label, "dtype", "")):
             raise ValueError(f"labels of {name} must be classes, numbered or named, not {label}")
     if streaming:
@@ -45,8 +48,11 @@ def load_labelled(
         for dataset in (training, tests):
             if not len(dataset):
                 raise ValueError(f"no picture of split {dataset.split!s} of {name} has a label")
+    classes = getattr(training.features["label"], "names", None)  # else those of all pictures
+    classes = classes or sorted(set(_labels_by_name(training)) - {None, -1})
+    if max_images is not None:
+        training = training.select(data.evenly_spaced(len(training), max_images))
     label, test_label = _labels_by_name(training), _labels_by_name(tests)
-    classes = getattr(training.features["label"], "names", None) or sorted(set(label) - {None, -1})
     number = {name: i for i, name in enumerate(classes)}
     for dataset, labels in ((training, label), (tests, test_label)):
         hidden = sum(name in (None, -1) for name in labels)

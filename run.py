@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 import signal
 import time
 import uuid
@@ -197,8 +198,8 @@ class Run:
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         """Turn signals into a checkpoint and an orderly end, and known errors into one line."""
-        world = self.accelerator.num_processes
-        with cli.one_line_errors(*ERRORS, ranks="any"), lost_processes(world), self.signals:
+        lost = lost_processes(self.accelerator.num_processes, "continue from the last checkpoint with --resume")
+        with cli.one_line_errors(*ERRORS, ranks="any"), lost, self.signals:
             try:
                 yield
             except Interrupted as interrupted:
@@ -463,9 +464,9 @@ class Run:
         self.check_losses()
         self._check_weights()
         progress.seconds = time.perf_counter() - self.clock
-        ended = not progress.seen  # the epoch has
-        due = folder.is_due(progress.epoch - 1, progress.step) if ended else folder.is_due_at_step(progress.step)
-        if not due:
+        epoch = progress.epoch - (not progress.seen)
+        ended = not progress.seen or not self.batches.plan.steps_left(progress.seen)
+        if not (folder.is_due(epoch, progress.step) if ended else folder.is_due_at_step(progress.step)):
             folder.extra_steps.add(progress.step)
         state = self._state()
         keep = folder.keep, folder.extra_steps, self.attached()
@@ -576,12 +577,12 @@ def all_processes_or_none() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lost_processes(world: int) -> Iterator[None]:
+def lost_processes(world: int, advice: str = "start the command again") -> Iterator[None]:
     """Turn the errors by which torch reports the death of another process into ProcessLost."""
     try:
         yield
     except RuntimeError as error:
-        text = f"({data.one_line(error)}): continue from the last checkpoint with --resume"
+        text = f"({data.one_line(error)}): {advice}"
         if re.search("shared memory|ftruncate|/torch_", str(error)) and "worker process" in str(error):
             raise ProcessLost(
                 "the workers have no room in shared memory (/dev/shm): give a container more with docker run "
@@ -593,6 +594,22 @@ def lost_processes(world: int) -> Iterator[None]:
         if world > 1 and re.search(gone, text, re.IGNORECASE):
             raise ProcessLost(f"another process of the run is gone {text}") from None
         raise
+
+
+def take_folder(accelerator: Accelerator, lock: checkpoint.Lock, overwrite: bool, files: tuple[str, ...]):
+    """Make and lock the folder of a command that trains nothing; remove what an earlier one left there.
+
+    ``files`` are the names of its results, which may be folders. Raises ValueError or OSError, in all
+    processes, if another command writes there, or has written there meanwhile.
+    """
+    with all_processes_or_none():
+        if accelerator.is_main_process:
+            lock.out.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            cli.check_folder(lock.out, overwrite, files)
+            for name in files:
+                shutil.rmtree(lock.out / name, ignore_errors=True)
+                (lock.out / name).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------ resuming
@@ -631,6 +648,14 @@ def _choose_checkpoint(folder: Folder, resume: str | None, overwrite: bool, say:
         checkpoints = [held.name for held in checkpoint.folders(out)]
         cli.check_folder(out, overwrite, tuple(results) if auto else (*folder.files, *checkpoints))
     return found
+
+
+def read_state(folder: Path | None, command: str) -> dict | None:
+    """The state in a checkpoint, if there is one. Raises ValueError if it is not of this ``command``."""
+    state = checkpoint.read(folder) if folder else None
+    if state and command not in state["config"]:
+        raise ValueError(f"cannot resume from {folder}: it is of another command than {command}")
+    return state
 
 
 def compare_configurations(

@@ -52,7 +52,7 @@ class Pictures:
     """Pictures of which nothing is known; ``classes`` and ``category_ids`` are those of a model."""
 
     def __init__(self, records: datasets.Dataset, classes: list[str], form: PixelFormat, category_ids=None):
-        self.records, self.classes, self.form = records, classes, form
+        self.records, self.classes, self.form = records.select_columns(["image"]), classes, form
         self.category_ids = category_ids or list(range(len(classes)))
 
     def __len__(self) -> int:

@@ -752,6 +752,12 @@ def find(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
+def config_of(path: str | os.PathLike) -> dict:
+    """The content of the config.json of a run or checkpoint, {} if it has none; ``path`` is as in :func:`load`."""
+    place = find(path)
+    return read_json((place if place.is_dir() else place.parent) / "config.json")
+
+
 def build_model(weights: dict[str, Tensor], config: dict) -> nn.Module:
     """Build the model that :func:`describe_model` described and load the weights.
 

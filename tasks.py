@@ -111,6 +111,8 @@ def predictions(
                 break
             if bad:
                 broken.append(bad)
+                if len(broken) > max_bad * len(scenes):  # the rest is in vain
+                    break
                 continue
             with accelerator.autocast():
                 found = task.predict(scene)

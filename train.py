@@ -46,6 +46,7 @@ from run import (
     all_processes_or_none,
     compare_configurations,
     find_checkpoint,
+    read_state,
 )
 
 PAPER = dict(  # ViT-B/16 on ImageNet-1k, as in the paper; MAE's recipe
@@ -375,7 +376,7 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
 
     # What the options describe; an error in one process ends all of them.
     with all_processes_or_none():
-        state = checkpoint.read(resumed_from) if resumed_from else None
+        state = read_state(resumed_from, "train")
         if state:  # its model began from these, whether they are named again or not
             began = state["config"]["train"]
             args.init_from = args.init_from or began.get("init_from")

@@ -291,6 +291,35 @@ def test_wrong_options_are_one_line(tmp_path, options, message):
         dense.main([options[0], *QUICK, *options[1:], "--out", tmp_path / "run"])
 
 
+def test_a_test_reads_pictures_and_classes_as_the_training_did(tmp_path):
+    """Also, all checkpoints that --keep asks for stay, though each is written before a test."""
+    for number in range(12):
+        for name, image in (("images", picture(40, 32, seed=number)), ("masks", Image.new("L", (40, 32), number % 3))):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            image.save(tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "names.txt").write_text("sky\nearth\nsea\n")
+    data = ["--dataset", tmp_path / "data", "--classes", tmp_path / "names.txt"]
+    how = ["--ignore-index", 0, "--pixel-range", 0, 4095, "--batch-size", 4, "--epochs", 3, "--test-every", 1]
+    dense.main([*SEGMENT, *data, *how, "--keep", 9, "--out", tmp_path / "run"])
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 3
+    args = argparse.Namespace(checkpoint=str(tmp_path / "run"), pixel_range=None, slide=None)
+    task, config = dense.load_task(args, torch.device("cpu"))
+    assert args.pixel_range == config["data"]["pixel_range"] == [0, 4095] and task.model.classes == ["earth", "sea"]
+    how = ["--checkpoint", tmp_path / "run", "--split", "train", "--precision", "no", "--out", tmp_path / "test"]
+    assert dense.main(["test", *data, *how])["images"] == 12
+
+
+def test_a_split_without_truth_is_no_split_for_the_test(tmp_path, capsys):
+    for number in range(20):
+        split = "train" if number < 14 else "test"
+        for name in ("images", "masks")[: 2 if split == "train" else 1]:
+            (tmp_path / name / split).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (40, 32), number % 2).save(tmp_path / name / split / f"{number}.png")
+    training, tests = dense.load_both(options_of("segment", "--dataset", str(tmp_path)), 3)
+    assert (len(training), len(tests)) == (13, 1)
+    assert "not tested on split test" in (said := capsys.readouterr().err) and "held out (1)" in said
+
+
 def test_an_encoder_alone_neither_predicts_nor_is_tested(encoder, tmp_path):
     for command in ("test", "predict"):
         with pytest.raises(ValueError, match="is neither a segmenter nor a detector"):

@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, run
+from accelerate import Accelerator
+from helpers import SMALL, run, with_bad
 from PIL import Image
 
 import checkpoint as checkpoint_file
@@ -22,6 +23,7 @@ import encoders
 import eval as judge
 import smae
 import train
+from batches import EvalBatches
 from labelled import load_labelled
 
 TINY = ["--precision", "no", "--workers", "0"]
@@ -598,9 +600,12 @@ def test_labels_that_are_no_classes_are_refused_but_for_features(label, monkeypa
 def test_the_checkpoint_that_is_judged_is_never_lost(monkeypatch, checkpoint, folder, tmp_path, capsys):
     smae.save(smae.load(checkpoint), tmp_path)
     arguments = ["--checkpoint", tmp_path, "--dataset", folder, "--overwrite"]
-    with pytest.raises(SystemExit):
-        evaluate(monkeypatch, "finetune", tmp_path, *arguments)
-    assert "is the checkpoint itself" in capsys.readouterr().err
+    (tmp_path / "checkpoint-00000007").mkdir()
+    for command in ("finetune", "linear"):
+        for judged in (tmp_path, tmp_path / "checkpoint-00000007"):
+            with pytest.raises(SystemExit):
+                evaluate(monkeypatch, command, tmp_path, *arguments, "--checkpoint", judged)
+            assert "holds the checkpoint itself" in capsys.readouterr().err
     evaluate(monkeypatch, "knn", tmp_path, *arguments, "--k", 5)
     assert smae.load(tmp_path).config["width"] == 32
 
@@ -614,6 +619,7 @@ def test_the_checkpoint_that_is_judged_is_never_lost(monkeypatch, checkpoint, fo
         (["finetune", "--checkpoint", "random", "--randaugment", "12"], "between 0 and 10, got 12"),
         (["finetune", "--checkpoint", "random", "--crop-scale", "0.5", "0.2"], "--crop-scale takes two fractions"),
         (["linear", "--checkpoint", "random", "--resume"], "--resume is for"),
+        (["finetune", "--checkpoint", "random", "--keep", "0"], "--keep must be at least 1, got 0"),
         (["knn", "--checkpoint", "nowhere"], "there is no checkpoint nowhere"),
         (["knn", "--checkpoint", "random", "--image-size", "30"], "not a positive multiple"),
         (["knn", "--checkpoint", "random", "--test-split", "elsewhere"], "elsewhere"),
@@ -640,7 +646,63 @@ def test_unlabelled_pictures_are_refused_by_what_needs_labels(monkeypatch, folde
         shutil.copy(folder / split / "red" / "0.png", tmp_path / "flat" / split)
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "knn", tmp_path / "out", "--checkpoint", "pixels", "--dataset", tmp_path / "flat")
-    assert "has no labels; name a column with --label-column" in capsys.readouterr().err
+    assert "split train of" in (said := capsys.readouterr().err) and "or another split with --split" in said
+    shutil.rmtree(tmp_path / "flat" / "train")
+    shutil.copytree(folder / "train", tmp_path / "flat" / "train")
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "knn", tmp_path / "out", "--checkpoint", "pixels", "--dataset", tmp_path / "flat")
+    assert "split val of" in (said := capsys.readouterr().err) and "or another split with --test-split" in said
+
+
+def test_a_mistake_costs_no_earlier_results(monkeypatch, tmp_path, capsys):
+    """They were removed before the data were looked for."""
+    for name in ("result.json", "features.parquet"):
+        (tmp_path / name).write_text("earlier")
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "embed", tmp_path, "--checkpoint", "pixels", "--dataset", "nowhere/at/all", "--overwrite")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "result.json": "earlier", "features.parquet": "earlier",
+    }  # fmt: skip
+
+
+def test_two_commands_do_not_write_to_one_folder(monkeypatch, folder, tmp_path, capsys):
+    monkeypatch.setattr(checkpoint_file.Lock.__init__, "__defaults__", (0,))
+    arguments = ["--checkpoint", "pixels", "--dataset", folder]
+    with checkpoint_file.Lock(tmp_path) as lock:
+        lock.take()
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, "embed", tmp_path, *arguments)
+        assert "another run is writing" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert evaluate(monkeypatch, "embed", tmp_path, *arguments)["images"] == 48
+
+
+def test_a_few_pictures_have_the_classes_of_all(tmp_path):
+    for split, count in (("train", 24), ("test", 12)):
+        content = dict(image=[Image.new("RGB", (8, 8))] * count, label=[10 * (i * 12 // count) for i in range(count)])
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        datasets.Dataset.from_dict(content, features).to_parquet(tmp_path / f"{split}.parquet")
+    training, tests, classes = load_labelled(str(tmp_path), "train", None, max_images=5)
+    assert training["label"] == [0, 2, 5, 8, 11] and tests["label"] == list(range(12))
+    assert classes == [str(10 * number) for number in range(12)]
+    with pytest.raises(ValueError, match="name the folder of two files instead"):
+        data.load_test_images(str(tmp_path / "train.parquet"), None)
+
+
+def test_too_many_broken_pictures_end_an_evaluation_at_once():
+    batches, seen = EvalBatches(with_bad(), 8, 2, max_bad=0.1), []
+    with pytest.raises(data.TooManyBadImages, match="3 of 12 images are broken"):
+        for rows in encoders.compute_rows(batches, Accelerator(cpu=True), (data.MEAN, data.STD), lambda x, i: x):
+            seen += rows.indices.tolist()
+    assert seen == [0, 1, 2, 5, 6, 7, 8, 9]  # of 20
+
+
+def test_a_classifier_sees_pictures_of_many_bits_as_in_its_training(monkeypatch, folder, checkpoint, tmp_path):
+    how = ["--checkpoint", checkpoint, "--dataset", folder, "--pixel-range", 0, 4095, "--epochs", 1]
+    evaluate(monkeypatch, "finetune", tmp_path / "tuned", *how, "--warmup-epochs", 0, "--batch-size", 16)
+    ranges, pixel_format = [], data.pixel_format
+    monkeypatch.setattr(data, "pixel_format", lambda *given: ranges.append(given[2]) or pixel_format(*given))
+    evaluate(monkeypatch, "predict", tmp_path / "found", "--checkpoint", tmp_path / "tuned", "--dataset", folder)
+    assert ranges == [[0, 4095]]
 
 
 def test_names_of_classes_are_not_written_as_a_number_that_means_none(monkeypatch, folder, tmp_path, capsys):

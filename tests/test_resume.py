@@ -531,6 +531,21 @@ def test_statistics_of_many_channels_are_measured_once():
     assert model.statistics == began.statistics == ((0.1,) * 5, (0.3,) * 5)
 
 
+def test_a_checkpoint_of_another_command_is_refused(small_model, tmp_path):
+    checkpoint.write(tmp_path, 10, small_model, dict(config=dict(finetune={})), keep=1)
+    (folder,) = checkpoint.folders(tmp_path)
+    assert run.read_state(None, "train") is None and run.read_state(folder, "finetune")["config"] == dict(finetune={})
+    with pytest.raises(ValueError, match="it is of another command than train"):
+        run.read_state(folder, "train")
+
+
+def test_only_what_can_be_resumed_is_told_to_be():
+    for options, advice in (([], "start the command again"), (["use --resume"], "use --resume")):
+        told = pytest.raises(run.ProcessLost, match=f"perhaps for lack of memory .*: {advice}")
+        with told, run.lost_processes(1, *options):
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
 def test_relevance_that_is_not_needed_is_not_missed(small_model, capsys):
     told = []
     stand_in = types.SimpleNamespace(

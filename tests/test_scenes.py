@@ -1,8 +1,10 @@
 """Scenes: augmentation of pictures with their truth, batches, broken pictures."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import image_bytes, picture
 from torchvision import tv_tensors
 
 from data import TooManyBadImages
@@ -108,6 +110,13 @@ def test_crops_do_not_depend_on_workers_processes_and_accumulation():
             for index, image, labels in zip(batch.indices, batch.images, batch.targets["labels"]):
                 assert torch.equal(image, expected[int(index)][0])
                 assert torch.equal(labels, expected[int(index)][1])
+
+
+def test_only_the_pictures_to_predict_are_read():
+    features = datasets.Features(image=datasets.Image(decode=False), mask=datasets.Image())
+    column = [dict(bytes=image_bytes(picture()), path=None)]
+    records = datasets.Dataset.from_dict(dict(image=column, mask=[dict(bytes=b"broken", path=None)]), features)
+    assert Pictures(records, [], RGB).read(0)["image"].shape == (3, 30, 40)
 
 
 class Broken(Pictures):
