@@ -25,7 +25,8 @@ PARSE = {
 }
 SHELL = r"""
 note() { while [[ $# -gt 0 && $1 != [a-z]*.py ]]; do shift; done; printf '%s\x1f' "$@" >&3; printf '\n' >&3; }
-python() { note "$@"; }; accelerate() { note "$@"; }; srun() { note "$@"; }; torchrun() { note "$@"; }
+python() { [[ $1 != -c ]] || echo 1; note "$@"; }
+accelerate() { note "$@"; }; srun() { note "$@"; }; torchrun() { note "$@"; }
 nice() { shift 2; "$@"; }; timeout() { shift; "$@"; }
 command_not_found_handle() { true; }
 PATH=

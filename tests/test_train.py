@@ -356,7 +356,7 @@ def test_every_option_has_help_and_shows_no_empty_default():
     assert all(action.help for action in parser._actions)
     text = " ".join(parser.format_help().split())
     assert "default: None" not in text and "default: False" not in text
-    assert "default: 0.75" in text and "random (default: 0)" in text
+    assert "default: 0.75" in text and "random seed (default: 0)" in text
 
 
 # ------------------------------------------------------------------------------------------- several processes
