@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from coco_files import make_coco
-from helpers import ROOT, contents, picture, records
+from helpers import ROOT, contents, picture, records, with_bad
 from PIL import Image
 from torch import nn
 
@@ -27,6 +27,8 @@ import tasks
 from data import TooManyBadImages
 from detector import Detector
 from label_maps import load_label_maps
+from pixels import RGB
+from scenes import Pictures
 from segmenter import Segmenter
 
 MODEL = "--checkpoint random --width 32 --depth 2 --heads 2 --image-size 32".split()
@@ -437,6 +439,15 @@ def test_a_signal_during_a_test_is_no_lack_of_labels(small_model, monkeypatch):
     monkeypatch.setattr(tasks, "predictions", lambda *_, **__: iter([]))
     task, scenes = tasks.Segmentation(Columns(small_model)), argparse.Namespace(classes=list("abc"))
     assert task.test(scenes, Accelerator(cpu=True), stopped=lambda: 15) == {}
+
+
+def test_too_many_broken_pictures_end_a_test_at_once(small_model):
+    task, seen = argparse.Namespace(model=small_model, prepare=dict, predict=lambda scene: None), []
+    scenes, how = Pictures(with_bad(), [], RGB), dict(workers=0, max_bad=0.1)
+    with pytest.raises(TooManyBadImages, match="3 of 20 pictures are broken"):
+        for index, _, _ in tasks.predictions(task, scenes, Accelerator(cpu=True), **how):
+            seen.append(index)
+    assert seen == [0, 1, 2, 5, 6, 7, 8, 9, 10]  # of 20
 
 
 def test_what_is_undefined_is_not_said_to_be_zero():
