@@ -5,7 +5,7 @@
 
 Prints Markdown: for each arm accuracies at the end (mean ± deviation over seeds), leads over random masks of the same
 seed with 95 % confidence intervals, and the rank-AUC of its guide from guides.json; leads after every epoch that was
-judged; and paired, two-sided t tests of the differences that are named, linear probe.
+judged; and paired, two-sided t tests of the differences that are named, by each measure.
 """
 
 import argparse
@@ -56,9 +56,14 @@ def main(folder: Path, tests: list[str], seeds: list[int] | None):
 
     for test in tests:
         arm, than = test.split(":")
-        found = differences(records, arm, than, "linear", last)
-        print(f"\n{arm} less {than}: {reproduce.show_leads(found)}, p = {ttest_1samp(found, 0).pvalue:.2g}")
-        print("by seed: " + ", ".join(f"{value:+.1f}" for value in found))
+        for metric in metrics:
+            found = differences(records, arm, than, metric, last)
+            if len(found) > 1:
+                (mean, deviation), (low, high) = reproduce.mean_and_deviation(found), reproduce.interval(found)
+                print(f"\n{metric}, {arm} minus {than}, {len(found)} seeds: ", end="")
+                print(f"{mean:+.2f} ± {deviation:.2f} ({low:+.2f} to {high:+.2f}), ", end="")
+                print(f"p = {ttest_1samp(found, 0).pvalue:.2g}")
+                print("by seed: " + ", ".join(f"{value:+.1f}" for value in found))
 
 
 if __name__ == "__main__":
