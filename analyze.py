@@ -70,8 +70,8 @@ def layers(subjects: list[Subject], how: How) -> Finding:
         columns = {"input": shown}
         for layer in chosen:
             relevance, side = masks.find_object(subject.features(x, layer), subject.grid, how.foreground, how.relevance)
-            mask = masks.informed_mask(relevance, how.ratio, "none").masked
-            mask, side, relevance = (on_grid(subject, each) for each in (chosen_patches(mask, side), side, relevance))
+            mask = pictures.marked(masks.informed_mask(relevance, how.ratio, "none").masked, subject.grid)
+            side, relevance = on_grid(subject, side), on_grid(subject, relevance)
             columns |= {
                 f"layer {layer}: cut": pictures.tint(shown, side),
                 "relevance" + " " * len(columns): pictures.glow(shown, relevance),
@@ -237,7 +237,7 @@ def reconstruction(subjects: list[Subject], how: How) -> Finding:
                     rows[kind][part] = ((errors * weights).sum() / weights.sum()).item() if weights.any() else None
         shown, x = few(subject, how.drawn)
         mask = subject.random_mask(slice(0, len(x)), how.ratio, how.seed)
-        hidden = on_grid(subject, chosen_patches(mask.masked, torch.zeros(len(x), subject.grid[0] * subject.grid[1])))
+        hidden = pictures.marked(mask.masked, subject.grid)
         rebuilt = pictures.displayable(
             data.denormalize(subject.model.reconstruct(x, mask).float(), *subject.encoder.statistics)
         )
@@ -278,11 +278,6 @@ def few(subject: Subject, count: int) -> tuple[np.ndarray, Tensor]:
 def on_grid(subject: Subject, values: Tensor) -> Tensor:
     """Values of patches (k, n) as (k, h, w), on the host."""
     return values.cpu().unflatten(1, subject.grid)
-
-
-def chosen_patches(indices: Tensor, like: Tensor) -> Tensor:
-    """Indices (k, m) as (k, n) bool."""
-    return torch.zeros(like.shape, dtype=torch.bool, device=indices.device).scatter(1, indices, True)
 
 
 def matched(labels: Tensor, reference: Tensor, k: int) -> Tensor:
@@ -361,7 +356,7 @@ def contest_of(args: argparse.Namespace):
 
     # measure every guess, keep those to draw
     wanted = dict(debias=args.guide_debias, foreground=args.foreground, relevance=args.relevance)
-    last_but_one = max(1, len(model.blocks) - 1)
+    last_but_one = model.guiding_layer
     drawn_layer = last_but_one if last_but_one in layers else layers[0]  # draw one layer only
     rows, drawn, variance = [], {}, {}
     for contestant in contest.contestants(model, seen.images, layers, args.seed):
@@ -390,11 +385,9 @@ def contest_of(args: argparse.Namespace):
     args.out.mkdir(parents=True, exist_ok=True)
     result = dict(arguments=cli.plain(vars(args)), pictures=counts, measures=contest.MEASURES, rows=rows)
     result |= dict(made_of=variance, loss=loss)
-    with smae.whole_file(args.out / "result.json") as part:
-        part.write_text(json.dumps(result, indent=1))
+    smae.write_text(args.out / "result.json", json.dumps(result, indent=1))
     how = f"{args.foreground}, {args.relevance}{', debiased' if args.guide_debias else ''}"
-    with smae.whole_file(args.out / "masks.png") as part:
-        contest.sheet(seen, grid, drawn, args.mask_ratio, how).savefig(part, format="png")
+    pictures.save(contest.sheet(seen, grid, drawn, args.mask_ratio, how), args.out / "masks.png")
     print(f"wrote result.json and masks.png to {args.out}")
 
 
@@ -440,7 +433,7 @@ def named_checkpoints(texts: list[str]) -> dict[str, str]:
     for text in texts:
         given = re.match(r"[^/=]+=", text) and not Path(text).exists()
         name, path = text.split("=", 1) if given else (Path(text.partition("@")[0]).name, text)
-        if name in named:
+        if name.replace(" ", "-") in (other.replace(" ", "-") for other in named):  # names of files
             raise ValueError(f"two checkpoints are called {name}: name them apart with NAME=PATH")
         if not re.fullmatch(r"\w[\w .+-]*", name):
             raise ValueError(f"{name!r} is no name for a checkpoint: letters, digits, spaces and . + - _ are")
@@ -482,19 +475,16 @@ def look(args: argparse.Namespace):
                 )
                 for title, figure in findings[name].figures.items():
                     file = f"{name}-{title}".replace(" ", "-") if title != name else name
-                    with smae.whole_file(args.out / f"{file}.png") as part:
-                        figure.savefig(part, format="png")
+                    pictures.save(figure, args.out / f"{file}.png")
                 result[name] = dict(findings[name].numbers, left_out=findings[name].left_out)
-        with smae.whole_file(args.out / "result.json") as part:
-            part.write_text(json.dumps(result, indent=1) + "\n")
+        smae.write_text(args.out / "result.json", json.dumps(result, indent=1) + "\n")
         if args.command == "report":
             abouts = {name: function.__doc__ for name, function in FIGURES.items()}
             rows = few_rows(subjects[0], 2 * how.drawn)
             explorer = report.explore(
                 subjects, rows, how.layers, how.foreground, how.relevance, how.ratio, how.clusters
             )
-            with smae.whole_file(args.out / "report.html") as part:
-                part.write_text(report.write(findings, abouts, result["arguments"], explorer))
+            smae.write_text(args.out / "report.html", report.write(findings, abouts, result["arguments"], explorer))
     print(f"wrote {', '.join(files)} and figures to {args.out}")
 
 
@@ -524,8 +514,8 @@ def build_parser() -> argparse.ArgumentParser:
             nargs="+",
             help="blocks to show in layers, masks and the page: numbers, decoder-1, ... (default: up to 4)",
         )
-        cli.add(sub, "object-ids", "object-void", "mask-ratio", "foreground", "relevance", "seed", "out", "overwrite")
-        sub.set_defaults(out=Path("runs") / name)
+        cli.add(sub, "object-ids", "object-void", "mask-ratio", "foreground", "relevance", "seed", "overwrite")
+        cli.add(sub, "out", out=Path("runs") / name)
         return sub
 
     several = dict(nargs="+", metavar="NAME=PATH", help="encoders to look at, with a name for each")

@@ -72,55 +72,51 @@ TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser(
-        "step", help="a training step against transformers' ViTMAE", formatter_class=cli.HelpFormatter
-    )
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, formatter_class=cli.HelpFormatter)
+
+    step = command("step", "a training step against transformers' ViTMAE")
     step.add_argument("--patch-size", type=int, default=16, help="side of a patch, in pixels")
     step.add_argument("--guide-model", choices=list(smae.PRESETS), default="small", help="size of a frozen guide")
     step.add_argument("--guide-side", type=int, default=224, help="side of the images that it sees, in pixels")
     step.add_argument("--guide-patch-size", type=int, default=14, help="side of its patches, in pixels")
     step.add_argument("--compile", action="store_true", help="compile both models")
 
-    cut = commands.add_parser(
-        "cut", help="the bipartition against torch.linalg.eigh", formatter_class=cli.HelpFormatter
-    )
+    cut = command("cut", "the bipartition against torch.linalg.eigh")
     cut.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="images")
     cut.add_argument("--sides", type=int, nargs="+", default=[14, 24], help="sides of the patch grid, in patches")
     cut.add_argument("--width", type=int, default=768, help="width of the features")
 
-    load = commands.add_parser("load", help="reading JPEGs, on one core", formatter_class=cli.HelpFormatter)
-    scale = commands.add_parser(
-        "scale", help="what grows with the number of pictures", formatter_class=cli.HelpFormatter
-    )
+    load = command("load", "reading JPEGs, on one core")
+    scale = command("scale", "what grows with the number of pictures")
     scale.add_argument("--images", type=int, default=1_281_167, help="pictures, as many as ImageNet-1k by default")
     scale.add_argument("--folder", type=Path, default=Path("runs/scale"), help="where they are written, and stay")
     scale.add_argument("--read", type=int, default=50_000, help="pictures to read in each of three epochs, at its end")
     scale.add_argument("--workers", type=int, default=min(2, cli.cores()), help="data workers")
 
-    guides = commands.add_parser("guide", help="guides: cost and quality", formatter_class=cli.HelpFormatter)
+    guides = command("guide", "guides: cost and quality")
     cli.add(guides, "checkpoint", "dataset", "split", "seed", checkpoint="runs/pretrain")
     guides.add_argument("--mask-column", default="mask", help="column of object masks")
     guides.add_argument("--max-images", type=int, default=512, help="pictures, evenly spaced in the data")
 
-    everything = commands.add_parser(
-        "all", help="all but guide and scale, in minutes", formatter_class=cli.HelpFormatter
-    )
+    everything = command("all", "all but guide and scale, in minutes")
     everything.add_argument("--out", type=Path, default=Path("bench.md"), help="file for the tables")
     everything.add_argument("--tiny", action="store_true", help="rehearse: sizes that take seconds, figures of no use")
-    for command in (step, load):
-        command.add_argument("--image-size", type=int, default=224, help="side of the crops, in pixels")
-    for command in (step, scale):
-        cli.add(command, "model", model="base")
-    for command, size in ((step, 8), (guides, 64)):
-        cli.add(command, "batch-size", batch_size=size)
-    for command in (step, everything):
-        command.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
-    for command in (step, cut):
-        command.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
-    for command in (step, cut, load, guides):
-        command.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
-    for command in (step, cut, load, guides, scale):
-        command.add_argument("--json", help="also write the figures to this file")
+    for each in (step, load):
+        each.add_argument("--image-size", type=int, default=224, help="side of the crops, in pixels")
+    for each in (step, scale):
+        cli.add(each, "model", model="base")
+    for each, size in ((step, 8), (guides, 64)):
+        cli.add(each, "batch-size", batch_size=size)
+    for each in (step, everything):
+        each.add_argument("--mae", type=Path, help="folder of facebookresearch/mae, to compare with it")
+    for each in (step, cut):
+        each.add_argument("--precision", choices=list(TYPES), default="no", help="type of the autocast")
+    for each in (step, cut, load, guides):
+        each.add_argument("--repeats", type=int, default=7, help="rounds, after two to warm up")
+    for each in (step, cut, load, guides, scale):
+        each.add_argument("--json", help="also write the figures to this file")
     return parser.parse_args(arguments)
 
 
@@ -190,8 +186,8 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict[str, list
     guide.maps = np.random.default_rng(0).random((b, *grid)).astype(np.float16)
     size = args.guide_side
     sizes = smae.PRESETS[args.guide_model] | dict(image_size=size, patch_size=args.guide_patch_size, decoder_depth=0)
-    frozen = smae.SMAE(**sizes).to(device).eval()
-    frozen = Guide(ours, source=frozen, source_name=args.guide_model, compile=args.compile)
+    source = smae.SMAE(**sizes).to(device).eval()
+    frozen = Guide(ours, source=source, source_name=args.guide_model, compile=args.compile)
     side = size // args.guide_patch_size
     frozen.maps = np.random.default_rng(0).random((b, side, side)).astype(np.float16)
     crops = Crops(np.tile(np.float32([0.1, 0.2, 0.5, 0.6]), (b, 1)), np.arange(b) % 2 == 0)
@@ -516,7 +512,7 @@ def bench_all(args: argparse.Namespace, device: torch.device, hardware: str):
 
 def bench_ceiling(tables: Tables, device: torch.device, tiny: bool):
     """What the hardware can do, and how near training comes to it."""
-    n, dtype = (256, torch.bfloat16) if tiny else (8192, torch.bfloat16)
+    n, dtype = 256 if tiny else 8192, torch.bfloat16
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     seconds = statistics.median(measure({"matmul": lambda: a @ b}, 10, device)["matmul"])
     ceiling = 2 * n**3 / seconds
@@ -700,40 +696,28 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     torch.manual_seed(0)
+    where = f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if args.command == "all":
+        return bench_all(args, device, hardware)
     if args.command == "step":
-        print(f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}", end=", ")
-    if args.command == "scale":
-        print(f"{args.workers} workers on {cli.cores()} cores of {platform.machine()}, datasets {datasets.__version__}")
+        case = f"{args.model}/{args.patch_size} at {args.image_size} px, batch {args.batch_size}"
+        print(f"{case}, precision {args.precision}, {where}", flush=True)
+        seconds = bench_step(args, device)
+        print(report(seconds, BASE))
+    elif args.command == "cut":
+        print(f"precision {args.precision}, {where}", flush=True)
+        seconds = bench_cut(args.sides, args.batch_sizes, args.width, TYPES[args.precision], args.repeats, device)
     elif args.command == "load":
         print(f"one core of {platform.machine()}, torch {torch.__version__}, simplejpeg {simplejpeg.__version__}")
-    elif args.command in ("step", "cut"):
-        print(
-            f"precision {args.precision}, {hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            flush=True,
-        )
-    if args.command == "step":
-        seconds = bench_step(args, device)
-    elif args.command == "load":
         seconds = bench_load(args.image_size, args.repeats)
     elif args.command == "scale":
+        print(f"{args.workers} workers on {cli.cores()} cores of {platform.machine()}, datasets {datasets.__version__}")
         seconds = bench_scale(args)
-    elif args.command == "guide":
-        seconds = bench_guides(args, device)
-    elif args.command == "all":
-        bench_all(args, device, hardware)
-        return
     else:
-        seconds = bench_cut(args.sides, args.batch_sizes, args.width, TYPES[args.precision], args.repeats, device)
-    if args.command == "step":
-        print(report(seconds, BASE))
+        seconds = bench_guides(args, device)
     if args.json:
-        arguments = vars(args)
-        with open(args.json, "w") as file:
-            json.dump(
-                dict(arguments=arguments, hardware=hardware, torch=torch.__version__, seconds=seconds),
-                file,
-                default=str,
-            )
+        content = dict(arguments=vars(args), hardware=hardware, torch=torch.__version__, seconds=seconds)
+        smae.write_text(args.json, json.dumps(content, default=str))
 
 
 if __name__ == "__main__":

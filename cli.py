@@ -10,12 +10,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, parse_flag_from_env
+from tqdm import tqdm
 
 import data
 import pixels
@@ -193,7 +195,7 @@ def add_model_options(parser: argparse.ArgumentParser):
 
 def model_sizes(options: dict) -> dict:
     """The arguments of SMAE among the ``options`` of a command line, without those that were not given."""
-    names = [name.replace("-", "_") for name in MODEL if name not in ("model", "image-size")]
+    names = [name.replace("-", "_") for name in MODEL if name != "model"]
     return {name: options[name] for name in names if options[name] is not None}
 
 
@@ -244,24 +246,24 @@ def eval_batch_options(args: argparse.Namespace, accelerator: Accelerator) -> di
 # ------------------------------------------------------------------------------------------------- checks
 
 
-def check_training(
-    epochs: int,
-    warmup_epochs: int,
-    batch_size: int,
-    accumulate: int,
-    crop_scale: Sequence[float],
-    clip_grad: float | None = None,
-):
+def check_positive(options: dict, *names: str):
+    """Raise ValueError if one of these ``options`` of a command line is given and below 1."""
+    for name in names:
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {options[name]}")
+
+
+def check_training(options: dict):
     """Raise ValueError if an option that every training has makes no sense."""
-    for name, value in dict(epochs=epochs, batch_size=batch_size, accumulate=accumulate).items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {crop_scale}")
+    check_positive(options, "epochs", "batch_size", "accumulate", "save_every_steps", "keep")
+    low, high = scale = options.get("crop_scale", (1, 1))  # dense.py scales whole pictures
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {scale}")
+    clip_grad = options.get("clip_grad")
     if clip_grad is not None and not clip_grad > 0:  # torch would turn the gradient round
         raise ValueError(f"--clip-grad must be positive, got {clip_grad:g}; to clip nothing, leave it out")
-    if not 0 <= warmup_epochs <= epochs:
-        raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {warmup_epochs}")
+    if not 0 <= options["warmup_epochs"] <= options["epochs"]:
+        raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {options['warmup_epochs']}")
 
 
 def check_out(out: Path, checkpoint: str):
@@ -340,9 +342,9 @@ def reported_once(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(1)
 
 
-def seconds_between_updates() -> float:
-    """The interval of progress bars: short on a terminal, long in a log file."""
-    return 1 if sys.stderr.isatty() else 30
+def progress_bar(total: int | None, unit: str, **options) -> tqdm:
+    """A progress bar, renewed often on a terminal and seldom in a log file."""
+    return tqdm(total=total, unit=unit, mininterval=1 if sys.stderr.isatty() else 30, **options)
 
 
 # ------------------------------------------------------------------------------------------------- the machine
@@ -390,7 +392,8 @@ def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelera
     """Create an Accelerator that also works on CPUs.
 
     ``precision`` and ``accumulate`` overrule accelerate's environment; the log says where they
-    differ. Raises ValueError if accelerate's configuration asks for something unsupported.
+    differ. Only the first process shows progress bars. Raises ValueError if the options or accelerate's
+    configuration ask for something unsupported.
     """
     check_launcher()
     # Accelerate has no other name for it yet.
@@ -418,4 +421,8 @@ def make_accelerator(precision: str, accumulate: int = 1, **options) -> Accelera
         told = os.environ.get(variable, value).lower()
         if told not in (value, "no"):  # no: what accelerate launch says if nobody asked it
             accelerator.print(f"--{option} is {value}; accelerate's setting {told} ({variable}) is ignored")
+    if options.get("log_with") and not accelerator.log_with:
+        raise ValueError(f"--log-with {options['log_with']}: that tracker is not installed")
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
     return accelerator

@@ -123,7 +123,7 @@ def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         untrained = smae.SMAE(**model.config).to(model.positions.device).eval()
-    last_but_one = max(1, len(model.blocks) - 1)
+    last_but_one = model.guiding_layer
     yield Contestant(f"untrained, {last_but_one}", features_of(untrained, images, last_but_one))
     for layer in layers:
         yield Contestant(f"model, {layer}", features_of(model, images, layer))
@@ -260,7 +260,7 @@ def table(rows: list[dict], counts: dict[str, int]) -> str:
 
 def sheet(seen: Pictures, grid: tuple[int, int], drawn: dict, ratio: float, how: str) -> Figure:
     """Draw the mask of each contestant, and the model's cut, relevance and clusters."""
-    chosen = torch.linspace(0, len(seen.images) - 1, min(10, len(seen.images))).long()
+    chosen = torch.from_numpy(data.evenly_spaced(len(seen.images), 10))
     pixels = pictures.displayable(seen.images[chosen])
     h, w = grid
     columns = {"input": pixels}
@@ -271,8 +271,7 @@ def sheet(seen: Pictures, grid: tuple[int, int], drawn: dict, ratio: float, how:
             columns[f"{name}\nrelevance"] = pictures.glow(pixels, relevance.view(-1, h, w))
             clusters = masks.cluster(features[chosen], min(4, h * w)).view(-1, h, w)
             columns[f"{name}\n4 clusters"] = pictures.paint(pixels, clusters)
-        masked = masks.informed_mask(relevance, ratio, "none").masked
-        masked = torch.zeros(len(chosen), h * w).scatter(1, masked, 1).bool().view(-1, h, w)
+        masked = pictures.marked(masks.informed_mask(relevance, ratio, "none").masked, grid)
         columns[f"{name}\nmask" if features is not None else name] = pictures.hide(pixels, ~masked, masked)
     truth = dict.fromkeys(columns, seen.truth[chosen] > 0.5)
     title = f"green: the object; hatched: masked, the most relevant {ratio:.0%} of {h} x {w} patches ({how})"

@@ -103,7 +103,7 @@ def crop_batch(
     images: Tensor,
     boxes: Tensor,
     flips: Tensor,
-    size: int | tuple[int, int],
+    size: Size,
     how: str = "inside",
 ) -> Tensor:
     """Cut boxes out of images (b, c, H, W) on their device and resize them: (b, c, *size).
@@ -118,7 +118,7 @@ def crop_batch(
         parts = zip(images.split(16), boxes.split(16), flips.split(16))
         return torch.cat([crop_batch(*part, size, how) for part in parts])
     top, left, height, width = boxes.float().unbind(1)
-    size = (size, size) if isinstance(size, int) else size
+    size = pair(size)
     rows = _resize_weights(top, height, images.shape[-2], size[0], how)
     columns = _resize_weights(left, width, images.shape[-1], size[1], how)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)

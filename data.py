@@ -424,7 +424,7 @@ def decode(record, form: PixelFormat = RGB) -> Picture:
 
 
 def open_picture(record, form: PixelFormat = RGB) -> Picture:
-    """As :func:`decode`, but a JPEG is decoded when its pixels are wanted, which may then raise."""
+    """The picture of a record. A JPEG is not decoded before its pixels are wanted, which may then raise."""
     if isinstance(record, dict):
         encoded, path = record.get("bytes"), record.get("path")
         if encoded is None and path and "://" not in path:
@@ -505,15 +505,21 @@ def _sample_pictures_as_they_are(dataset: Dataset, count: int) -> list:
     return found
 
 
+def undecoded(dataset: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """These columns of a data set, their pictures undecoded, since some may be broken."""
+    dataset = dataset.select_columns(columns)
+    for column in columns:
+        if isinstance(dataset.features[column], datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
 def sample_records(dataset: Dataset, count: int, columns: list[str]) -> Iterator[dict]:
     """Up to ``count`` undecoded records from all over the data (the first of a stream)."""
     if isinstance(dataset, datasets.IterableDataset):
         yield from dataset.take(count)
         return
-    dataset = dataset.select_columns(columns)
-    for column in columns:
-        if isinstance(dataset.features[column], datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))  # some may be broken
+    dataset = undecoded(dataset, columns)
     for index in evenly_spaced(len(dataset), count):
         yield dataset[int(index)]
 

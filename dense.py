@@ -18,8 +18,6 @@ import re
 import time
 from pathlib import Path
 
-import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -32,9 +30,9 @@ import encoders
 import folders
 import optim
 import overlays
+import pictures
 import scores
 import smae
-from cropping import RandomStream, uniform
 from detector import Detector, smallest_side
 from instances import Instances, load_instances
 from label_maps import Labels, load_label_maps
@@ -122,8 +120,8 @@ FILES = {  # what each command leaves in --out
     "test": ("result.json", "predictions.png", "detections.json"),
     "predict": ("result.json", "predictions.png", "detections.json", "overlays", "label_maps"),
 }
-MAY_CHANGE = {"out", "overwrite", "resume", "save_every_steps", "keep", "max_bad_images", "workers", "log_with"}
-MAY_CHANGE |= {"preset", "floor"}  # when resuming
+IGNORED = {"out", "overwrite", "resume", "save_every_steps", "keep", "max_bad_images", "workers", "log_with"}
+IGNORED |= {"preset", "floor"}  # when resuming
 SHOWN = 6  # pictures in predictions.png
 
 
@@ -235,8 +233,7 @@ def fill_defaults(args: argparse.Namespace):
     """Fill in the defaults of the preset and of other options; raise ValueError where options make no sense."""
     scores.check_requirements()
     args.precision = cli.choose_precision(args.precision)
-    if args.max_images is not None and args.max_images < 1:
-        raise ValueError(f"--max-images must be at least 1, got {args.max_images}")
+    cli.check_positive(vars(args), "max_images")
     if args.command not in PRESETS:
         return
     if args.checkpoint is None:
@@ -264,11 +261,8 @@ def fill_defaults(args: argparse.Namespace):
 
 def check_options(args: argparse.Namespace):
     """Raise ValueError where options of a training make no sense."""
-    sizes = args.epochs, args.warmup_epochs, args.batch_size, args.accumulate
-    cli.check_training(*sizes, (0.1, 1.0), args.clip_grad)
-    for name in ("test_every", "head_width", "max_test_images", "save_every_steps", "keep"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    cli.check_training(vars(args))
+    cli.check_positive(vars(args), "test_every", "head_width", "max_test_images")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise ValueError(f"--scale takes two factors, 0 < low <= high, got {args.scale}")
     if not 0 < args.layer_decay <= 1 or args.lr <= 0:
@@ -279,8 +273,6 @@ def check_options(args: argparse.Namespace):
 def load_encoder(args: argparse.Namespace) -> smae.SMAE:
     """The encoder that --checkpoint names; fills in --image-size. Raises FileNotFoundError or ValueError."""
     untrained = smae.PRESETS[args.model] | cli.model_sizes(vars(args))
-    if args.image_size:
-        untrained["image_size"] = args.image_size
     encoder = encoders.load(args.checkpoint, heads=args.heads, untrained=untrained).backbone
     if encoder is None:
         raise ValueError(f"--checkpoint {args.checkpoint} has nothing to train on")
@@ -290,7 +282,7 @@ def load_encoder(args: argparse.Namespace) -> smae.SMAE:
     return encoder
 
 
-def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, known: dict) -> Scenes:
+def load_scenes(args: argparse.Namespace, task: str, split: str, known: dict) -> Scenes:
     """A split of the data for a "segmenter" or "detector"; ``known``: the result of :func:`classes_of`, or {}.
 
     Raises FileNotFoundError or ValueError.
@@ -303,7 +295,6 @@ def load_scenes(args: argparse.Namespace, task: str, split: str, channels: int, 
         single = known.pop("single_class", getattr(args, "single_class", False))
         scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, **known)
         scenes = scenes.as_one_class() if single else scenes
-    scenes.form = data.pixel_format(scenes.records, channels, args.pixel_range)
     return scenes
 
 
@@ -316,11 +307,11 @@ def classes_of(scenes: Scenes) -> dict:
     return dict(known=(scenes.classes, scenes.category_ids))
 
 
-def load_tests(args: argparse.Namespace, task: str, split: str | None, channels: int, known: dict) -> Scenes | None:
+def load_tests(args: argparse.Namespace, task: str, split: str | None, known: dict) -> Scenes | None:
     """The pictures to test on: ``split``, or the first of validation, val and test that exists; None if none does."""
     for name in [split] if split else ("validation", "val", "test"):
         try:
-            return load_scenes(args, task, name, channels, dict(known))
+            return load_scenes(args, task, name, dict(known))
         except ValueError as error:
             if split or not re.search("Unknown split|is empty|has no pictures in|has no column", str(error)):
                 raise
@@ -332,8 +323,9 @@ def load_tests(args: argparse.Namespace, task: str, split: str | None, channels:
 def load_both(args: argparse.Namespace, channels: int) -> tuple[Scenes, Scenes]:
     """Pictures to train on and to test on; without a split for the test, every tenth is held out. Raises ValueError."""
     task = "segmenter" if args.command == "segment" else "detector"
-    training = load_scenes(args, task, args.split, channels, known={})
-    tests = load_tests(args, task, args.test_split, channels, classes_of(training))
+    training = load_scenes(args, task, args.split, known={})
+    training.form = data.pixel_format(training.records, channels, args.pixel_range)
+    tests = load_tests(args, task, args.test_split, classes_of(training))
     if tests is not None:
         tests.form = training.form
     else:
@@ -401,8 +393,7 @@ def build_run(
         seen = dict(images=len(training), pictures=data.fingerprint(training.records), hub=data.hub_id(args.dataset))
         config = smae.describe_model(model) | {args.command: cli.plain(vars(args)), "data": seen | values_of(training)}
         if state:
-            fixed = set(vars(args)) - MAY_CHANGE
-            compare_configurations(state, config, args.command, world, fixed=fixed, ignored=MAY_CHANGE)
+            compare_configurations(state, config, args.command, world, ignored=IGNORED)
             if state["config"][model.task] != json.loads(json.dumps(config[model.task])):
                 raise ValueError("cannot resume with other classes")
             model.load_state_dict(state["model"])
@@ -453,13 +444,10 @@ def fit(
     """
     run, task = build_run(args, accelerator, lock, encoder, training, tests)
     testing = dict(workers=args.workers, max_bad=args.max_bad_images, stopped=run.signals.caught)
-    rank, found = np.array([accelerator.process_index]), None
+    found = None
     with run.guarded():
         for epoch in run.epochs():
-            done = run.steps_done_in_epoch() * args.accumulate
-            for micro, batch in enumerate(run.batches_of(epoch), start=done):
-                number = uniform((args.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0]
-                torch.manual_seed(int(number * 2**24))
+            for batch in run.seeded_batches_of(epoch):
                 images = data.normalize(batch.images, *task.model.statistics)
                 run.step(task.loss(run.trained, images, batch.targets), batch)
             run.average_statistics()
@@ -511,8 +499,7 @@ def draw(task: Task, scenes: Scenes, file: Path, text: str):
     task.model.train(training)
     if rows:
         titles = ["picture", "truth", "prediction"] if len(rows[0]) == 3 else ["picture", "prediction"]
-        with smae.whole_file(file) as part:
-            overlays.sheet(rows, titles, text, task.legend()).savefig(part, format="png")
+        pictures.save(overlays.sheet(rows, titles, text, task.legend()), file)
 
 
 def write_detections(file: Path, results: list[dict], scenes: Scenes):
@@ -525,8 +512,7 @@ def write_detections(file: Path, results: list[dict], scenes: Scenes):
             segmentation = each["segmentation"]
             each["segmentation"] = segmentation | dict(counts=segmentation["counts"].decode())
         found.append(each)
-    with smae.whole_file(file) as part:
-        part.write_text(json.dumps(found))
+    smae.write_text(file, json.dumps(found))
 
 
 def load_task(args: argparse.Namespace, device: torch.device) -> tuple[Task, dict]:
@@ -556,7 +542,7 @@ def test(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lo
     elif "category_ids" in seen and not args.classes:
         known = dict(known=(model.classes, seen["category_ids"]))
     args.ignore_index = config.get("segment", {}).get("ignore_index", ())
-    scenes = load_tests(args, model.task, args.split, model.config["channels"], known)
+    scenes = load_tests(args, model.task, args.split, known)
     if scenes is None:
         raise ValueError(f"{args.dataset} has no split validation, val or test: name one with --split")
     if scenes.classes != model.classes:
@@ -565,6 +551,7 @@ def test(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lo
             f"the classes of {args.dataset} ({theirs}, ...) are not those of {args.checkpoint} ({ours}, ...): "
             "see --classes"
         )
+    scenes.form = data.pixel_format(scenes.records, model.config["channels"], args.pixel_range)
     scenes = some_of(scenes, args.max_images)
     take_folder(accelerator, lock, args.overwrite, FILES["test"])
     found = task.test(scenes, accelerator, workers=args.workers, max_bad=args.max_bad_images)
@@ -628,14 +615,8 @@ def transfer(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
     fill_defaults(args)
     if args.command not in PRESETS:
         cli.check_folder(args.out, args.overwrite, FILES[args.command])
-    log_with = getattr(args, "log_with", None)
-    accelerator = cli.make_accelerator(
-        args.precision, getattr(args, "accumulate", 1), log_with=log_with, project_dir=args.out
-    )
-    if log_with and not accelerator.log_with:
-        raise ValueError(f"--log-with {log_with}: that tracker is not installed")
-    if not accelerator.is_main_process:
-        datasets.disable_progress_bars()
+    how = dict(log_with=getattr(args, "log_with", None), project_dir=args.out)
+    accelerator = cli.make_accelerator(args.precision, getattr(args, "accumulate", 1), **how)
     set_seed(args.seed)
 
     if args.command == "test":
@@ -661,8 +642,7 @@ def report(args: argparse.Namespace, result: dict) -> dict:
     """Write result.json, print the result in a line, return the content."""
     content = dict(command=args.command, checkpoint=args.checkpoint, dataset=args.dataset)
     content |= result | dict(config=cli.plain(vars(args)))
-    with smae.whole_file(args.out / "result.json") as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+    smae.write_text(args.out / "result.json", json.dumps(content, indent=2) + "\n")
     kind = next((kind for kind in (Segmentation, Detection) if kind.metric in result), None)
     words = [kind.describe(result)] if kind else []
     words += [f"floor, an untrained encoder: {kind.describe(result['floor'])}"] if "floor" in result else []

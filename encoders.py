@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import cli
@@ -158,13 +157,7 @@ def compute_rows(
     if they exceed ``batches.max_bad``.
     """
     iterator, bad, good = iter(batches), [], 0
-    bar = tqdm(
-        total=batches.length,
-        unit="image",
-        disable=not accelerator.is_main_process,
-        leave=False,
-        mininterval=cli.seconds_between_updates(),
-    )
+    bar = cli.progress_bar(batches.length, "image", disable=not accelerator.is_main_process, leave=False)
     while True:
         with lost_processes(accelerator.num_processes):
             batch, mine = next(iterator, None), None

@@ -141,8 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_training_options(parser: argparse.ArgumentParser):
     """The options of a training with labels; RECIPES has their defaults."""
     group = parser.add_argument_group("optimisation (defaults: those of the recipe)")
-    cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "blr", "lr", "weight-decay", "crop-scale")
-    group.set_defaults(crop_scale=(0.08, 1.0))
+    cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "blr", "lr", "weight-decay")
+    cli.add(group, "crop-scale", crop_scale=(0.08, 1.0))
     cli.add(parser.add_argument_group("run (finetune and --recipe mae)"), "resume", "save-every-steps", "keep")
 
 
@@ -155,10 +155,7 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError("--resume is for finetune and linear --recipe mae; the fast recipe takes seconds")
     if args.command in ("finetune", "linear"):
         cli.check_out(args.out, args.checkpoint)
-    if getattr(args, "keep", 1) < 1:
-        raise ValueError(f"--keep must be at least 1, got {args.keep}")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    cli.check_positive(vars(args), "batch_size")
     if not 0 < args.crop_ratio <= 1:
         raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
     if args.command == "knn" and (min(args.k) < 1 or args.temperature <= 0):
@@ -188,7 +185,7 @@ def fill_recipe(args: argparse.Namespace, images: int | None, world: int):
     for name in ("blr", "weight_decay"):
         if getattr(args, name) is None:
             setattr(args, name, recipe.get(name))
-    cli.check_training(args.epochs, args.warmup_epochs, args.batch_size, args.accumulate, args.crop_scale)
+    cli.check_training(vars(args))
     if args.lr is None and args.blr is not None:
         args.lr = args.blr * args.batch_size / 256
 
@@ -199,8 +196,6 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
     Raises FileNotFoundError, or ValueError if it cannot do what is asked for.
     """
     untrained = smae.PRESETS[args.model] | cli.model_sizes(vars(args))
-    if args.image_size:
-        untrained["image_size"] = args.image_size
     encoder = encoders.load(args.checkpoint, heads=args.heads, untrained=untrained)
     args.image_size = args.image_size or pixels.compact(encoder.image_size)
     image = torch.zeros(1, encoder.channels, *pixels.pair(args.image_size))
@@ -301,7 +296,6 @@ def fit(
         mix, augment, smoothing, min_lr = None, None, 0.0, 0.0
         if args.command == "finetune":
             model = smae.Classifier(encoder.backbone, classes, args.pool, args.drop_path)
-            model.statistics = encoder.statistics
             groups = optim.layer_groups(model, args.layer_decay, args.weight_decay)
             optimizer = torch.optim.AdamW(groups, lr=args.lr)
             mix = make_mix(args.mixup, args.cutmix, len(classes))
@@ -321,9 +315,7 @@ def fit(
         config = description | {args.command: cli.plain(vars(args)), "data": seen}
         if state:
             ignored = IGNORED | (set() if args.streaming else {"workers", "preload"})
-            fixed = set(vars(args)) - ignored
-            world = accelerator.num_processes
-            compare_configurations(state, config, args.command, world, fixed=fixed, ignored=ignored)
+            compare_configurations(state, config, args.command, accelerator.num_processes, ignored=ignored)
             model.load_state_dict(state["model"])
 
     def write_results(epoch: int):
@@ -349,13 +341,9 @@ def fit(
         f"batch {args.batch_size}, learning rate {args.lr:g}" + (f"; continuing from {resumed_from}" if state else "")
     )
 
-    rank = np.array([accelerator.process_index])
     with run.guarded():
         for epoch in run.epochs():
-            done = run.steps_done_in_epoch() * args.accumulate
-            for micro, batch in enumerate(run.batches_of(epoch), start=done):
-                number = uniform((args.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0]
-                torch.manual_seed(int(number * 2**24))
+            for batch in run.seeded_batches_of(epoch):
                 images = data.normalize(batch.images, *model.statistics)
                 labels = data.to_device(batch.labels, accelerator.device)
                 if mix:
@@ -436,9 +424,9 @@ def reconstruct(model: smae.SMAE, kind: str, ratio: float, seed: int, images: Te
     if kind == "random":
         mask = masks.random_mask(*noise.shape, ratio, noise=noise)
     else:
-        features = model.features(images, max(1, len(model.blocks) - 1))
+        features = model.features(images, model.guiding_layer)
         mask = masks.self_guided_mask(features, grid, ratio, noise=noise)
-    masked = torch.zeros_like(noise).scatter(1, mask.masked, 1).bool().unflatten(1, grid)
+    masked = pictures.marked(mask.masked, grid)
     before, after = (
         pictures.displayable(data.denormalize(each.float(), *model.statistics))
         for each in (images, model.reconstruct(images, mask))
@@ -464,8 +452,7 @@ def write_reconstructions(out: Path, rows: Iterator[Rows], size: tuple[int, int]
     columns = dict(zip(("input", "masked", "reconstruction"), np.split(np.stack(first), 3, axis=2)))
     loss = float(np.mean(losses))
     sheet = pictures.contact_sheet(columns, f"mean loss of {len(losses)} pictures: {loss:.4f}{note}")
-    with smae.whole_file(out / "reconstruction.png") as part:
-        sheet.savefig(part, format="png")
+    pictures.save(sheet, out / "reconstruction.png")
     return dict(images=len(losses), loss=loss, file="reconstruction.png")
 
 
@@ -491,8 +478,6 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
     if not trains:
         cli.check_folder(args.out, args.overwrite, files)
     accelerator = cli.make_accelerator(args.precision, getattr(args, "accumulate", 1))
-    if not accelerator.is_main_process:
-        datasets.disable_progress_bars()
     set_seed(args.seed)
     encoder = load_encoder(args).to(accelerator.device)
 
@@ -583,8 +568,7 @@ def report(command: str, out: Path, options: dict, result: dict) -> dict:
     metric = dict(metric="top1") if "top1" in result else {}
     content = dict(command=command, checkpoint=options["checkpoint"], dataset=options["dataset"])
     content |= metric | result | dict(config=options)
-    with smae.whole_file(out / "result.json") as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+    smae.write_text(out / "result.json", json.dumps(content, indent=2) + "\n")
     titles = dict(top1="top-1", top5="top-5", best_top1="best top-1")
     figures = [f"{title} {result[name]:.2f} %" for name, title in titles.items() if name in result]
     figures += [f"mean loss {result['loss']:.4f}"] if command == "reconstruct" else []

@@ -101,7 +101,7 @@ class Guide:
 
         guiding = source if isinstance(source, smae.SMAE) else model
         self.size = (source_size, source_size) if source_size else tuple(guiding.config["image_size"])
-        self.layer = max(1, len(guiding.blocks) - 1) if layer is None else layer
+        self.layer = guiding.guiding_layer if layer is None else layer
         wrap = torch.compile if compile else lambda function, **_: function
         self.features: Callable = wrap(guiding.features, fullgraph=True, dynamic=False)
         self.attention: Callable = wrap(model.class_attention, fullgraph=True, dynamic=False)

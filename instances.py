@@ -186,7 +186,6 @@ def load_instances(
     mask_column: str | None = None,
     classes: str | None = None,
     boxes: str = "xywh",
-    form: data.PixelFormat = data.RGB,
     known: tuple[list[str], list[int]] | None = None,
 ) -> Instances:
     """Load pictures with objects.
@@ -199,13 +198,13 @@ def load_instances(
     FileNotFoundError or ValueError.
     """
     if name in data.DEMO:
-        return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, form, True))
+        return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, data.RGB, True))
     file = find_annotations(Path(name).expanduser(), split)
     if file is not None:
         if classes:
             raise ValueError(f"--classes {classes}: {file} names its classes itself")
         records, names, category_ids, has_masks = read_coco(file, split, known, boxes)
-        return _checked(name, Instances(records, names, form, has_masks, category_ids), boxes)
+        return _checked(name, Instances(records, names, data.RGB, has_masks, category_ids), boxes)
     records = data.load_images(name, split, image_column, "")
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
     fields = _fields(name, records, column)
@@ -218,14 +217,13 @@ def load_instances(
     if mask:
         kept = kept.rename_column(mask, "mask") if mask != "mask" else kept
         kept = kept.cast_column("mask", datasets.Image(decode=False))
-    return _checked(name, Instances(kept.add_column("objects", texts), names, form, bool(mask)), boxes)
+    return _checked(name, Instances(kept.add_column("objects", texts), names, data.RGB, bool(mask)), boxes)
 
 
 def _demo(records: datasets.Dataset) -> datasets.Dataset:
     """One object in each picture of the demo data."""
     texts = [json.dumps([dict(bbox=bbox, category=label)]) for bbox, label in zip(records["bbox"], records["label"])]
-    records = records.select_columns(["image", "mask"]).cast_column("mask", datasets.Image(decode=False))
-    return records.add_column("objects", texts)
+    return data.undecoded(records, ["image", "mask"]).add_column("objects", texts)
 
 
 def _fields(name: str, records: datasets.Dataset, column: str | None) -> dict[str, str | None]:

@@ -38,8 +38,9 @@ class Labels(NamedTuple):
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """The class of each value (H, W): int64. Raises ValueError, with counts, for values without a class."""
-        if values.max() < len(self._table()):
-            found = self._table()[values]
+        table = _table(tuple(self.class_of.items()))
+        if values.max() < len(table):
+            found = table[values]
         else:  # colours
             known, where = np.unique(values, return_inverse=True)
             found = np.array([self.class_of.get(int(value), UNKNOWN) for value in known])[where].reshape(values.shape)
@@ -49,13 +50,10 @@ class Labels(NamedTuple):
             raise ValueError(f"its label map has labels beyond the {len(self.classes)} classes: {shown[:200]}")
         return found
 
-    def _table(self) -> np.ndarray:
-        """The class of each number below 65,536."""
-        return _table(tuple(self.class_of.items()))
-
 
 @functools.lru_cache(maxsize=8)
 def _table(class_of: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The class of each number below 65,536."""
     table = np.full(2**16, UNKNOWN)
     for value, number in class_of:
         if value < len(table):
@@ -224,7 +222,6 @@ def load_label_maps(
     mask_column: str | None = None,
     classes: str | None = None,
     ignored: Sequence[int] = (),
-    form: data.PixelFormat = data.RGB,
     labels: Labels | None = None,
 ) -> LabelMaps:
     """Load pictures with label maps.
@@ -240,7 +237,8 @@ def load_label_maps(
     if name in data.DEMO:
         records = data.load_images(name, split)
         names = ["background", *shapes.SHAPE_NAMES]
-        return LabelMaps(_undecoded(records), Labels(names, {i: i for i in range(len(names))}), form, by_picture=True)
+        labels = Labels(names, {i: i for i in range(len(names))})
+        return LabelMaps(_undecoded(records), labels, data.RGB, by_picture=True)
     pairs = folders.find_pairs(Path(name).expanduser(), split)
     if pairs is None:
         records = data.load_images(name, split, image_column, "")
@@ -253,7 +251,7 @@ def load_label_maps(
             ignored = (0, *ignored)
             data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
         labels = without(_find_labels(name, records, classes, is_ade20k, ignored), ignored)
-    return LabelMaps(_undecoded(records), labels, form)
+    return LabelMaps(_undecoded(records), labels, data.RGB)
 
 
 def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> datasets.Dataset:
@@ -272,12 +270,7 @@ def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> da
 
 
 def _undecoded(records: datasets.Dataset) -> datasets.Dataset:
-    columns = [name for name in ("image", "mask", "label") if name in records.features]
-    records = records.select_columns(columns)
-    for name in ("image", "mask"):
-        if isinstance(records.features[name], datasets.Image):
-            records = records.cast_column(name, datasets.Image(decode=False))
-    return records
+    return data.undecoded(records, [name for name in ("image", "mask", "label") if name in records.features])
 
 
 def _find_labels(

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from einops import reduce
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import cli
@@ -67,25 +66,17 @@ class Subject:
     @property
     def share(self) -> Tensor | None:
         """How much of each patch the object covers: (N, n)."""
+        if self.objects is None:
+            return None
         h, w = self.grid
-        return (
-            None
-            if self.objects is None
-            else reduce(self.objects.float(), "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
-        )
+        return reduce(self.objects.float(), "b (h p1) (w p2) -> b (h w)", "mean", h=h, w=w)
 
     def parts(self, what: str = "") -> Iterator[tuple[slice, Tensor]]:
         """Slices of the pictures, and these normalised on the device."""
         n, heads = self.grid[0] * self.grid[1], self.model.config["heads"] if self.model else 1
         size = max(1, min(64, MOST_ENTRIES // (heads * (n + 1) ** 2)))
-        bar = tqdm(
-            total=len(self.images),
-            desc=f"{self.name}{', ' * bool(what)}{what}",
-            unit="picture",
-            leave=False,
-            mininterval=cli.seconds_between_updates(),
-        )
-        with bar:
+        said = f"{self.name}{', ' * bool(what)}{what}"
+        with cli.progress_bar(len(self.images), "picture", desc=said, leave=False) as bar:
             for start in range(0, len(self.images), size):
                 rows = slice(start, start + size)
                 yield rows, data.normalize(self.images[rows].to(self.device), *self.encoder.statistics)
@@ -184,7 +175,7 @@ def reconstruction_errors(
         if masked_by == "random":
             mask = subject.random_mask(rows, ratio, seed)
         else:
-            tokens = subject.features(x, max(1, len(subject.model.blocks) - 1))
+            tokens = subject.features(x, subject.model.guiding_layer)
             hint = "none" if "no hints" in masked_by else "random"
             how = dict(foreground=foreground, scoring=scoring, noise=subject.noise(rows, seed))
             mask = masks.self_guided_mask(tokens, subject.grid, ratio, hint, **how)
@@ -219,7 +210,7 @@ def progress(subject: Subject, run: Path, most: int, ratio: float, seed: int) ->
     from the last checkpoint, for each block. ``exploited``: by mask tokens, for each decoder block.
     """
     times = checkpoints_over_time(run, most)
-    guiding = max(1, len(subject.model.blocks) - 1)
+    guiding = subject.model.guiding_layer
     gaps = {how: {cut: [] for cut in ("own", "last")} for how in ("similarity", "attention")}
     divergence, exploited = {}, {"mask": [], "visible": []}
     last = None

@@ -25,6 +25,8 @@ from torch import Tensor
 DENSE = 2**28  # b * n * n similarities, 1 GiB; above it, blocks of rows are recomputed in each use
 
 ROUNDING = 3e-6  # error of eigenvalues between -1 and 1 in float32
+EPS = 1e-5  # the least weight of an edge between two patches
+STEPS = 24  # of Lanczos, at most
 
 
 class Mask(NamedTuple):
@@ -180,29 +182,29 @@ def _cosines(x: Tensor, length: Tensor, rows: slice = slice(None)) -> Tensor:
 
 
 @torch.no_grad()
-def normalized_cut(affinity: Tensor, eps: float = 1e-5, steps: int = 24) -> Tensor:
+def normalized_cut(affinity: Tensor) -> Tensor:
     """The relaxed normalized cut (b, n), float32, of similarities (b, n, n); its sign is arbitrary.
 
-    This is the second smallest solution y of (D - W) y = lambda D y with W = max(similarity, eps)
+    This is the second smallest solution y of (D - W) y = lambda D y with W = max(similarity, EPS)
     and D its row sums (Shi & Malik 2000, equation 6), computed from the second largest eigenvector
-    of D^-1/2 W D^-1/2 by ``steps`` of Lanczos. Never waits for the device.
+    of D^-1/2 W D^-1/2 by STEPS of Lanczos. Never waits for the device.
     """
-    w = affinity.float().clamp(min=eps)
-    return _cut(lambda v: torch.bmm(v, w), w.sum(dim=-1), steps)
+    w = affinity.float().clamp(min=EPS)
+    return _cut(lambda v: torch.bmm(v, w), w.sum(dim=-1))
 
 
-def _blockwise_cut(unit: tuple[Tensor, Tensor], blocks: list[slice], eps: float = 1e-5, steps: int = 24) -> Tensor:
+def _blockwise_cut(unit: tuple[Tensor, Tensor], blocks: list[slice]) -> Tensor:
     """Compute :func:`normalized_cut` from the result of _unit(), one block of rows at a time."""
 
     def multiply(v: Tensor) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
-            return torch.cat([torch.bmm(v, _cosines(*unit, rows).clamp(min=eps).mT) for rows in blocks], dim=2)
+            return torch.cat([torch.bmm(v, _cosines(*unit, rows).clamp(min=EPS).mT) for rows in blocks], dim=2)
 
-    return _cut(multiply, multiply(torch.ones_like(unit[1])[:, None])[:, 0], steps)
+    return _cut(multiply, multiply(torch.ones_like(unit[1])[:, None])[:, 0])
 
 
 @torch.no_grad()
-def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Tensor:
+def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor) -> Tensor:
     """The relaxed normalized cut (b, n) of graphs with node degrees (b, n).
 
     ``multiply`` takes v (b, 1, n) to v W. Lanczos iteration with full reorthogonalisation (Golub &
@@ -212,7 +214,7 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor, steps: int) -> Te
     """
     # start from the known eigenvector and a vector without a pattern
     (b, n), device = degree.shape, degree.device
-    steps = max(1, min(steps, n - 1))
+    steps = max(1, min(STEPS, n - 1))
     scale = torch.where(degree > 0, degree.clamp(min=1e-30).rsqrt(), 0)[:, None]
     basis = torch.zeros(b, steps + 1, n, device=device)  # orthonormal rows
     basis[:, 0] = F.normalize(degree.sqrt(), dim=1)
@@ -304,7 +306,7 @@ def relevance(affinity: Tensor, foreground: Tensor, scoring: str = "contrast") -
 
 
 @torch.no_grad()
-def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
+def cluster(features: Tensor, k: int) -> Tensor:
     """Up to ``k`` clusters of patches by recursive normalized cut.
 
     Takes features (b, n, d), returns labels (b, n) int64 below ``k``. Each round splits the cluster
@@ -314,7 +316,7 @@ def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
     b, n = features.shape[:2]
     if not 1 <= k <= n:
         raise ValueError(f"the number of clusters of {n} patches must lie between 1 and {n}, got {k}")
-    w = similarity(features).clamp(min=eps)
+    w = similarity(features).clamp(min=EPS)
     labels = torch.zeros(b, n, dtype=torch.int64, device=features.device)
     halves = torch.zeros(b, k, n, dtype=torch.bool, device=features.device)  # the best split of each cluster
     costs = torch.full((b, k), torch.inf, device=features.device)  # its cost; infinite if there is none
@@ -323,7 +325,7 @@ def cluster(features: Tensor, k: int, eps: float = 1e-5) -> Tensor:
         # order the members along their cut
         members = labels == clusters
         part = w * (members[:, :, None] & members[:, None, :])
-        y = _cut(lambda v: torch.bmm(v, part), part.sum(dim=-1), steps=24)
+        y = _cut(lambda v: torch.bmm(v, part), part.sum(dim=-1))
         order = torch.where(members, y, torch.inf).argsort(dim=1)  # members come first
         part = part.gather(1, order[:, :, None].expand_as(part)).gather(2, order[:, None, :].expand_as(part))
 

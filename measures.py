@@ -97,14 +97,8 @@ def feature_variance(features: Tensor) -> Tensor:
 
 def similarity_variance(similarity: Tensor) -> Tensor:
     """σs (b,): the variance of the similarities (b, n, n) of different patches (our reading of table 1)."""
-    return off_diagonal(similarity).var(dim=1, correction=0)
-
-
-def off_diagonal(matrices: Tensor) -> Tensor:
-    """The entries (b, n * (n - 1)) of matrices (b, n, n) off their diagonals."""
-    n = matrices.shape[-1]
-    others = ~torch.eye(n, dtype=torch.bool, device=matrices.device)
-    return matrices[:, others]
+    others = ~torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
+    return similarity[:, others].var(dim=1, correction=0)
 
 
 def cluster_gap(weights: Tensor, side: Tensor) -> Tensor:

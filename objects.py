@@ -184,10 +184,8 @@ class ObjectMasks:
         if isinstance(dataset, datasets.IterableDataset):
             raise ValueError("a stream has no index to find object masks by: drop --streaming")
         self.rule = understand_column(dataset, column, ids, void)
-        names = list(dict.fromkeys([column, *(["image"] if "image" in features else [])]))
-        self.records = dataset.select_columns(names)
-        for name in names:
-            self.records = self.records.cast_column(name, datasets.Image(decode=False))
+        names = dict.fromkeys([column, "image"])
+        self.records = data.undecoded(dataset, [name for name in names if name in features])
         self.column = column
         self.missing: list[int] = []
 

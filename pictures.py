@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+from pathlib import Path
 
 import matplotlib
 import matplotlib.ticker
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import data
 import masks
+import smae
 from cropping import RandomStream, uniform
 from guide import Guide
 
@@ -25,8 +27,21 @@ MARKERS = "osD^vP*X"
 CLUSTERS = [matplotlib.colors.to_rgb(colour) for colour in [*COLOURS, "#F0E442", "#882255"]]
 
 
+def save(figure: Figure, path: Path):
+    """Write a figure as PNG, whole or not at all."""
+    with smae.whole_file(path) as part:
+        figure.savefig(part, format="png")
+
+
+def marked(indices: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches (b, k) by their indices, on a grid (b, h, w) bool."""
+    h, w = grid
+    empty = torch.zeros(len(indices), h * w, dtype=torch.bool, device=indices.device)
+    return empty.scatter(1, indices, True).unflatten(1, grid)
+
+
 @torch.no_grad()
-def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch: int | None = None) -> Figure:
+def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None, epoch: int) -> Figure:
     """Draw masks and reconstructions of uint8 images (b, c, H, W), one row each.
 
     Columns: input, random mask, bipartition, relevance, informed mask, informed mask with the
@@ -47,11 +62,8 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     mask = guide.mask(relevance, noise, epoch)
     pixels = displayable(images)
 
-    def patches(indices: Tensor) -> Tensor:  # (b, k) -> (b, h, w) bool
-        return torch.zeros(len(x), h * w, device=device).scatter(1, indices, 1).bool().view(-1, h, w)
-
     def covered(mask: masks.Mask) -> np.ndarray:
-        return hide(pixels, patches(mask.visible), patches(mask.masked))
+        return hide(pixels, marked(mask.visible, (h, w)), marked(mask.masked, (h, w)))
 
     # draw each step in a column
     columns = {"input": pixels, "random mask": covered(masks.random_mask(len(x), h * w, guide.ratio, noise=noise))}
@@ -59,7 +71,7 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
     heat = glow(pixels, relevance.view(-1, h, w))
     framed = {}
     if guide.kind == "amt":
-        thrown = ~patches(mask.visible) & ~patches(mask.masked)
+        thrown = ~marked(mask.visible, (h, w)) & ~marked(mask.masked, (h, w))
         columns |= {"attention": heat, "AMT mask\n(thrown away: black)": covered(mask)}
         columns["reconstruction"] = hide(rebuilt, ~thrown, ~thrown)
     else:
@@ -72,10 +84,10 @@ def mask_sheet(guide: Guide, images: Tensor, truth: Tensor | None = None, epoch:
             hinted: covered(mask),
             "reconstruction\nfrom hints + rest": rebuilt,
         }
-        framed[hinted] = patches(hints)
+        framed[hinted] = marked(hints, (h, w))
 
     # name the guide and the masked share
-    title = "" if epoch is None else f"epoch {epoch}: "
+    title = f"epoch {epoch}: "
     if guide.source_name or guide.shuffle:
         origin = f"guided by {guide.source_name}" if guide.source_name else "shuffled"
         title += f"not self-guided but {origin}{', shuffled' * bool(guide.source_name and guide.shuffle)}\n"
@@ -220,9 +232,9 @@ def accuracy_curves(records: list[dict], x: str, label: str) -> Figure:
                 deviation = statistics.stdev(values) if len(values) > 1 else 0
                 points.append((statistics.mean(row[x] for row in now), statistics.mean(values), deviation))
             places, means, deviations = zip(*points)
-            style = dict(color="black", linewidth=2) if arm == "random" else dict(color=f"C{number}", linewidth=1.3)
-            style |= dict(marker=MARKERS[number % len(MARKERS)], markersize=4, capsize=3)
-            axis.errorbar(places, means, deviations, label=arm, **style)
+            look = dict(color="black", linewidth=2) if arm == "random" else dict(color=f"C{number}", linewidth=1.3)
+            look |= dict(marker=MARKERS[number % len(MARKERS)], markersize=4, capsize=3)
+            axis.errorbar(places, means, deviations, label=arm, **look)
         axis.set(xlabel=label, ylabel="top-1 accuracy, %", title=title)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

@@ -293,7 +293,10 @@ class MapCrops(torch.utils.data.Dataset):
         return Batch(shared(images), indices, bad, labels, crops.as_fractions(sizes))
 
     def _next(self, index: int, bad: list[BadImage], **use: Callable) -> tuple[Any, int, int]:
-        """As ``data.decode_or_next``, but adds the broken pictures to ``bad`` and returns where it ended."""
+        """What ``use`` makes of picture ``index``, or of the next that can be read; its label, and where it lies.
+
+        Adds the broken pictures to ``bad``.
+        """
         tries = max(1, self.options.bad_limit - len(bad))
         found, label, met = data.decode_or_next(self.dataset, index, tries, self.options.form, **use)
         bad += met

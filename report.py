@@ -121,9 +121,9 @@ def write(findings: dict[str, Finding], abouts: dict[str, str], arguments: dict,
                 f"<details><summary>numbers (mean ± deviation over pictures)</summary><pre>{text}</pre></details>"
             )
     private = ("command", "checkpoint", "out", "overwrite")
-    shown = {k: Path(v).name if k == "dataset" else v for k, v in arguments.items()}  # paths concern nobody
-    options = ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None and v is not False and k not in private)
-    page = TEMPLATE.read_text()
+    public = {k: Path(v).name if k == "dataset" else v for k, v in arguments.items()}  # paths concern nobody
+    options = ", ".join(f"{k} {v}" for k, v in public.items() if v is not None and v is not False and k not in private)
+    page = TEMPLATE.read_text(encoding="utf-8")
     for mark, content in {
         "<!--FINDINGS-->": "\n".join(parts),
         "<!--OPTIONS-->": html.escape(options),

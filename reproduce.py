@@ -411,8 +411,7 @@ def read(file: Path) -> dict:
 
 
 def write(file: Path, content: dict | list):
-    with smae.whole_file(file) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    smae.write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def judge_all(experiment: Experiment, runs: list[Run]):
@@ -560,18 +559,17 @@ def report(experiment: Experiment):
     runs = [Run(experiment, arm, seed) for seed in settings["seeds"] for arm in settings["arms"]]
     if records := collect(experiment, runs):
         write(experiment.out / f"{kind}results.json", records)
-        (experiment.out / f"{kind}table.md").write_text(table(experiment, records))
+        smae.write_text(experiment.out / f"{kind}table.md", table(experiment, records))
         for x, name in (("epoch", "epochs"), ("minutes", "minutes")):
-            pictures.accuracy_curves(records, x, f"{name} of pre-training").savefig(
-                experiment.out / f"{kind}{name}.png"
-            )
+            curves = pictures.accuracy_curves(records, x, f"{name} of pre-training")
+            pictures.save(curves, experiment.out / f"{kind}{name}.png")
         panels = {}
         for metric, title in METRICS.items():
             found = {arm: leads(records, arm, metric) for arm in experiment.arms if arm != "random"}
             if found := {arm: (values, interval(values)) for arm, values in found.items() if values}:
                 panels[title] = found
         if panels:
-            pictures.leads(panels).savefig(experiment.out / f"{kind}leads.png")
+            pictures.save(pictures.leads(panels), experiment.out / f"{kind}leads.png")
     for run in reversed(runs):  # so that the first seed comes last, and stays
         if (run.out / "masks.png").exists():
             shutil.copy(run.out / "masks.png", experiment.out / f"masks-{run.arm}.png")
@@ -614,7 +612,7 @@ def paper(experiment: Experiment):
     """Print the commands of the paper's experiment, and the hours they take by steps measured here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
-    batch, pictures, tests = 256 if device.type == "cuda" else 8, 1_281_167, 50_000
+    batch, images, tests = 256 if device.type == "cuda" else 8, 1_281_167, 50_000
     seconds = {key: statistics.median(values) / batch for key, values in bench.paper_step_times(device, batch).items()}
     launch, ran = f"accelerate launch --num_processes {experiment.gpus}", []
 
@@ -635,16 +633,16 @@ def paper(experiment: Experiment):
             passes = min(after, 1) if once else math.ceil(after / settings.guide_every)
         passes = 0 if settings.guide_from == "centre" else passes
         cost = before * seconds["random"] + after * seconds["amt" if settings.mask == "amt" else "random"]
-        cost = hours(pictures, cost + passes * seconds["relevance"])
+        cost = hours(images, cost + passes * seconds["relevance"])
         for seed in experiment.seeds:
             out = experiment.out / f"{arm}-seed{seed}"
             command = f"{launch} train.py --preset paper --compile {options} --seed {seed} --save-every 50 --keep 9999"
             print(f"{command} --resume --out {out}  # {cost:.1f} hours")
             ran.append((out, cost))
-    steps = " ".join(f"{epoch * (pictures // 4096):08d}" for epoch in range(50, 401, 50))
-    both = hours(pictures + tests, seconds["relevance"]) * 2 * 8 * len(ran)
-    slow = hours(pictures + tests, seconds["relevance"]) * 90 * len(ran)
-    tuned = hours(3 * pictures + tests, seconds["relevance"]) * 100 * len(ran)
+    steps = " ".join(f"{epoch * (images // 4096):08d}" for epoch in range(50, 401, 50))
+    both = hours(images + tests, seconds["relevance"]) * 2 * 8 * len(ran)
+    slow = hours(images + tests, seconds["relevance"]) * 90 * len(ran)
+    tuned = hours(3 * images + tests, seconds["relevance"]) * 100 * len(ran)
     print(f"for run in {' '.join(str(out) for out, _ in ran)}; do")
     print(f"  for step in {steps}; do for probe in knn linear; do  # {both:.1f} hours")
     judged = "--dataset imagenet-1k --checkpoint $run/checkpoint-$step --out $run/$probe-$step"

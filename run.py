@@ -31,7 +31,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import cli
@@ -39,6 +38,7 @@ import data
 import optim
 import smae
 from batches import Batch, TrainBatches
+from cropping import RandomStream, uniform
 
 LONGEST_UNSAVED = 15 * 60  # seconds of work without a checkpoint
 
@@ -186,12 +186,8 @@ class Run:
         self.results_written = True
         self.stopped_by = 0  # the number of a signal
         folder.milestones.add(schedule.epochs)
-        self.bar = tqdm(
-            total=schedule.epochs * batches.steps_per_epoch,
-            disable=not accelerator.is_main_process,
-            unit="step",
-            mininterval=cli.seconds_between_updates(),
-        )
+        steps = schedule.epochs * batches.steps_per_epoch
+        self.bar = cli.progress_bar(steps, "step", disable=not accelerator.is_main_process)
 
     # -------------------------------------------------------------------------- the loop
 
@@ -217,6 +213,15 @@ class Run:
         while progress.epoch <= self.schedule.epochs:
             self.clock = time.perf_counter() - progress.seconds
             yield progress.epoch
+
+    def seeded_batches_of(self, epoch: int) -> Iterator[Batch]:
+        """:meth:`batches_of`, with torch seeded before each by seed, epoch, micro-batch and process."""
+        plan, rank = self.batches.plan, np.array([self.accelerator.process_index])
+        done = self.steps_done_in_epoch() * plan.accumulate
+        for micro, batch in enumerate(self.batches_of(epoch), start=done):
+            number = uniform((plan.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0]
+            torch.manual_seed(int(number * 2**24))
+            yield batch
 
     def batches_of(self, epoch: int) -> Iterator[Batch]:
         """This process's micro-batches of the rest of an epoch. Sets the learning rate before each."""
@@ -453,8 +458,7 @@ class Run:
 
     def _write_metrics(self):
         text = "".join(json.dumps(record) + "\n" for record in self.progress.records)
-        with smae.whole_file(self.folder.path / "metrics.jsonl") as part:
-            part.write_text(text)
+        smae.write_text(self.folder.path / "metrics.jsonl", text)
 
     def save(self):
         """Write a checkpoint of this moment, unless there is one. Raises Diverged if it would be useless."""
@@ -469,8 +473,8 @@ class Run:
         if not (folder.is_due(epoch, progress.step) if ended else folder.is_due_at_step(progress.step)):
             folder.extra_steps.add(progress.step)
         state = self._state()
-        keep = folder.keep, folder.extra_steps, self.attached()
-        done = self.write(lambda: checkpoint.write(folder.path, progress.step, self.model, state, *keep))
+        what = self.model, state, folder.keep, folder.extra_steps, self.attached()
+        done = self.write(lambda: checkpoint.write(folder.path, progress.step, *what))
         if not self.peers.largest(not done)[0]:
             folder.saved_step = progress.step
         folder.last_attempt = time.monotonic()
@@ -620,17 +624,12 @@ def find_checkpoint(accelerator: Accelerator, folder: Folder, resume: str | None
 
     Raises ValueError, in all processes, if there is none or if another run would be lost.
     """
-    found, problem = None, None
-    if accelerator.is_main_process:
-        try:
+    found = None
+    with all_processes_or_none():
+        if accelerator.is_main_process:
             folder.lock.take()
             found = _choose_checkpoint(folder, resume, overwrite, accelerator.print)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    found, problem = broadcast_object_list([found, problem])
-    if problem:
-        raise ValueError(problem)
-    return found
+    return broadcast_object_list([found])[0]
 
 
 def _choose_checkpoint(folder: Folder, resume: str | None, overwrite: bool, say: Callable) -> Path | None:
@@ -659,13 +658,13 @@ def read_state(folder: Path | None, command: str) -> dict | None:
 
 
 def compare_configurations(
-    state: dict, config: dict, command: str, processes: int, *, fixed: set[str], ignored: set[str]
+    state: dict, config: dict, command: str, processes: int, *, ignored: set[str], fixed: set[str] | None = None
 ) -> list[str]:
     """What has changed since a checkpoint was written, as lines for the log.
 
-    ``config`` holds the options of ``command`` under its name. Raises ValueError if the model, the
-    data or an option in ``fixed`` has changed, or if there are fewer epochs than were begun. Options
-    in ``ignored`` are not compared.
+    ``config`` holds the options of ``command`` under its name. Options in ``ignored`` are not
+    compared. Raises ValueError if the model, the data or an option in ``fixed`` (default: every other)
+    has changed, or if there are fewer epochs than were begun.
     """
     then, now = (json.loads(json.dumps(x)) for x in (state["config"], config))
     _compare_models(then["model"], now["model"])
@@ -681,7 +680,7 @@ def compare_configurations(
         raise ValueError(f"cannot resume with --epochs {new['epochs']}: epoch {begun} had begun")
     changed = [name for name in new if name not in ignored and old.get(name) != new[name]]
     options = {name: f"--{name.replace('_', '-')}" for name in changed}
-    if refused := [f"{options[name]} was {old.get(name)}" for name in changed if name in fixed]:
+    if refused := [f"{options[name]} was {old.get(name)}" for name in changed if fixed is None or name in fixed]:
         raise ValueError(f"cannot resume with other options: {', '.join(refused)}")
     lines = [f"{options[name]} {old.get(name)} -> {new[name]}" for name in changed]
     before = len(state["processes"])

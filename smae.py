@@ -322,6 +322,11 @@ class SMAE(nn.Module):
         decoder = [f"decoder-{i}" for i in range(1, self.config["decoder_depth"] + 1)]
         return [*range(1, len(self.blocks) + 1), *decoder]
 
+    @property
+    def guiding_layer(self) -> int:
+        """The block that guides masks unless another is named: the last of the encoder but one."""
+        return max(1, len(self.blocks) - 1)
+
     def grid(self, images: Tensor) -> tuple[int, int]:
         """The patch grid (h, w) of images (b, c, H, W). Raises ValueError if they do not fit."""
         expected, received = self.config["channels"], images.shape[1]
@@ -630,8 +635,7 @@ def write_card(model: nn.Module, folder: Path, config: dict, format: str):
 
         text = hub.card(folder, config, sum(tensor.numel() for tensor in model.parameters()), format)
         if text:
-            with whole_file(folder / "README.md") as part:
-                part.write_text(text, encoding="utf-8")
+            write_text(folder / "README.md", text)
     except ModuleNotFoundError:  # smae.py was copied without it
         return
     except Exception as error:  # of an unusual configuration or folder: the weights matter more
@@ -671,6 +675,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise disk_error(error, path) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str):
+    """Write a text file, in UTF-8, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def disk_error(error: Exception, path: Path) -> Exception:

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from tqdm import tqdm
 
 import cli
 import data
@@ -97,13 +96,7 @@ def predictions(
     """
     share, broken = Share(accelerator.process_index, accelerator.num_processes), []
     task.model.eval()
-    bar = tqdm(
-        total=len(scenes),
-        unit="image",
-        disable=not accelerator.is_main_process,
-        leave=False,
-        mininterval=cli.seconds_between_updates(),
-    )
+    bar = cli.progress_bar(len(scenes), "image", disable=not accelerator.is_main_process, leave=False)
     with lost_processes(share.world):
         for index, scene, bad in each_scene(scenes, task.prepare, workers, share):
             bar.update(share.world)

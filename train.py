@@ -19,7 +19,6 @@ import os
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
@@ -223,8 +222,7 @@ def describe_repeat(run: str, options: dict) -> str:
 
 def fill_defaults(args: argparse.Namespace):
     """Fill in the defaults that depend on other options; raise ValueError where options make no sense."""
-    sizes = args.epochs, args.warmup_epochs, args.batch_size, args.accumulate
-    cli.check_training(*sizes, args.crop_scale, args.clip_grad)
+    cli.check_training(vars(args))
     if args.guide_start is None:
         args.guide_start = max(1, args.epochs // 2)
     if args.guide_start != "auto" and args.guide_start < 0:
@@ -257,9 +255,7 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError("--probe-dataset is for --probe-every: add it")
     if min(args.probe_images) < 1:
         raise ValueError(f"--probe-images takes two numbers of pictures, got {args.probe_images}")
-    for name in ("save_every", "save_every_steps", "keep", "probe_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    cli.check_positive(vars(args), "save_every", "probe_every")
     args.precision = cli.choose_precision(args.precision)
 
 
@@ -289,7 +285,7 @@ def build_model(args: argparse.Namespace, resumed: dict | None = None, dataset=N
             form = data.pixel_format(dataset, args.channels, args.pixel_range)
             config["mean"], config["std"] = data.measure_statistics(dataset, form)
         args.image_size = args.image_size or 64
-    config |= cli.model_sizes(vars(args)) | dict(image_size=args.image_size)
+    config |= cli.model_sizes(vars(args))
     model = smae.SMAE(**config | (dict(normalize_pixels=False) if args.raw_pixels else {}))
     if not model.config["decoder_depth"]:
         raise ValueError("--decoder-depth must be at least 1: the decoder reconstructs what is masked, got 0")
@@ -368,8 +364,6 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
         accelerator = cli.make_accelerator(
             args.precision, args.accumulate, log_with=args.log_with, project_dir=args.out
         )
-        if args.log_with and not accelerator.log_with:
-            raise ValueError(f"--log-with {args.log_with}: that tracker is not installed")
         saving = dict(save_every=args.save_every, save_every_steps=args.save_every_steps, keep=args.keep)
         folder = Folder(args.out, lock, RUN_FILES, **saving)
         resumed_from = find_checkpoint(accelerator, folder, args.resume, args.overwrite)
@@ -384,8 +378,6 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
             if options["guide_start"] is None and began["mask"] != "random":  # longer, but guided from the same epoch
                 args.guide_start = began["guide_start"]
         set_seed(args.seed)
-        if not accelerator.is_main_process:
-            datasets.disable_progress_bars()
         columns = args.image_column, args.label_column, args.streaming
         limit = None if args.streaming else args.max_images  # of a stream it is the length of an epoch
         dataset = data.load_images(args.dataset, args.split, *columns, limit)
@@ -536,12 +528,10 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, guide: Guide, b
 
 def draw(out: Path, epoch: int, guide: Guide, samples: Tensor, objects: Tensor | None):
     """Refresh masks.png, of eight of the samples, and loss.png."""
-    few = torch.linspace(0, len(samples) - 1, min(8, len(samples))).long()
+    few = torch.from_numpy(data.evenly_spaced(len(samples), 8))
     objects = objects if objects is None else objects[few]
-    sheet = pictures.mask_sheet(guide, samples[few], objects, epoch)
-    for name, figure in (("masks.png", sheet), ("loss.png", pictures.loss_curve(out / "metrics.jsonl"))):
-        with smae.whole_file(out / name) as part:
-            figure.savefig(part, format="png")
+    pictures.save(pictures.mask_sheet(guide, samples[few], objects, epoch), out / "masks.png")
+    pictures.save(pictures.loss_curve(out / "metrics.jsonl"), out / "loss.png")
 
 
 # ------------------------------------------------------------------------------ the guide

@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT))
+LONGEST = "resume train dense eval reproduce pretended_device clusters guide smae hub pixels report bad_data analyze"
 REAL = ROOT.parent / "shared" / "data"  # photographs for development, see its README; not part of the project
 
 import undrawn  # noqa: E402
@@ -18,6 +19,17 @@ import undrawn  # noqa: E402
 import shapes  # noqa: E402
 import smae  # noqa: E402
 import train  # noqa: E402
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # xdist hands out files in our order, not by their number of tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first, so that no worker idles at the end."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True)

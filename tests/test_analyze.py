@@ -47,7 +47,7 @@ def test_loss_of_object_and_background_add_up_to_the_loss_that_is_trained(small_
     assert parts["object"] < 1e-4 and parts["background"] > 1
 
 
-def test_masks_are_judged_beside_their_floors(monkeypatch, tmp_path, capsys):
+def test_masks_are_judged_beside_their_floors(quick_drawing, monkeypatch, tmp_path, capsys):
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
     out = tmp_path / "judged"
     text = judge(monkeypatch, capsys, "--checkpoint", tmp_path / "run", "--max-images", 120, "--out", out)
@@ -82,23 +82,16 @@ def test_the_contact_sheet_shows_the_way_that_was_asked_for(monkeypatch, tmp_pat
     monkeypatch.setattr(
         contest.pictures, "contact_sheet", lambda *a, **k: sheets.append((a, drawn(*a, **k))) or sheets[-1][1]
     )
-    arguments = [
-        "--checkpoint",
-        tmp_path / "model",
-        "--max-images",
-        30,
-        "--layers",
-        2,
-        "--overwrite",
-        "--out",
-        tmp_path,
-    ]
+    monkeypatch.setattr(contest.pictures.Figure, "savefig", lambda self, file, **_: file.write_bytes(b""))
+    arguments = ["--checkpoint", tmp_path / "model", "--max-images", 30, "--layers", 2, "--out", tmp_path]
     for extra in ([], ["--foreground", "peak"], ["--relevance", "foreground"], ["--guide-debias"]):
-        judge(monkeypatch, capsys, *arguments, *extra)
+        judge(monkeypatch, capsys, *arguments, "--overwrite", *extra)
     names = list(sheets[0][0][0])
     assert names[:3] == ["input", "random mask", "centre prior"] and names[-1] == "model, 2\nmask"
     assert "model, 2\n4 clusters" in names
     first = sheets[0][0]
+    shown = (first[0]["model, 2\nmask"] == first[0]["input"]).all(-1).mean()
+    assert 0.24 < shown < 0.27  # a quarter of the patches, the rest is hatched
     for (columns, title, *_), figure in sheets[1:]:
         assert title != first[1] and (columns["model, 2\nrelevance"] != first[0]["model, 2\nrelevance"]).any()
         assert (columns["centre prior"] == first[0]["centre prior"]).all()

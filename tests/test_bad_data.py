@@ -129,13 +129,13 @@ def check(out, printed: str, names):
 
 
 @pytest.mark.parametrize("extra", ["--workers 0", "--workers 2", "--preload", "--guide cached --workers 0"])
-def test_a_run_skips_broken_pictures_and_names_each_once(extra, folder, monkeypatch, tmp_path, capfd):
+def test_a_run_skips_broken_pictures_and_names_each_once(extra, folder, quick_drawing, monkeypatch, tmp_path, capfd):
     arguments = [*TRAIN, *extra.split(), "--max-bad-images", 0.2, "--dataset", folder, "--out", tmp_path / "run"]
     train_here(monkeypatch, *arguments)
     check(tmp_path / "run", capfd.readouterr().out, BROKEN)
 
 
-def test_a_streamed_run_skips_broken_pictures_and_names_each_once(folder, monkeypatch, tmp_path, capfd):
+def test_a_streamed_run_skips_broken_pictures_and_names_each_once(folder, quick_drawing, monkeypatch, tmp_path, capfd):
     arguments = [*TRAIN, "--streaming", "--workers", 1, "--max-bad-images", 0.9, "--dataset", folder]
     train_here(monkeypatch, *arguments, "--epochs", 1, "--out", tmp_path / "run")
     printed = capfd.readouterr().out
@@ -157,7 +157,9 @@ def test_two_processes_add_up_their_broken_pictures(folder, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_files_that_vanish_or_cannot_be_read_during_a_run_are_skipped(workers, folder, monkeypatch, tmp_path, capfd):
+def test_files_that_vanish_or_cannot_be_read_during_a_run_are_skipped(
+    workers, folder, quick_drawing, monkeypatch, tmp_path, capfd
+):
     epoch, open_image = TrainBatches.epoch, Image.open
 
     def failing(file, *rest):
@@ -206,6 +208,7 @@ def test_workers_without_room_in_shared_memory_end_the_run_with_a_line(monkeypat
         judge.main([*arguments, "--out", tmp_path / "embed"])
 
 
+@pytest.mark.slow
 def test_a_container_with_little_shared_memory_gets_a_line(tmp_path):
     command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=700k tmpfs /dev/shm && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:

@@ -77,7 +77,7 @@ def test_a_shard_that_was_interrupted_is_written_again(monkeypatch, tmp_path):
     assert [pyarrow.parquet.read_metadata(file).num_rows for file in sorted(tmp_path.glob("data/*"))] == [2, 2, 2]
 
 
-def test_guides_are_measured_on_crops_that_show_an_object(run, monkeypatch, tmp_path):
+def test_guides_are_measured_on_crops_that_show_an_object(run, quick_drawing, monkeypatch, tmp_path):
     train_here(
         monkeypatch,
         *SMALL,

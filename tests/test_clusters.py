@@ -58,7 +58,7 @@ def test_the_slurm_script_is_queued_again_after_its_signal_and_continues(tmp_pat
     assert len(records(tmp_path / "run")) == 2
 
 
-def test_the_cells_of_the_notebook_run(monkeypatch, tmp_path):
+def test_the_cells_of_the_notebook_run(quick_drawing, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(tmp_path)
     (cell,) = re.findall(r"## A notebook\n.*?```python\n(.*?)```", PAGE, re.DOTALL)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers import SMALL, run, with_bad
+from helpers import SMALL, with_bad
 from PIL import Image
 
 import checkpoint as checkpoint_file
@@ -436,9 +436,10 @@ def test_two_processes_train_together_as_one(command, monkeypatch, folder, check
     if command == ["finetune"]:  # what depends on the other pictures of a process
         arguments += ["--mixup", 0, "--cutmix", 0, "--drop-path", 0]
     evaluate(monkeypatch, arguments[0], tmp_path / "one", *arguments[1:])
-    result = run(*arguments, "--out", tmp_path / "two", script="eval.py", processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "48 training images, 2 epochs of 3 steps" in result.stdout and "Warning" not in result.stderr
+    processes = forked.start(tmp_path / "log", *arguments, "--out", tmp_path / "two", script="eval", world=2)
+    assert forked.finish(processes) == [0, 0]
+    printed = (tmp_path / "log-0").read_text()
+    assert "48 training images, 2 epochs of 3 steps" in printed and "Warning" not in printed
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert (two["images"], two["processes"], one["processes"], two["test_split"]) == (15, 2, 1, "val")
     one, two = (checkpoint_file.read(checkpoint_file.folders(tmp_path / n)[0])["model"] for n in ("one", "two"))
@@ -620,6 +621,7 @@ def test_the_checkpoint_that_is_judged_is_never_lost(monkeypatch, checkpoint, fo
         (["finetune", "--checkpoint", "random", "--crop-scale", "0.5", "0.2"], "--crop-scale takes two fractions"),
         (["linear", "--checkpoint", "random", "--resume"], "--resume is for"),
         (["finetune", "--checkpoint", "random", "--keep", "0"], "--keep must be at least 1, got 0"),
+        (["finetune", "--checkpoint", "random", "--save-every-steps", "0"], "--save-every-steps must be at least 1"),
         (["knn", "--checkpoint", "nowhere"], "there is no checkpoint nowhere"),
         (["knn", "--checkpoint", "random", "--image-size", "30"], "not a positive multiple"),
         (["knn", "--checkpoint", "random", "--test-split", "elsewhere"], "elsewhere"),

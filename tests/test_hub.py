@@ -85,11 +85,12 @@ def test_what_cannot_be_had_is_explained_in_a_line(ask, run_folder, tmp_path):
 def test_an_interrupted_download_is_taken_up_or_explained(ask, run_folder):
     with small_hub.served({"user/run": run_folder}) as served:
         served.cut["model.safetensors"] = 99  # times
-        said = ask("import hub; hub.fetch('user/run')", served.address)
+        at_once = "import time; time.sleep = lambda *_: None; "  # huggingface_hub waits before it tries again
+        said = ask(at_once + "import hub; hub.fetch('user/run')", served.address)
         assert "there is no checkpoint user/run, neither here nor on the Hugging Face hub" in said
         assert served.cut["model.safetensors"] < 99
         served.cut["model.safetensors"] = 1
-        assert ask("import smae; print(smae.load('user/run').config['width'])", served.address) == "32"
+        assert ask(at_once + "import smae; print(smae.load('user/run').config['width'])", served.address) == "32"
         assert served.cut["model.safetensors"] == 0
 
 

@@ -1,5 +1,6 @@
 """What is taken for the object in a mask."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -99,8 +100,6 @@ def test_a_turn_that_sizes_do_not_show_is_warned_of(capsys):
 
 
 def test_the_column_of_masks_counts_classes_and_leaves_the_void_out():
-    import datasets
-
     blobs = [image_bytes(Image.fromarray(rings(1 + i, 255))) for i in range(4)]
     table = dict(image=[image_bytes(picture(48, 40, seed=i)) for i in range(4)], mask=blobs)
     table = {name: [dict(bytes=blob, path=None) for blob in column] for name, column in table.items()}
@@ -111,3 +110,10 @@ def test_the_column_of_masks_counts_classes_and_leaves_the_void_out():
         masks.coverage(np.arange(4), (1, 1)).flatten(), torch.full((4,), share).float(), rtol=0, atol=0.01
     )
     assert "255 is void" in masks.rule.kind
+
+
+def test_masks_of_pictures_that_are_arrays_are_read():
+    features = datasets.Features(image=datasets.Array3D((4, 40, 48), "uint8"), mask=datasets.Image())
+    rows = dict(image=[np.zeros((4, 40, 48), np.uint8)] * 2, mask=[Image.fromarray(rings(255, 0))] * 2)
+    found = objects.ObjectMasks(datasets.Dataset.from_dict(rows, features), "mask")
+    assert found.coverage(np.arange(2), (10, 12))[:, 5, 6].tolist() == [1, 1] and not found.missing

@@ -84,7 +84,9 @@ def five(tmp_path):
 
 
 @pytest.mark.parametrize("extra", ["", "--preload", "--streaming --workers 1", "--guide cached", "--guide-from pixels"])
-def test_a_model_of_five_channels_trains_and_is_evaluated(extra, five, monkeypatch, tmp_path):
+def test_a_model_of_five_channels_trains_and_is_evaluated(extra, five, request, monkeypatch, tmp_path):
+    if extra:
+        request.getfixturevalue("quick_drawing")
     arguments = [*QUICK, "--channels", 5, "--guide-start", 1, *extra.split(), "--out", tmp_path / "run"]
     train_here(monkeypatch, *arguments, "--dataset", five / "arrays")
     model = smae.load(tmp_path / "run")
@@ -108,7 +110,7 @@ def test_npy_bytes_are_pictures(five):
     assert data.decode(loaded[0]["image"], PixelFormat(5)).size == (40, 36)
 
 
-def test_a_grey_model_reads_colour_pictures_as_grey(monkeypatch, tmp_path):
+def test_a_grey_model_reads_colour_pictures_as_grey(quick_drawing, monkeypatch, tmp_path):
     train_here(monkeypatch, *QUICK, "--channels", 1, "--guide-start", 1, "--out", tmp_path / "run")
     model = smae.load(tmp_path / "run")
     assert model.config["channels"] == 1 and model.config["mean"] == pytest.approx([sum(data.MEAN) / 3])

@@ -74,14 +74,9 @@ def rehearse(*arguments, processes: int = 1, waits=None) -> str:
     return result.stdout
 
 
-def test_the_pretended_device_refuses_what_cuda_refuses(tmp_path):
-    (tmp_path / "refused.py").write_text(REFUSED)
-    rehearse(tmp_path / "refused.py")
-
-
-def test_masks_are_made_on_the_device_of_the_features(tmp_path):
-    (tmp_path / "made.py").write_text(MASKS)
-    rehearse(tmp_path / "made.py")
+def test_the_pretended_device_refuses_what_cuda_refuses_and_makes_masks_where_the_features_are(tmp_path):
+    (tmp_path / "both.py").write_text(REFUSED + MASKS)
+    rehearse(tmp_path / "both.py")
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
@@ -89,9 +84,9 @@ def test_training_steps_do_not_wait_for_the_device(script, checkpoint, tmp_path)
     if script == "train.py":
         arguments = ["train.py", *QUICK, "--guide-start", 1]
     else:
-        arguments = ["eval.py", "finetune", "--checkpoint", checkpoint, "--epochs", 2, "--workers", 0]
+        arguments = ["eval.py", "finetune", "--checkpoint", checkpoint, "--epochs", 1, "--workers", 0]
     counts = []
-    for images in (32, 64):  # 4 steps, 8 steps: losses are read every tenth step
+    for images in (32, 64):  # 2 and 4 steps an epoch: losses are read every tenth step
         options = ["--dataset", "shapes", "--max-images", images, "--batch-size", 16, "--precision", "bf16"]
         rehearse(*arguments, *options, "--out", tmp_path / str(images), waits=tmp_path / f"{images}.json")
         counts.append(json.loads((tmp_path / f"{images}.json").read_text()))

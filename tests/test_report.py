@@ -1,6 +1,7 @@
 """The commands of analyze.py on any encoder, and the page that lets a person point at a patch."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -100,13 +101,15 @@ def test_a_command_that_fails_does_not_take_the_report_with_it(kind, checkpoints
         """It fails."""
         raise kind("not today")
 
-    monkeypatch.setitem(analyze.FIGURES, "attention", fails)
+    monkeypatch.setattr(analyze, "FIGURES", {"attention": fails, "fourier": analyze.FIGURES["fourier"]})
     result = see("report", tmp_path, f"mae={checkpoints / 'mae'}")
     assert result["attention"]["left_out"] == ["everything: not today"] and result["fourier"]["mae"]
     assert (tmp_path / "report.html").exists()
 
 
-def test_a_report_of_the_floor_without_blocks_is_a_report(tmp_path):
+def test_a_report_of_the_floor_without_blocks_is_a_report_whatever_the_locale(tmp_path, monkeypatch):
+    # a text without an encoding is ASCII
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
     result = see("report", tmp_path, "pixels")
     assert "pixels has no blocks" in result["layers"]["left_out"] and list(result["clusters"]) == ["pixels", "left_out"]
 
@@ -130,6 +133,7 @@ def test_progress_is_that_of_a_run(quick_drawing, monkeypatch, tmp_path):
     "arguments, message",
     [
         (["random", "random"], "two checkpoints are called random: name them apart"),
+        (["a b=random", "a-b=random"], "two checkpoints are called a-b: name them apart"),
         (["a=/nowhere/at/all"], "there is no checkpoint /nowhere/at/all"),
         (["$x_{^$=random"], "is no name for a checkpoint"),
         (["random", "--layers", "99"], "--layers 99: no encoder has such a block"),

@@ -25,6 +25,7 @@ import eval as evaluation
 import pictures
 import probes
 import reproduce
+import shapes
 import smae
 import train
 
@@ -61,6 +62,7 @@ def reproduced(monkeypatch, capsys):
     monkeypatch.setattr(cli, "best_precision", lambda: "no")
     monkeypatch.setattr(probes, "LEARNING_RATES", (0.01, 0.1))  # forty heads would take a minute
     monkeypatch.setattr(probes, "WEIGHT_DECAYS", (0.0,))
+    monkeypatch.setitem(shapes.COUNTS, "test", 120)
     monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)  # the server of all forks would stay there
     handler = signal.getsignal(signal.SIGTERM)
 

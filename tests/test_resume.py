@@ -104,6 +104,7 @@ def end_alike(whole, resumed, step: int | None = None):
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(extra, quick_drawing, monkeypatch, tmp_path, photos, capfd):
     """Interrupted within an epoch, where the masks change, where the guide looks again, before the last step."""
+    monkeypatch.setattr(StreamCrops, "block", 8)
     arguments = [*BRIEF, *extra.replace("PHOTOS", str(photos)).split()]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
     steps = 3 if "--save-every-steps 3" in extra else 1
@@ -750,7 +751,7 @@ def test_a_checkpoint_from_before_an_argument_existed_can_be_resumed(quick_drawi
     assert records(tmp_path / "again")[-1]["loss"] == records(tmp_path / "run")[-1]["loss"]
 
 
-def test_trackers_show_steps_epochs_and_masks_and_go_on_where_the_run_does(monkeypatch, tmp_path):
+def test_trackers_show_steps_epochs_and_masks_and_go_on_where_the_run_does(quick_drawing, monkeypatch, tmp_path):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -898,6 +899,13 @@ def test_two_processes_resume_to_the_bit_and_stop_together(tmp_path):
     assert "changed: processes 2 -> 1" in (tmp_path / "log-0").read_text()
     losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("whole", "one")]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3) and len(losses[1]) == 6
+
+
+def test_two_processes_leave_another_run_alone(whole, tmp_path):
+    processes = forked.start(tmp_path / "log", *SHORT, "--out", whole, world=2)
+    assert forked.finish(processes, 60) == [1, 1]
+    said = "".join((tmp_path / f"log-{rank}").read_text() for rank in (0, 1))
+    assert said.count("holds another run") == 1 and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

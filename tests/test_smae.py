@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from helpers import needs_compiler
 
 import masks
 import smae
@@ -324,15 +325,15 @@ def test_the_loss_exported_with_2_images_and_their_masks_runs_with_5(small_model
     torch.testing.assert_close(exported.module()(images, mask), small_model(images, mask))
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiling_the_whole_graph_gives_the_same_loss_and_gradients(small_model):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def test_compiling_the_whole_graph_gives_the_same_loss_and_gradients(small_model, backend):
     model = smae.SMAE(**small_model.config | dict(depth=1, decoder_depth=1))
     images, mask = torch.randn(2, 3, 32, 32), mask_of(16, 4)
     expected = model(images, mask)
     expected.backward()
     gradient = model.embed.weight.grad.clone()
     model.zero_grad()
-    loss = torch.compile(model, fullgraph=True)(images, mask)
+    loss = torch.compile(model, fullgraph=True, backend=backend)(images, mask)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(model.embed.weight.grad, gradient, rtol=1e-4, atol=1e-6)

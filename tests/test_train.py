@@ -1,7 +1,6 @@
 import functools
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -10,11 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 from foreign import mae_checkpoint, same_weights, timm_vit
-from helpers import QUICK, ROOT, SMALL, contents, records, run, train_here
+from helpers import QUICK, ROOT, SMALL, contents, needs_compiler, records, run, train_here
 
 import checkpoint
 import eval as judge
 import masks
+import readers
 import smae
 import train
 
@@ -44,7 +44,7 @@ def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
 
 
 @pytest.mark.parametrize("patch_size, flash", [(8, False), (2, True)])  # 16 and 256 patches
-def test_few_patches_on_a_cpu_go_without_the_flash_kernel(monkeypatch, tmp_path, patch_size, flash):
+def test_few_patches_on_a_cpu_go_without_the_flash_kernel(quick_drawing, monkeypatch, tmp_path, patch_size, flash):
     chosen = []
     monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", chosen.append)
     train_here(monkeypatch, *QUICK, "--patch-size", patch_size, "--out", tmp_path / "run")
@@ -55,7 +55,7 @@ def drawn_by(monkeypatch, *arguments) -> list:
     """The axes of the masks.png that a run leaves."""
     sheets, draw = [], train.pictures.mask_sheet
     monkeypatch.setattr(train.pictures, "mask_sheet", lambda *a, **kw: sheets.append(draw(*a, **kw)) or sheets[-1])
-    train_here(monkeypatch, *QUICK, *arguments)
+    train_here(monkeypatch, *QUICK, "--guide-start", 0, "--save-every", 2, *arguments)
     return sheets[-1].axes
 
 
@@ -110,7 +110,6 @@ def test_training_learns_something(quick_drawing, monkeypatch, tmp_path):
         ["--preload"],
         ["--preload", "host", "--clip-grad", "0.1", "--mask", "random"],
         ["--precision", "bf16", "--raw-pixels", "--hint", "similar", "--foreground", "peak"],
-        pytest.param(["--compile"], marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
         ["--log-with", "tensorboard", "--save-every", "1", "--crop-scale", "0.5", "1"],
         ["--mask", "amt"],
         ["--mask", "amt", "--streaming", "--hint-ratio", "0.9"],
@@ -120,16 +119,27 @@ def test_training_learns_something(quick_drawing, monkeypatch, tmp_path):
     ],
     ids=lambda extra: " ".join(extra),
 )
-def test_options_run(extra, monkeypatch, tmp_path):
+def test_options_run(extra, request, monkeypatch, tmp_path):
+    monkeypatch.setattr(readers.StreamCrops, "block", 8)
     arguments = [*QUICK, "--guide-start", 1, "--out", tmp_path / "run", *extra]
-    if "--precision" in extra or "--compile" in extra:  # the first Accelerator of a process settles these
+    if "--precision" in extra:  # the first Accelerator of a process settles it
         assert forked.finish(forked.start(tmp_path / "log", *arguments)) == [0]
     else:
+        if "host" not in extra:  # draws a run with random masks
+            request.getfixturevalue("quick_drawing")
         train_here(monkeypatch, *arguments)
     mask = extra[extra.index("--mask") + 1] if "--mask" in extra else "selfguided"
     assert records(tmp_path / "run")[1]["phase"] == mask
     if "tensorboard" in extra:
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("code", ["traced", pytest.param("generated", marks=[pytest.mark.slow, needs_compiler])])
+def test_a_compiled_run(code, tmp_path):
+    patches = {"traced": "eagerly", "generated": "undrawn"}[code]
+    arguments = [*QUICK, "--compile", "--guide-start", 1, "--out", tmp_path / "run"]
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, patches=patches), 300) == [0]
+    assert [record["phase"] for record in records(tmp_path / "run")] == ["random", "selfguided"]
 
 
 # ------------------------------------------------------------------------------------------- watching
@@ -285,6 +295,7 @@ def test_hidden_test_labels_and_broken_test_pictures_stop_no_training(quick_draw
 def test_a_model_that_goes_on_from_a_norm_after_the_mean_trains_its_norm(quick_drawing, monkeypatch, tmp_path):
     torch.save(timm_vit(class_token=False, global_pool="avg", img_size=32).state_dict(), tmp_path / "gap.pth")
     start = ["--init-from", tmp_path / "gap.pth", "--heads", 4, *QUICK[len(SMALL) :]]
+    start += "--decoder-width 32 --decoder-depth 1 --decoder-heads 2".split()
     train_here(monkeypatch, *start, "--out", tmp_path / "run")
     before, after = (smae.load(path, heads=4) for path in (tmp_path / "gap.pth", tmp_path / "run"))
     assert before.config["norm_after_mean"] and not after.config["norm_after_mean"]
@@ -304,7 +315,7 @@ def test_clipping_limits_the_gradient(quick_drawing, monkeypatch, tmp_path):
     assert norms == [0.25] * 4
 
 
-def test_the_examples_of_the_pages_run_as_they_stand(monkeypatch, tmp_path):
+def test_the_examples_of_the_pages_run_as_they_stand(quick_drawing, monkeypatch, tmp_path):
     pages = [ROOT / "README.md", ROOT / "docs" / "judging.md"]
     blocks = [re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
     assert all(blocks)
@@ -496,16 +507,11 @@ def test_a_launcher_that_starts_one_process_where_several_were_asked_for_is_repo
 
 
 def test_a_wrong_call_fails_without_a_traceback_of_ours(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "train.py", "--dataset", tmp_path / "none", "--out", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr and "neither here nor on the Hugging Face hub" in result.stderr
-    assert len([line for line in result.stderr.splitlines() if line.startswith("train.py: error:")]) == 1
+    (process,) = forked.start(tmp_path / "log", "--dataset", tmp_path / "none", "--out", tmp_path)
+    assert forked.finish([process]) == [1]
+    printed = process.log.read_text()
+    assert "Traceback" not in printed and "neither here nor on the Hugging Face hub" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("train.py: error:")]) == 1
 
 
 def test_an_empty_split_is_refused(monkeypatch, tmp_path, capfd):
@@ -632,7 +638,7 @@ def test_a_decoder_goes_on_with_its_own_target_and_a_new_one_with_normalised_pix
         assert model.normalize_pixels == normalized
 
 
-def test_the_guide_of_a_pre_trained_encoder_may_start_at_once(small_model, monkeypatch, tmp_path):
+def test_the_guide_of_a_pre_trained_encoder_may_start_at_once(small_model, quick_drawing, monkeypatch, tmp_path):
     smae.save(small_model, tmp_path / "vit", format="timm")
     quick = QUICK[len(SMALL) :]
     arguments = [*quick, "--init-from", tmp_path / "vit", "--image-size", 48, "--guide-start", 0, "--lr", 0]

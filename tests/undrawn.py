@@ -1,12 +1,14 @@
-"""Lets runs draw no pictures, which take longer than they."""
+"""Lets runs draw a few pixels in place of their pictures, which take longer than they."""
 
 from pathlib import Path
+
+from PIL import Image
 
 import train
 
 
-def draw(out: Path, *_):
-    (out / "masks.png").write_text("drawn")
+def draw(out: Path, epoch: int, *_):
+    Image.new("RGB", (16, 8), (epoch % 256, 0, 0)).save(out / "masks.png")
 
 
 def apply():
