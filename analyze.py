@@ -433,8 +433,9 @@ def named_checkpoints(texts: list[str]) -> dict[str, str]:
     for text in texts:
         given = re.match(r"[^/=]+=", text) and not Path(text).exists()
         name, path = text.split("=", 1) if given else (Path(text.partition("@")[0]).name, text)
-        if name.replace(" ", "-") in (other.replace(" ", "-") for other in named):  # names of files
-            raise ValueError(f"two checkpoints are called {name}: name them apart with NAME=PATH")
+        if other := next((other for other in named if other.replace(" ", "-") == name.replace(" ", "-")), None):
+            alike = f"are called {name}" if name == other else f"{other} and {name} would share their files"
+            raise ValueError(f"two checkpoints {alike}: name them apart with NAME=PATH")
         if not re.fullmatch(r"\w[\w .+-]*", name):
             raise ValueError(f"{name!r} is no name for a checkpoint: letters, digits, spaces and . + - _ are")
         named[name] = path

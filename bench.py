@@ -717,7 +717,7 @@ def main():
         seconds = bench_guides(args, device)
     if args.json:
         content = dict(arguments=vars(args), hardware=hardware, torch=torch.__version__, seconds=seconds)
-        smae.write_text(args.json, json.dumps(content, default=str))
+        Path(args.json).write_text(json.dumps(content, default=str))
 
 
 if __name__ == "__main__":

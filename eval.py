@@ -155,6 +155,7 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError("--resume is for finetune and linear --recipe mae; the fast recipe takes seconds")
     if args.command in ("finetune", "linear"):
         cli.check_out(args.out, args.checkpoint)
+        cli.check_positive(vars(args), "epochs", "accumulate", "save_every_steps", "keep")
     cli.check_positive(vars(args), "batch_size")
     if not 0 < args.crop_ratio <= 1:
         raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")

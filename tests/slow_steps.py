@@ -13,7 +13,7 @@ def apply():
 
     def slowly(self, loss, batch):
         step(self, loss, batch)
-        time.sleep(0.01)
+        time.sleep(0.03)
 
     run.Run.step = slowly
     readers.StreamCrops.block = 8

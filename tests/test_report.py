@@ -133,7 +133,7 @@ def test_progress_is_that_of_a_run(quick_drawing, monkeypatch, tmp_path):
     "arguments, message",
     [
         (["random", "random"], "two checkpoints are called random: name them apart"),
-        (["a b=random", "a-b=random"], "two checkpoints are called a-b: name them apart"),
+        (["a b=random", "a-b=random"], "a b and a-b would share their files: name them apart"),
         (["a=/nowhere/at/all"], "there is no checkpoint /nowhere/at/all"),
         (["$x_{^$=random"], "is no name for a checkpoint"),
         (["random", "--layers", "99"], "--layers 99: no encoder has such a block"),

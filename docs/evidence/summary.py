@@ -56,6 +56,8 @@ def main(folder: Path, tests: list[str], seeds: list[int] | None):
 
     for test in tests:
         arm, than = test.split(":")
+        if missing := {arm, than} - set(arms):
+            sys.exit(f"there are no arms {', '.join(missing)}, but {', '.join(arms)}")
         for metric in metrics:
             found = differences(records, arm, than, metric, last)
             if len(found) > 1:
