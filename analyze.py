@@ -502,7 +502,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, help: str, checkpoint: dict) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
-        sub.add_argument("--checkpoint", required=True, **checkpoint)
+        sub.add_argument("--checkpoint", required=True, action="extend", **checkpoint)
         cli.add(sub, "dataset", "split", "image-column", "max-images", "pixel-range", "image-size", split=None)
         sub.add_argument(
             "--mask-column",

@@ -51,6 +51,8 @@ class Sides(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2:
             parser.error(f"{option_string} takes one side, or height and width, got {len(values)} numbers")
+        if min(values) < 1:
+            parser.error(f"{option_string} must be at least 1, got {min(values)}")
         setattr(namespace, self.dest, pixels.compact(values[0] if len(values) == 1 else values))
 
 
@@ -259,6 +261,9 @@ def check_training(options: dict):
     low, high = scale = options.get("crop_scale", (1, 1))  # dense.py scales whole pictures
     if not 0 < low <= high <= 1:
         raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {scale}")
+    for name in ("lr", "blr"):
+        if (options.get(name) or 0) < 0:
+            raise ValueError(f"--{name} must not be negative, got {options[name]:g}")
     clip_grad = options.get("clip_grad")
     if clip_grad is not None and not clip_grad > 0:  # torch would turn the gradient round
         raise ValueError(f"--clip-grad must be positive, got {clip_grad:g}; to clip nothing, leave it out")
@@ -274,12 +279,15 @@ def check_out(out: Path, checkpoint: str):
 
 
 def check_folder(out: Path, overwrite: bool, files: tuple[str, ...]):
-    """Raise ValueError if ``out`` is not a folder, or holds one of ``files`` without ``overwrite``."""
+    """Raise ValueError if ``out`` cannot be written to, or holds one of ``files`` without ``overwrite``."""
     found = [name for name in files if (out / name).exists()]
     if found and not overwrite:
         raise ValueError(f"{out} holds another run ({', '.join(found)}); choose another --out or add --overwrite")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder")
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{out if out.exists() else place} is not a folder")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {out}: {place} cannot be written to")
 
 
 _from_python = False  # whether the command is a function call, whose errors are exceptions

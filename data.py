@@ -193,6 +193,13 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
     return hashes
 
 
+def are_same(one: Dataset, other: Dataset) -> bool:
+    """Whether two splits have the same pictures, by a sample (streams: by the names of the splits)."""
+    if isinstance(one, datasets.IterableDataset):
+        return one.split is not None and str(one.split) == str(other.split)
+    return len(one) == len(other) and fingerprint(one) == fingerprint(other)
+
+
 def hub_id(name_or_path: str) -> str | None:
     """The id of a data set on the Hugging Face hub; None if it is not from there."""
     known = _known_source(name_or_path)
@@ -450,7 +457,7 @@ def open_upright(record) -> Image.Image | np.ndarray:
     with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
         image.load()
     turn = pixels.TURNS.get(pixels.orientation_of(image))
-    return image if turn is None else image.transpose(turn)
+    return image if turn is None else pixels.turned(image, turn)
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:

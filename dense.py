@@ -307,11 +307,18 @@ def classes_of(scenes: Scenes) -> dict:
     return dict(known=(scenes.classes, scenes.category_ids))
 
 
-def load_tests(args: argparse.Namespace, task: str, split: str | None, known: dict) -> Scenes | None:
-    """The pictures to test on: ``split``, or the first of validation, val and test that exists; None if none does."""
+def load_tests(
+    args: argparse.Namespace, task: str, split: str | None, known: dict, training: Scenes | None = None
+) -> Scenes | None:
+    """The pictures to test on: ``split``, or the first of validation, val and test that exists; None if none does.
+
+    What is trained on is not chosen unless it is named.
+    """
     for name in [split] if split else ("validation", "val", "test"):
         try:
-            return load_scenes(args, task, name, dict(known))
+            tests = load_scenes(args, task, name, dict(known))
+            if split or training is None or not data.are_same(tests.records, training.records):
+                return tests
         except ValueError as error:
             if split or not re.search("Unknown split|is empty|has no pictures in|has no column", str(error)):
                 raise
@@ -325,12 +332,12 @@ def load_both(args: argparse.Namespace, channels: int) -> tuple[Scenes, Scenes]:
     task = "segmenter" if args.command == "segment" else "detector"
     training = load_scenes(args, task, args.split, known={})
     training.form = data.pixel_format(training.records, channels, args.pixel_range)
-    tests = load_tests(args, task, args.test_split, classes_of(training))
+    tests = load_tests(args, task, args.test_split, classes_of(training), training)
     if tests is not None:
         tests.form = training.form
     else:
         training, tests = hold_out(training)
-        data.say_once(f"{args.dataset} has no split for the test: every tenth picture is held out ({len(tests)})")
+        data.say_once(f"{args.dataset} has no other split for the test: every tenth picture is held out ({len(tests)})")
     return some_of(training, args.max_images), some_of(tests, args.max_test_images)
 
 
@@ -535,11 +542,11 @@ def test(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lo
     """Test a trained model on a split. Raises ValueError if that has other classes."""
     task, config = load_task(args, accelerator.device)
     model, seen, known = task.model, config.get("data", {}), {}
-    if "class_of" in seen and not args.classes:
+    if "class_of" in seen:
         known = dict(labels=Labels(model.classes, dict(seen["class_of"])))
     elif config.get("detect", {}).get("single_class"):
         known = dict(single_class=True)
-    elif "category_ids" in seen and not args.classes:
+    elif "category_ids" in seen:
         known = dict(known=(model.classes, seen["category_ids"]))
     args.ignore_index = config.get("segment", {}).get("ignore_index", ())
     scenes = load_tests(args, model.task, args.split, known)
@@ -573,12 +580,13 @@ def predict(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint
     model, form = task.model, data.pixel_format(records, task.model.config["channels"], args.pixel_range)
     scenes = Pictures(records, model.classes, form, config.get("data", {}).get("category_ids"))
     take_folder(accelerator, lock, args.overwrite, FILES["predict"])
-    for name in ("overlays", "label_maps"):
+    for name in ("overlays", "label_maps") if isinstance(task, Segmentation) else ("overlays",):
         (args.out / name).mkdir(exist_ok=True)
     found, count = [], torch.zeros((), dtype=torch.int64, device=accelerator.device)
     options = dict(workers=args.workers, max_bad=args.max_bad_images)
     for index, scene, prediction in predictions(task, scenes, accelerator, **options):
-        name = f"{index:05d}-{Path(scene['name']).stem if '.' in scene['name'] else 'picture'}.png"
+        stem = Path(scene["name"]).stem if "." in scene["name"] else "picture"
+        name = f"{index:05d}-{stem.encode()[:200].decode(errors='ignore')}.png"  # no longer than file systems take
         *_, drawn = task.draw(scene, prediction)
         overlays.as_picture(drawn).save(args.out / "overlays" / name)
         if isinstance(task, Segmentation):

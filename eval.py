@@ -161,8 +161,13 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
     if args.command == "knn" and (min(args.k) < 1 or args.temperature <= 0):
         raise ValueError("--k must be at least 1, --temperature positive")
-    if args.command == "finetune" and not 0 <= args.randaugment <= 10:
-        raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
+    if args.command == "finetune":
+        highest = dict(
+            randaugment=10, smoothing=1, layer_decay=1, drop_path=1, erasing=1, mixup=math.inf, cutmix=math.inf
+        )
+        for name, high in highest.items():
+            if not 0 <= (value := getattr(args, name)) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie between 0 and {high}, got {value}")
     args.precision = cli.choose_precision(args.precision)
 
 
@@ -403,8 +408,9 @@ def write_features(path: Path, rows: Iterator[Rows]) -> int:
         writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
         writer.write_table(table)
         count += len(part.names)
-    if writer:
-        writer.close()
+    if not writer:
+        raise ValueError("none of the pictures can be decoded")
+    writer.close()
     return count
 
 

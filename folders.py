@@ -28,6 +28,7 @@ RESULT_PICTURES = (  # what our commands draw beside RESULTS
     r"|clusters|reconstruction)(-.*)?\.png"
 )
 RESULTS = {"metrics.jsonl", "result.json", "results.json", "model.safetensors"}  # files of our own runs
+RESULT_FOLDERS = {"overlays", "label_maps", "reconstructions"}  # of pictures, beside RESULTS
 NOT_PIXELS = {"BUFR", "GRIB", "HDF5", "WMF", "EPS", "MPEG"}  # formats that Pillow opens, but does not decode alone
 WORDS = r"([-_ ]?(set|split|data|images?|imgs?))?([-_ ]?\d{1,4})?"  # after a split: val2017, test_images, train-256
 SPLITS = {  # names of folders, whatever their case
@@ -74,6 +75,9 @@ def list_files(root: Path) -> Listing:
             listing.left_out["results of smae"] += len(names)
             children.clear()
             continue
+        if is_result:
+            listing.left_out["results of smae"] += len(RESULT_FOLDERS & set(children))
+            children[:] = [child for child in children if child not in RESULT_FOLDERS]
         listing.left_out["hidden"] += sum(_is_hidden(child) for child in children)
         listing.left_out["thumbnails"] += sum(_is_thumbnails(child) for child in children)
         children[:] = sorted(child for child in children if not (_is_hidden(child) or _is_thumbnails(child)))
@@ -313,7 +317,7 @@ def _read_metadata(
         for key, value in row.items():
             if key.endswith("_file_name"):  # another picture, such as a mask
                 key = key.removesuffix("_file_name")
-                value = None if value is None else _image(os.path.abspath(parent / value))
+                value = _image(os.path.abspath(parent / value)) if value else None
                 columns.add(key)
             if key != "file_name":
                 record[key] = value

@@ -12,13 +12,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import tv_tensors
 
 import data
 import folders
 import pixels
 import shapes
-from label_maps import name_of, read_values
+from label_maps import map_values, name_of, refuse_options
 
 try:
     from faster_coco_eval.core import mask as rle
@@ -111,14 +112,13 @@ class Instances:
 
     def encode_masks(self, objects: list[dict], record: dict, height: int, width: int):
         """Give each object its segmentation, run-length encoded."""
-        if "mask" in record:
-            values = read_values(record)
-            if values.shape != (height, width):
+        if objects and record.get("mask") is not None:
+            values = map_values(data.open_upright(record["mask"]))
+            if values.shape != (height, width):  # not turned, unlike label maps: boxes must fit too
                 raise ValueError(f"its mask has {values.shape[1]} x {values.shape[0]} pixels, not {width} x {height}")
             numbers = np.arange(1, len(objects) + 1)
             stack = values[..., None] == numbers if len(objects) > 1 else values[..., None] > 0  # (H, W, k)
-            found = rle.encode(np.asfortranarray(stack.astype(np.uint8))) if objects else []
-            for each, segmentation in zip(objects, found):
+            for each, segmentation in zip(objects, rle.encode(np.asfortranarray(stack.astype(np.uint8)))):
                 each["segmentation"] = segmentation
         for each in objects:
             each["segmentation"] = encode(each.get("segmentation") or [corners(each["bbox"])], height, width)
@@ -197,20 +197,21 @@ def load_instances(
     "xyxy". ``known``: classes and category ids of another split, which this one has too. Raises
     FileNotFoundError or ValueError.
     """
+    file = None if name in data.DEMO else find_annotations(Path(name).expanduser(), split)
+    if name in data.DEMO or file is not None:
+        refuse_options(file or name, image_column=image_column, mask_column=mask_column, classes=classes)
     if name in data.DEMO:
         return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, data.RGB, True))
-    file = find_annotations(Path(name).expanduser(), split)
     if file is not None:
-        if classes:
-            raise ValueError(f"--classes {classes}: {file} names its classes itself")
         records, names, category_ids, has_masks = read_coco(file, split, known, boxes)
         return _checked(name, Instances(records, names, data.RGB, has_masks, category_ids), boxes)
     records = data.load_images(name, split, image_column, "")
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
     fields = _fields(name, records, column)
     mask = _mask_column(records, mask_column, name)
-    names = known[0] if known else _class_names(records, column, fields["category"], classes)
-    texts = [json.dumps(_number_classes(_objects(row, fields, boxes), names)) for row in records[column]]
+    given = _given_names(records, column, fields["category"], classes)
+    names = known[0] if known else given or _found_names(records, column, fields["category"])
+    texts = [json.dumps(_number_classes(_objects(row, fields, boxes), names, given)) for row in records[column]]
     kept = records.select_columns([key for key in ("image", mask) if key])
     if "image_id" in records.features:
         kept = kept.add_column("image_id", [json.dumps(each) for each in records["image_id"]])
@@ -247,17 +248,20 @@ def _mask_column(records: datasets.Dataset, column: str | None, name: str) -> st
     return column or next((key for key in MASK_COLUMNS if key in found), None)
 
 
-def _class_names(records: datasets.Dataset, column: str, field: str, file: str | None) -> list[str]:
-    """The names of the classes: of a file, of the column's type, or the numbers."""
+def _given_names(records: datasets.Dataset, column: str, field: str, file: str | None) -> list[str] | None:
+    """The names of numbered classes: of a file, or of the column's type; None without either."""
     if file:
         if not Path(file).is_file():
             raise ValueError(f"--classes {file}: there is no such text file")
-        return [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip() for line in lines if line.strip()]
     feature = records.features[column]
     inner = getattr(feature, "feature", feature)[field]
-    names = getattr(getattr(inner, "feature", inner), "names", None)
-    if names:
-        return names
+    return getattr(getattr(inner, "feature", inner), "names", None)
+
+
+def _found_names(records: datasets.Dataset, column: str, field: str) -> list[str]:
+    """The names of the classes that the objects have: their own, or the numbers."""
     values = {value for row in records[column] for value in _by_field(row).get(field) or ()}
     if values and all(isinstance(value, str) for value in values):
         return sorted(values)
@@ -274,13 +278,20 @@ def _by_field(row: dict | list[dict] | None) -> dict[str, list]:
     return {key: [each[key] for each in row] for key in (row[0] if row else ())}
 
 
-def _number_classes(objects: list[dict], names: list[str]) -> list[dict]:
-    """The objects, with the number of their class where they have its name. Raises ValueError for another name."""
+def _number_classes(objects: list[dict], names: list[str], given: list[str] | None) -> list[dict]:
+    """The objects, with the number that the name of their class has in ``names``; ``given``: names of their numbers.
+
+    Raises ValueError for another name.
+    """
     for each in objects:
-        if isinstance(each["category"], str):
-            if each["category"] not in names:
-                raise ValueError(f"an object has the class {each['category']!r}, expected {', '.join(names[:5])}, ...")
-            each["category"] = names.index(each["category"])
+        value = each["category"]
+        if given not in (None, names) and isinstance(value, int):
+            value = given[value] if 0 <= value < len(given) else f"class {value}"
+        if isinstance(value, str):
+            if value not in names:
+                raise ValueError(f"an object has the class {value!r}, expected {', '.join(names[:5])}, ...")
+            value = names.index(value)
+        each["category"] = value
     return objects
 
 
@@ -293,14 +304,17 @@ def _objects(row: dict | list[dict] | None, fields: dict[str, str | None], boxes
         raise ValueError(f"a picture has lists of objects of different lengths: {row}"[:300])
     found = [dict(zip(values, each)) for each in zip(*values.values())]
     for each in found:
-        each["bbox"] = _left_top_width_height([float(x) for x in each["bbox"]], boxes)
+        each["bbox"] = _left_top_width_height(each["bbox"], boxes)
     return found
 
 
-def _left_top_width_height(box: list[float], boxes: str) -> list[float]:
-    """A box as COCO has it, from one that is "xywh" or "xyxy"."""
-    left, top, *rest = box
-    return box if boxes == "xywh" else [left, top, rest[0] - left, rest[1] - top]
+def _left_top_width_height(box: Sequence[float] | None, boxes: str) -> list[float]:
+    """A box as COCO has it, from one that is "xywh" or "xyxy". Raises ValueError if it is not four numbers."""
+    try:
+        left, top, x, y = map(float, box)
+    except (TypeError, ValueError):
+        raise ValueError(f"an object has the box {box}, expected four numbers") from None
+    return [left, top, x, y] if boxes == "xywh" else [left, top, x - left, y - top]
 
 
 def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
@@ -309,7 +323,7 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
     for index in data.evenly_spaced(len(scenes), 64):
         record = scenes.records[int(index)]
         try:
-            width, height = data.open_picture(record["image"], scenes.form).size
+            width, height = _size_of(data.open_upright(record["image"]))
             objects = json.loads(record["objects"])
             if scenes.has_masks:
                 scenes.encode_masks(objects, record, height, width)
@@ -338,6 +352,16 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
         advice = advice if "mask" in scenes.records.features else ""
         raise ValueError(f"{empty} of {count} objects sampled from {name} have an empty mask{advice}")
     return scenes
+
+
+def _size_of(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height, of an array (H, W), (H, W, c) or (c, H, W) too, whose shortest axis is taken for channels."""
+    if isinstance(picture, Image.Image):
+        return picture.size
+    shape = list(picture.shape)
+    if len(shape) == 3:
+        shape.remove(min(shape))
+    return shape[1], shape[0]
 
 
 # ------------------------------------------------------------------------------ COCO's files
@@ -369,9 +393,7 @@ def read_coco(
     Raises ValueError, for an object of another class too, or FileNotFoundError.
     """
     content = json.loads(file.read_text(encoding="utf-8-sig"))
-    missing = {"images", "annotations", "categories"} - content.keys()
-    if missing:
-        raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it is no file of COCO's instances")
+    _check_entries(file, content)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     if file.name == ROBOFLOW:  # its files begin with a category 0 that no object has
         used = {each["category_id"] for each in content["annotations"]}
@@ -405,6 +427,18 @@ def read_coco(
     return records, names, ids, has_masks
 
 
+def _check_entries(file: Path, content: dict):
+    """Raise ValueError, with the first entry that lacks something, if a file is not one of COCO's instances."""
+    needed = dict(images=("id", "file_name"), annotations=("image_id", "category_id"), categories=("id", "name"))
+    for part, keys in needed.items():
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+            raise ValueError(f"{file} has no list of {part}: it is no file of COCO's instances")
+        for number, entry in enumerate(content[part]):
+            missing = [key for key in keys if not isinstance(entry, dict) or entry.get(key) is None]
+            if missing:
+                raise ValueError(f"{file}: number {number} of its {part} has no {' and no '.join(missing)}")
+
+
 def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...], boxes: str) -> Iterator[dict]:
     """A record for each picture of a file of COCO. ``version`` is only for the cache of ``datasets``."""
     content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
@@ -427,7 +461,7 @@ def coco_records(file: str, place: str, version: tuple, ids: tuple[int, ...], bo
 def _box(annotation: dict, boxes: str) -> list[float]:
     """The box of an annotation, by default that around its polygons. Raises ValueError if it has neither."""
     box, polygons = annotation.get("bbox"), annotation.get("segmentation")
-    if box and len(box) == 4:
+    if isinstance(box, list) and len(box) == 4:
         return _left_top_width_height(box, boxes)
     if not isinstance(polygons, list) or not any(polygons):
         raise ValueError(f"annotation {annotation.get('id')} has neither a box of four numbers nor polygons")

@@ -50,6 +50,20 @@ class Labels(NamedTuple):
             raise ValueError(f"its label map has labels beyond the {len(self.classes)} classes: {shown[:200]}")
         return found
 
+    def as_named_by(self, own: "Labels", where: str) -> "Labels":
+        """The same classes in data that name them as ``own`` does, perhaps with other values.
+
+        Values without a class stay so; those of other classes are refused where they occur. Raises
+        ValueError if all are of other classes.
+        """
+        number = {name: i for i, name in enumerate(self.classes)}
+        names = {value: own.classes[i] for value, i in own.class_of.items() if i != IGNORED}
+        if names and not number.keys() & set(names.values()):
+            raise ValueError(f"{where} has other classes: {', '.join(own.classes[:5])}, ...")
+        nothing = [value for labels in (self, own) for value, i in labels.class_of.items() if i == IGNORED]
+        found = {value: number[name] for value, name in names.items() if name in number}
+        return Labels(self.classes, dict.fromkeys(nothing, IGNORED) | found)
+
 
 @functools.lru_cache(maxsize=8)
 def _table(class_of: tuple[tuple[int, int], ...]) -> np.ndarray:
@@ -205,7 +219,7 @@ def read_values(record: dict) -> np.ndarray:
         raise ValueError("it has no label map")
     mask = data.open_upright(record["mask"])
     turn = objects.turn_of(record["image"], mask.size)
-    return map_values(mask if turn is None else mask.transpose(turn))
+    return map_values(mask if turn is None else pixels.turned(mask, turn))
 
 
 def name_of(record: dict, index: int) -> str:
@@ -230,28 +244,45 @@ def load_label_maps(
     beside masks/ or annotations/ (in ADE20K's own, 0 is void); or what ``data.load_images`` takes, with
     a column of label maps. ``classes``: a text file (:func:`read_classes`) or a column that lists
     classes, whose names are taken; by default such a column is found, or all label maps are looked
-    through. ``ignored``: values that are no class. ``labels``: the classes of another split.
+    through. ``ignored``: values that are no class. ``labels``: the classes of another split, which are
+    found by their names where this one names them.
 
     Raises FileNotFoundError or ValueError.
     """
     if name in data.DEMO:
+        refuse_options(name, image_column=image_column, mask_column=mask_column, classes=classes)
         records = data.load_images(name, split)
         names = ["background", *shapes.SHAPE_NAMES]
-        labels = Labels(names, {i: i for i in range(len(names))})
-        return LabelMaps(_undecoded(records), labels, data.RGB, by_picture=True)
-    pairs = folders.find_pairs(Path(name).expanduser(), split)
+        own = Labels(names, {i: i for i in range(len(names))})
+        return LabelMaps(_undecoded(records), without(own, ignored) if ignored else own, data.RGB, by_picture=True)
+    pairs = None
+    if not image_column and not mask_column:
+        pairs = folders.find_pairs(Path(name).expanduser(), split)
     if pairs is None:
         records = data.load_images(name, split, image_column, "")
         records = _rename_mask(name, records, mask_column)
     else:
         records = pairs.records
-    if labels is None:
-        is_ade20k = pairs is not None and pairs.is_ade20k
-        if is_ade20k:
-            ignored = (0, *ignored)
-            data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
-        labels = without(_find_labels(name, records, classes, is_ade20k, ignored), ignored)
+    is_ade20k = pairs is not None and pairs.is_ade20k
+    if is_ade20k:
+        ignored = (0, *ignored)
+        data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
+    own = _given_labels(name, records, classes, is_ade20k)
+    if labels is not None:
+        labels = labels if own is None else labels.as_named_by(own, name)
+    else:
+        if own is None:
+            count = len(records)
+            data.say_once(f"{name}: looking through {count} label maps for their classes (--classes would name them)")
+            own = understand(_all_values(_undecoded(records)), ignored)
+        labels = without(own, ignored)
     return LabelMaps(_undecoded(records), labels, data.RGB)
+
+
+def refuse_options(where: str | Path, **options: str | None):
+    """Raise ValueError for options that say what data themselves say."""
+    if given := [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value]:
+        raise ValueError(f"{' '.join(given)}: {where} says that itself")
 
 
 def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> datasets.Dataset:
@@ -273,10 +304,8 @@ def _undecoded(records: datasets.Dataset) -> datasets.Dataset:
     return data.undecoded(records, [name for name in ("image", "mask", "label") if name in records.features])
 
 
-def _find_labels(
-    name: str, records: datasets.Dataset, classes: str | None, is_ade20k: bool, ignored: Sequence[int]
-) -> Labels:
-    """The classes, from --classes, a column, or the label maps themselves."""
+def _given_labels(name: str, records: datasets.Dataset, classes: str | None, is_ade20k: bool) -> Labels | None:
+    """The classes as --classes, a column, or ADE20K names them; None if nothing does."""
     lists = [key for key, kind in records.features.items() if _class_names(kind)]
     column = classes if classes in records.features else lists[0] if len(lists) == 1 and classes is None else None
     if column:
@@ -295,8 +324,7 @@ def _find_labels(
             lines = listed.read_text(encoding="utf-8-sig").splitlines()[1:151]
             names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
         return Labels(names, {i: i - 1 for i in range(1, len(names) + 1)})
-    data.say_once(f"{name}: looking through {len(records)} label maps for their classes (--classes would name them)")
-    return understand(_all_values(_undecoded(records)), ignored)
+    return None
 
 
 def _class_names(feature) -> list[str] | None:

@@ -30,6 +30,8 @@ def load_labelled(
         raise ValueError(f"--max-images must be positive, got {max_images}")
     training = data.load_images(name, split, *columns, max_images if streaming else None)
     tests = data.load_test_images(name, test_split, *columns)
+    if not test_split and data.are_same(training, tests):
+        raise ValueError(f"{name} would be tested on what it is trained on, split {split!r}: name a --test-split")
     for dataset, option in ((training, "--split"), (tests, "--test-split")):
         label = (dataset.features or {}).get("label")
         if label is None:

@@ -86,7 +86,7 @@ def sheet(
         columns[title] = np.stack([_framed(row[i], width, height) for row in fitted])
     figure = pictures.contact_sheet(columns, text)
     if legend:
-        patches = [Patch(color=colour, label=name) for name, colour in legend.items()]
+        patches = [Patch(color=colour, label=name.replace("$", r"\$")) for name, colour in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 

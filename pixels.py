@@ -41,6 +41,13 @@ TURNS = {
 }
 
 
+def turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
+    """A picture turned; unlike PIL's it still knows its file format."""
+    found = image.transpose(turn)
+    found.format = image.format
+    return found
+
+
 class Bands:
     """A picture of any number of channels: a grey PIL image for each of them."""
 

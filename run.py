@@ -226,6 +226,7 @@ class Run:
     def batches_of(self, epoch: int) -> Iterator[Batch]:
         """This process's micro-batches of the rest of an epoch. Sets the learning rate before each."""
         self.trained.train()
+        self._set_learning_rate()  # for the log, if no step of the epoch is left
         with contextlib.closing(self.batches.epoch(epoch, self.progress.seen)) as batches:
             for batch in batches:
                 self._set_learning_rate()

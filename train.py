@@ -243,6 +243,8 @@ def fill_defaults(args: argparse.Namespace):
         shuffle=args.guide_shuffle,
         source_size=args.guide_image_size,
     )
+    if args.guide_from:
+        cli.check_out(args.out, args.guide_from)
     if args.lr is None:
         args.lr = args.blr * args.batch_size / 256
     if args.save_every is None:
@@ -255,7 +257,7 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError("--probe-dataset is for --probe-every: add it")
     if min(args.probe_images) < 1:
         raise ValueError(f"--probe-images takes two numbers of pictures, got {args.probe_images}")
-    cli.check_positive(vars(args), "save_every", "probe_every")
+    cli.check_positive(vars(args), "save_every", "probe_every", "channels")
     args.precision = cli.choose_precision(args.precision)
 
 
@@ -371,10 +373,10 @@ def pretrain(args: argparse.Namespace, lock: checkpoint.Lock):
     # What the options describe; an error in one process ends all of them.
     with all_processes_or_none():
         state = read_state(resumed_from, "train")
-        if state:  # its model began from these, whether they are named again or not
+        if state:  # its model began from these, whatever is named now
             began = state["config"]["train"]
-            args.init_from = args.init_from or began.get("init_from")
-            args.fresh_decoder = args.fresh_decoder or began.get("fresh_decoder", False)
+            args.init_from, args.fresh_decoder = began.get("init_from"), began.get("fresh_decoder", False)
+            args.raw_pixels = args.raw_pixels or bool(args.init_from and began["raw_pixels"])
             if options["guide_start"] is None and began["mask"] != "random":  # longer, but guided from the same epoch
                 args.guide_start = began["guide_start"]
         set_seed(args.seed)
