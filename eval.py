@@ -162,10 +162,8 @@ def fill_defaults(args: argparse.Namespace):
     if args.command == "knn" and (min(args.k) < 1 or args.temperature <= 0):
         raise ValueError("--k must be at least 1, --temperature positive")
     if args.command == "finetune":
-        highest = dict(
-            randaugment=10, smoothing=1, layer_decay=1, drop_path=1, erasing=1, mixup=math.inf, cutmix=math.inf
-        )
-        for name, high in highest.items():
+        shares = dict.fromkeys(("smoothing", "layer_decay", "drop_path", "erasing"), 1)
+        for name, high in (shares | dict(randaugment=10, mixup=math.inf, cutmix=math.inf)).items():
             if not 0 <= (value := getattr(args, name)) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} must lie between 0 and {high}, got {value}")
     args.precision = cli.choose_precision(args.precision)

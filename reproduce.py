@@ -219,9 +219,7 @@ def check_experiment(experiment: Experiment, pretrain: str):
         if taken:
             raise ValueError(f"{option} cannot set {', '.join(taken)}: reproduce.py sets them from its own options")
     for command in ("knn", "linear"):
-        usual, given = (
-            vars(probe_arguments(replace(experiment, probe=text), command)) for text in ("", experiment.probe)
-        )
+        given, usual = (vars(probe_arguments(each, command)) for each in (experiment, replace(experiment, probe="")))
         if taken := [name for name in ("checkpoint", "out", "overwrite", "seed") if given[name] != usual[name]]:
             raise ValueError(f"--probe cannot set {', '.join(taken)}: reproduce.py sets them")
     judge.build_parser().parse_args(["finetune", *shlex.split(experiment.finetune or "")])

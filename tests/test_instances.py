@@ -209,7 +209,7 @@ def test_files_of_coco_in_other_forms(tmp_path):
             each[name] = f"picture-{each[name]}"
     scenes = load_instances(str(make_coco(tmp_path, content=content)), "train")
     assert scenes.image_ids()[2] == "picture-7" and rle.area(scenes.read(2)["objects"][0]["segmentation"]) == 300
-    with pytest.raises(ValueError, match="--classes names.txt: .* says that itself"):
+    with pytest.raises(ValueError, match=r"--classes names.txt: .* says that itself"):
         load_instances(str(tmp_path), "train", classes="names.txt")
 
 
