@@ -194,10 +194,9 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
 
 
 def are_same(one: Dataset, other: Dataset) -> bool:
-    """Whether two splits have the same pictures, by a sample (streams: by the names of the splits)."""
-    if isinstance(one, datasets.IterableDataset):
-        return one.split is not None and str(one.split) == str(other.split)
-    return len(one) == len(other) and fingerprint(one) == fingerprint(other)
+    """Whether two data sets are the same split, by its name and a sample."""
+    same = one.split is not None and str(one.split) == str(other.split)
+    return same and fingerprint(one) == fingerprint(other)
 
 
 def hub_id(name_or_path: str) -> str | None:

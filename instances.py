@@ -203,7 +203,7 @@ def load_instances(
     if name in data.DEMO:
         return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, data.RGB, True))
     if file is not None:
-        records, names, category_ids, has_masks = read_coco(file, split, known, boxes)
+        records, names, category_ids, has_masks = read_coco(file, known, boxes)
         return _checked(name, Instances(records, names, data.RGB, has_masks, category_ids), boxes)
     records = data.load_images(name, split, image_column, "")
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
@@ -385,7 +385,7 @@ def find_annotations(root: Path, split: str) -> Path | None:
 
 
 def read_coco(
-    file: Path, split: str, known: tuple[list[str], list[int]] | None = None, boxes: str = "xywh"
+    file: Path, known: tuple[list[str], list[int]] | None = None, boxes: str = "xywh"
 ) -> tuple[datasets.Dataset, list[str], list[int], bool]:
     """What :class:`Instances` takes: records, names of the classes, their category ids, whether there are masks.
 
@@ -422,7 +422,8 @@ def read_coco(
     # datasets would divide a list
     arguments = dict(file=str(file.resolve()), place=str(place), version=version, ids=tuple(ids), boxes=boxes)
     del content
-    name = datasets.NamedSplit(re.sub(r"\W", "_", split))
+    name = file.parent.name if file.name == ROBOFLOW else file.stem.removeprefix("instances_")
+    name = datasets.NamedSplit(re.sub(r"\W", "_", name))
     records = datasets.Dataset.from_generator(coco_records, features=features, gen_kwargs=arguments, split=name)
     return records, names, ids, has_masks
 

@@ -178,6 +178,7 @@ def test_no_value_is_none_in_json():
 def test_wrong_calls_give_one_line(arguments, message, monkeypatch, tmp_path, capsys, small_model):
     smae.save(small_model, tmp_path / "model")
     with pytest.raises(SystemExit):
-        judge(monkeypatch, capsys, "--checkpoint", tmp_path / "model", "--out", tmp_path / "out", *arguments.split())
+        model = [] if "--checkpoint" in arguments else ["--checkpoint", tmp_path / "model"]
+        judge(monkeypatch, capsys, *model, "--out", tmp_path / "out", *arguments.split())
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and message in errors[0] and not (tmp_path / "out").exists()

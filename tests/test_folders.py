@@ -306,12 +306,22 @@ def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
     assert data.load_images(str(tmp_path))[0]["caption"] == "two\u2028lines"
 
 
+def test_predictions_among_the_pictures_are_no_pictures(tmp_path):
+    write(tmp_path, ["1.png", "overlays/0.png", "label_maps/0.png", "reconstructions/0.png"])
+    assert len(data.load_images(str(tmp_path))) == 4  # folders of anyone's
+    (tmp_path / "result.json").write_text("{}")
+    assert len(data.load_images(str(tmp_path))) == 1
+
+
 def test_metadata_may_lack_a_mask_and_must_hold_objects(tmp_path):
     write(tmp_path, ["1.png", "2.png", "masks/1.png"])
     rows = ['{"file_name": "1.png", "mask_file_name": "masks/1.png"}', '{"file_name": "2.png", "mask_file_name": null}']
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     loaded = data.load_images(str(tmp_path))
     assert len(loaded) == 2 and loaded[1]["mask"] is None
+    (tmp_path / "metadata.csv").write_text("file_name,mask_file_name\n1.png,masks/1.png\n2.png,\n")
+    (tmp_path / "metadata.jsonl").unlink()
+    assert data.load_images(str(tmp_path))[1]["mask"] is None
     (tmp_path / "metadata.jsonl").write_text("[1]")
     with pytest.raises(ValueError, match="has no column file_name"):
         data.load_images(str(tmp_path))

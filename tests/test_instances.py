@@ -111,6 +111,35 @@ def test_columns_of_boxes_with_masks(tmp_path):
     assert scenes.read(1)["objects"] == []
 
 
+def test_numbers_of_another_split_are_told_by_their_names(tmp_path):
+    table([[[5, 5, 20, 15], [30, 2, 6, 6]]], [[1, 0]]).save_to_disk(tmp_path / "data")
+    known = ["dog", "owl", "cat"], [0, 1, 2]
+    scenes = load_instances(str(tmp_path / "data"), "train", known=known)
+    assert scenes.classes == known[0] and [each["category"] for each in scenes.read(0)["objects"]] == [0, 2]
+    with pytest.raises(ValueError, match="an object has the class 'dog', expected cat, owl"):
+        load_instances(str(tmp_path / "data"), "train", known=(["cat", "owl"], [0, 1]))
+    (tmp_path / "names.txt").write_text("owl\n", encoding="utf-8-sig")  # as Windows writes it
+    with pytest.raises(ValueError, match="an object has the class 'class 1', expected dog, owl, cat"):
+        load_instances(str(tmp_path / "data"), "train", known=known, classes=str(tmp_path / "names.txt"))
+
+
+def test_boxes_stand_for_masks_that_are_missing_and_masks_lie_as_their_boxes(tmp_path):
+    boxes, mask = [[5, 5, 20, 15]], Image.fromarray(np.ones((HEIGHT, WIDTH), np.uint8))
+    data = table([boxes, [], boxes], [[1], [], [0]], [None, None, mask])
+    data.save_to_disk(tmp_path / "data")
+    scenes = load_instances(str(tmp_path / "data"), "train")
+    assert scenes.read(0)["objects"][0]["area"] == 300 and scenes.read(1)["objects"] == []
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter; the mask is not
+    picture(WIDTH, HEIGHT).save(tmp_path / "turned.jpg", exif=exif)
+    records = scenes.records.map(
+        lambda row: row | dict(image=dict(bytes=None, path=str(tmp_path / "turned.jpg"))),
+        features=scenes.records.features,
+    )
+    with pytest.raises(ValueError, match="its mask has 40 x 30 pixels, not 30 x 40"):
+        Instances(records, scenes.classes, scenes.form, True).read(2)
+
+
 def test_boxes_of_another_format_are_noticed(tmp_path):
     table([[[30.0, 20, 38, 28]]] * 4, [[0]] * 4).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="perhaps they are --boxes xyxy"):
@@ -118,6 +147,49 @@ def test_boxes_of_another_format_are_noticed(tmp_path):
     scenes = load_instances(str(tmp_path / "data"), "train", boxes="xyxy")
     assert scenes.read(0)["objects"][0]["bbox"] == [30, 20, 8, 8] and not scenes.has_masks
     assert "masks" not in targets_of(scenes.read(0))
+
+
+def test_boxes_in_arrays_of_many_channels_are_compared_too(tmp_path):
+    kinds = table([[]], [[]]).features | dict(image=datasets.Array3D((HEIGHT, WIDTH, 5), "uint8"))
+    columns = dict(
+        image=[np.zeros((HEIGHT, WIDTH, 5), np.uint8)] * 4, objects=[dict(bbox=[[30.0, 20, 38, 28]], category=[0])] * 4
+    )
+    datasets.Dataset.from_dict(columns, datasets.Features(kinds)).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="perhaps they are --boxes xyxy"):
+        load_instances(str(tmp_path / "data"), "train")
+
+
+@pytest.mark.parametrize("box", [None, [1, 2, 3], "abcd"])
+def test_a_box_that_is_not_four_numbers_is_named(box, tmp_path):
+    row = dict(file_name="a.png", objects=dict(bbox=[box], category=["cat"]))
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="expected four numbers"):
+        load_instances(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "part, key",
+    [("images", "file_name"), ("annotations", "image_id"), ("annotations", "category_id"), ("categories", "name")],
+)
+def test_what_a_file_of_coco_lacks_is_named(part, key, tmp_path):
+    content = coco_content()
+    del content[part][1][key]
+    make_coco(tmp_path, content=content)
+    with pytest.raises(ValueError, match=f"number 1 of its {part} has no {key}"):
+        load_instances(str(tmp_path), "train")
+    content[part] = None
+    make_coco(tmp_path / "other", content=content)
+    with pytest.raises(ValueError, match=f"has no list of {part}"):
+        load_instances(str(tmp_path / "other"), "train")
+
+
+def test_columns_and_classes_are_not_for_data_that_name_them(tmp_path):
+    make_coco(tmp_path)
+    for name in ("shapes", str(tmp_path)):
+        for option in ("image_column", "mask_column", "classes"):
+            with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} oak: .* says that itself"):
+                load_instances(name, "train", **{option: "oak"})
 
 
 def test_boxes_in_files_of_coco_may_be_corners_too(tmp_path):

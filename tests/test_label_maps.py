@@ -182,6 +182,60 @@ def test_a_column_of_label_maps_is_found(tmp_path):
         load_label_maps(str(tmp_path / "data"), "train", mask_column="oak")
 
 
+def test_another_split_has_the_classes_of_the_first_by_their_names(tmp_path):
+    def save(names: str, *values: int):
+        kinds = datasets.Features(
+            image=datasets.Image(), mask=datasets.Image(), present=datasets.List(datasets.ClassLabel(names=list(names)))
+        )
+        mask = Image.fromarray(labels_of(*values).astype(np.uint8))
+        columns = dict(image=[picture(*SIZE)], mask=[mask], present=[[0]])
+        datasets.Dataset.from_dict(columns, kinds).save_to_disk(tmp_path / names)
+        return str(tmp_path / names)
+
+    labels = load_label_maps(save("abc", 0, 1, 2), "train", ignored=[1]).labels
+    assert labels.classes == ["a", "c"]
+    turned = load_label_maps(save("cba", 0, 2, 255), "train", labels=labels)
+    assert turned.classes == labels.classes
+    assert np.array_equal(turned.read(0)["labels"], labels_of(1, 0, IGNORED))
+    with pytest.raises(ValueError, match=r"labels beyond the 2 classes: 3 \(120 pixels\)"):
+        load_label_maps(save("cbad", 0, 2, 3, 3), "train", labels=labels).read(0)
+    with pytest.raises(ValueError, match="has other classes: x, y"):
+        load_label_maps(save("xy", 0, 1), "train", labels=labels)
+    unnamed = make_folder(tmp_path / "folder", {"a": labels_of(0, 2)})
+    assert load_label_maps(str(unnamed), "train", labels=labels).read(0)["labels"].unique().tolist() == [0, 1]
+
+
+def test_a_column_that_is_named_counts_for_more_than_a_folder_of_that_kind(tmp_path):
+    make_folder(tmp_path, {"a": labels_of(0, 1)})
+    write(tmp_path / "parts" / "a.png", labels_of(5, 6))
+    row = "images/a.jpg,masks/a.png,parts/a.png"
+    (tmp_path / "metadata.csv").write_text(f"file_name,mask_file_name,parts_file_name\n{row}\n")
+    assert load_label_maps(str(tmp_path), "train").classes == ["class 0", "class 1"]
+    assert load_label_maps(str(tmp_path), "train", mask_column="parts").classes == ["class 5", "class 6"]
+    with pytest.raises(ValueError, match="no column 'oak' of label maps"):
+        load_label_maps(str(tmp_path), "train", mask_column="oak")
+
+
+def test_options_of_the_demo_data_are_used_or_refused():
+    assert load_label_maps("shapes", "test", ignored=[0]).read(5)["labels"].unique().tolist() == [IGNORED, 5]
+    with pytest.raises(ValueError, match="--classes oak: shapes says that itself"):
+        load_label_maps("shapes", "test", classes="oak")
+
+
+def test_a_jpeg_is_no_label_map_however_it_is_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        picture(*SIZE).convert("L").save(tmp_path / name / "a.jpg", exif=exif)
+    with pytest.raises(ValueError, match="its label map is a JPEG"):
+        load_label_maps(str(tmp_path), "train")
+    picture(*SIZE).convert("L").save(tmp_path / "masks" / "a.jpg")  # turned with its picture
+    maps = load_label_maps(str(tmp_path), "train", labels=Labels(["a"], dict.fromkeys(range(256), 0)))
+    with pytest.raises(ValueError, match="its label map is a JPEG"):
+        maps.read(0)
+
+
 def test_the_demo_data_has_the_background_and_the_shapes():
     maps = load_label_maps("shapes", "test")
     scene = maps.read(5)

@@ -568,6 +568,7 @@ def test_steps_of_the_scale_of_the_paper_are_measured(monkeypatch):
     (["--pretrain=--seed=0"], "--pretrain cannot set seed"),
     (["--arm", "long=--mask random --epochs 16"], "--arm long cannot set epochs"),
     (["--probe=--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--probe=--seed 7 --overwrite"], "--probe cannot set overwrite, seed"),
     (["--finetune=--nonsense"], "unrecognized arguments: --nonsense"),
     (["--dataset", "no/such/data", "--arms", "random", "--seeds", "0"], "failed: pre-training random-seed0"),
 ])  # fmt: skip

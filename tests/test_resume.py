@@ -725,11 +725,19 @@ def test_a_run_that_started_from_another_goes_on_without_it(quick_drawing, monke
     train_here(monkeypatch, *BRIEF, "--epochs", 1, "--out", tmp_path / "first")
     arguments = ["--init-from", tmp_path / "first", *BRIEF[len(SMALL) :], "--guide-start", "auto"]
     train_here(monkeypatch, *arguments, "--out", tmp_path / "whole")
-    shutil.rmtree(tmp_path / "first")
+    train_here(monkeypatch, *arguments, "--epochs", 1, "--out", tmp_path / "raw", "--raw-pixels")
+    moved = shutil.move(tmp_path / "first", tmp_path / "moved")
+    train_here(monkeypatch, *BRIEF, "--epochs", 1, "--out", tmp_path / "own")
+    train_here(monkeypatch, "--init-from", moved, *BRIEF, "--epochs", 2, "--out", tmp_path / "own", "--resume")
+    assert smae.config_of(tmp_path / "own")["train"]["init_from"] is None  # it began without
     for point, again in ((3, arguments), (13, arguments[2:])):  # it need not be named again
         resume = ["--resume", tmp_path / "whole" / f"checkpoint-{point:08d}"]
         train_here(monkeypatch, *again, "--out", tmp_path / str(point), *resume)
         end_alike(tmp_path / "whole", tmp_path / str(point))
+    train_here(monkeypatch, *arguments[2:], "--epochs", 2, "--out", tmp_path / "raw", "--resume")
+    config = smae.config_of(tmp_path / "raw")
+    assert config["train"]["raw_pixels"] and not config["model"]["normalize_pixels"]
+    assert config["train"]["init_from"] == str(tmp_path / "first")
     with pytest.raises(SystemExit):
         train_here(monkeypatch, *arguments, "--depth", 5, "--out", tmp_path / "other", *resume)
     assert "another model: it had depth 2, now 5" in capfd.readouterr().err

@@ -472,7 +472,11 @@ def test_one_process_reads_and_masks_what_two_did_together(runs):
         ("--streaming --preload", "cannot be preloaded"),
         ("--log-with nothing", "nothing"),
         ("--log-with comet_ml", "not installed"),
-        ("--lr -1", "learning rate"),
+        ("--lr -1", "--lr must not be negative"),
+        ("--image-size 0", "--image-size must be at least 1"),
+        ("--guide-from {out}", "holds the checkpoint itself"),
+        ("--out {out}/metrics.jsonl/run", "metrics.jsonl is not a folder"),
+        ("--channels 0", "--channels must be at least 1"),
         ("--clip-grad -1", "--clip-grad must be positive, got -1"),
         ("--clip-grad 0", "--clip-grad must be positive, got 0"),
         ("--mask amt --guide-debias", "--mask amt follows attention"),
@@ -488,7 +492,7 @@ def test_bad_input_gives_one_line_and_leaves_earlier_results(arguments, message,
     out.mkdir()
     (out / "metrics.jsonl").write_text("precious")
     with pytest.raises(SystemExit) as stopped:
-        train_here(monkeypatch, *QUICK, "--out", out, "--overwrite", *arguments.split())
+        train_here(monkeypatch, *QUICK, "--out", out, "--overwrite", *arguments.format(out=out).split())
     errors = capfd.readouterr().err
     lines = [line for line in errors.splitlines() if "train.py: error:" in line]
     assert stopped.value.code not in (0, None)
