@@ -59,7 +59,7 @@ class Labels(NamedTuple):
         number = {name: i for i, name in enumerate(self.classes)}
         names = {value: own.classes[i] for value, i in own.class_of.items() if i != IGNORED}
         if names and not number.keys() & set(names.values()):
-            raise ValueError(f"{where} has other classes: {', '.join(own.classes[:5])}, ...")
+            raise ValueError(f"{where} has other classes: {', '.join(own.classes[:5])}, ...: see --classes")
         nothing = [value for labels in (self, own) for value, i in labels.class_of.items() if i == IGNORED]
         found = {value: number[name] for value, name in names.items() if name in number}
         return Labels(self.classes, dict.fromkeys(nothing, IGNORED) | found)
