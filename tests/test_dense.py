@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 import dense
+import overlays
 import scores
 import smae
 import tasks
@@ -485,6 +486,13 @@ def test_classes_at_a_size_are_those_of_interpolated_logits(monkeypatch, band):
     for size in ((40, 60), (9, 13), (5, 7)):
         expected = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
         assert (tasks.classes_at(logits, size) == expected).float().mean() > 0.999
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    drawn = [(torch.zeros(3, 8, 8, dtype=torch.uint8),)]
+    figure = overlays.sheet(drawn, ["picture"], "", {r"a$\foo$": (0, 0, 0)})
+    figure.savefig(tmp_path / "sheet.png")
+    assert figure.legends[0].get_texts()[0].get_text() == r"a\$\foo\$"  # as matplotlib wants a dollar
 
 
 def test_boxes_return_to_the_size_of_the_picture(small_model, monkeypatch):

@@ -570,6 +570,14 @@ def test_a_limit_on_sorted_data_takes_pictures_of_all_classes(folder):
     assert len(training) == 6 and len(tests) == 15 and len(classes) == 3
 
 
+def test_splits_of_one_name_with_different_pictures_are_two(folder, tmp_path):
+    """Those of datasets' train_test_split are both called train."""
+    whole = datasets.load_dataset("imagefolder", data_dir=str(folder / "train"), split="train")
+    whole.train_test_split(12, seed=0).save_to_disk(tmp_path / "halves")
+    training, tests, _ = load_labelled(str(tmp_path / "halves"), "train", None)
+    assert str(training.split) == str(tests.split) and (len(training), len(tests)) == (36, 12)
+
+
 def test_the_probe_of_mae_needs_two_pictures_in_a_batch():
     parser = judge.build_parser()
     args = parser.parse_args("linear --recipe mae".split())

@@ -119,6 +119,7 @@ def test_numbers_of_another_split_are_told_by_their_names(tmp_path):
     with pytest.raises(ValueError, match="an object has the class 'dog', expected cat, owl"):
         load_instances(str(tmp_path / "data"), "train", known=(["cat", "owl"], [0, 1]))
     (tmp_path / "names.txt").write_text("owl\n", encoding="utf-8-sig")  # as Windows writes it
+    assert load_instances(str(tmp_path / "data"), "train", classes=str(tmp_path / "names.txt")).classes == ["owl"]
     with pytest.raises(ValueError, match="an object has the class 'class 1', expected dog, owl, cat"):
         load_instances(str(tmp_path / "data"), "train", known=known, classes=str(tmp_path / "names.txt"))
 
@@ -157,6 +158,7 @@ def test_boxes_in_arrays_of_many_channels_are_compared_too(tmp_path):
     datasets.Dataset.from_dict(columns, datasets.Features(kinds)).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="perhaps they are --boxes xyxy"):
         load_instances(str(tmp_path / "data"), "train")
+    assert len(load_instances(str(tmp_path / "data"), "train", boxes="xyxy")) == 4
 
 
 @pytest.mark.parametrize("box", [None, [1, 2, 3], "abcd"])
