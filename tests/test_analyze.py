@@ -51,6 +51,8 @@ def test_masks_are_judged_beside_their_floors(quick_drawing, monkeypatch, tmp_pa
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
     out = tmp_path / "judged"
     text = judge(monkeypatch, capsys, "--checkpoint", tmp_path / "run", "--max-images", 120, "--out", out)
+    args = analyze.build_parser().parse_args("masks --checkpoint a=1 b=2 --checkpoint c=3".split())
+    assert args.checkpoint == ["a=1", "b=2", "c=3"]
     result = json.loads((out / "result.json").read_text())
     assert (out / "masks.png").stat().st_size > 10_000
     rows = result["rows"]

@@ -91,7 +91,7 @@ def test_features_that_are_not_finite_are_named(command, monkeypatch, folder, ch
     assert "1.png has features that are not finite: try --precision no" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["knn", "linear"])
+@pytest.mark.parametrize("command", ["knn", "linear", "embed"])
 def test_data_without_a_picture_that_can_be_decoded_end_in_a_line(command, monkeypatch, checkpoint, tmp_path, capsys):
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (tmp_path / "data" / name).mkdir(parents=True)

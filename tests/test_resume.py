@@ -512,6 +512,10 @@ def test_another_batch_size_goes_on_with_the_pictures_not_yet_seen_and_says_so(
     assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0] != losses[1]
     rates = [records(tmp_path / name)[-1]["lr"] for name in ("whole", "run")]
     assert rates[1] < rates[0] / 2
+    # nothing is left of the epoch for a larger batch
+    resume[1] = tmp_path / "whole" / "checkpoint-00000004"
+    train_here(monkeypatch, *arguments, "--batch-size", 32, "--out", tmp_path / "rest", *resume)
+    assert len(seen) == 26 + 2 and records(tmp_path / "rest")[0]["lr"] > 0
 
 
 def test_a_run_that_goes_on_for_longer_stays_guided(quick_drawing, monkeypatch, tmp_path):
