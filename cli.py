@@ -261,9 +261,7 @@ def check_training(options: dict):
     low, high = scale = options.get("crop_scale", (1, 1))  # dense.py scales whole pictures
     if not 0 < low <= high <= 1:
         raise ValueError(f"--crop-scale takes two fractions of the area, 0 < low <= high <= 1, got {scale}")
-    for name in ("lr", "blr"):
-        if (options.get(name) or 0) < 0:
-            raise ValueError(f"--{name} must not be negative, got {options[name]:g}")
+    check_rates(options)
     clip_grad = options.get("clip_grad")
     if clip_grad is not None and not clip_grad > 0:  # torch would turn the gradient round
         raise ValueError(f"--clip-grad must be positive, got {clip_grad:g}; to clip nothing, leave it out")
@@ -271,10 +269,25 @@ def check_training(options: dict):
         raise ValueError(f"--warmup-epochs must lie between 0 and --epochs, got {options['warmup_epochs']}")
 
 
+def check_rates(options: dict):
+    """Raise ValueError if a rate of a training is given and makes no sense."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("lr", "blr", "weight_decay", "mixup", "cutmix"):
+        if given.get(name, 0) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {given[name]:g}")
+    for name in ("smoothing", "erasing"):
+        if not 0 <= given.get(name, 0) <= 1:
+            raise ValueError(f"--{name} must lie between 0 and 1, got {given[name]:g}")
+    if not 0 <= given.get("drop_path", 0) < 1:
+        raise ValueError(f"--drop-path must lie in [0, 1), got {given['drop_path']:g}")
+    if not 0 < given.get("layer_decay", 1) <= 1:
+        raise ValueError(f"--layer-decay must lie in (0, 1], got {given['layer_decay']:g}")
+
+
 def check_out(out: Path, checkpoint: str):
     """Raise ValueError if a training to ``out`` would remove the ``checkpoint``, or others of the same run."""
     path = Path(checkpoint).resolve()
-    if out.resolve() in (path, path.parent):
+    if path.exists() and out.resolve() in (path, path.parent):
         raise ValueError(f"--out {out} holds the checkpoint itself, which would be lost: choose another --out")
 
 
@@ -285,7 +298,7 @@ def check_folder(out: Path, overwrite: bool, files: tuple[str, ...]):
         raise ValueError(f"{out} holds another run ({', '.join(found)}); choose another --out or add --overwrite")
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not place.is_dir():
-        raise ValueError(f"{out if out.exists() else place} is not a folder")
+        raise ValueError(f"{place} is not a folder")
     if not os.access(place, os.W_OK):
         raise ValueError(f"--out {out}: {place} cannot be written to")
 

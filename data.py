@@ -194,9 +194,12 @@ def fingerprint(dataset: Dataset, count: int = 16) -> list[str]:
 
 
 def are_same(one: Dataset, other: Dataset) -> bool:
-    """Whether two data sets are the same split, by its name and a sample."""
-    same = one.split is not None and str(one.split) == str(other.split)
-    return same and fingerprint(one) == fingerprint(other)
+    """Whether two data sets are the same split, by its name, its length and a sample. No if they cannot be read."""
+    names = [folders.split_kind(str(dataset.split)) or str(dataset.split) for dataset in (one, other)]
+    if one.split is None or names[0] != names[1] or length_of(one) != length_of(other):
+        return False
+    hashes = fingerprint(one)
+    return any(hashes) and hashes == fingerprint(other)
 
 
 def hub_id(name_or_path: str) -> str | None:

@@ -265,8 +265,8 @@ def check_options(args: argparse.Namespace):
     cli.check_positive(vars(args), "test_every", "head_width", "max_test_images")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise ValueError(f"--scale takes two factors, 0 < low <= high, got {args.scale}")
-    if not 0 < args.layer_decay <= 1 or args.lr <= 0:
-        raise ValueError("--layer-decay must lie in (0, 1], --lr must be positive")
+    if args.lr == 0:
+        raise ValueError("--lr must be positive")
     cli.check_out(args.out, args.checkpoint)
 
 
@@ -548,7 +548,10 @@ def test(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lo
         known = dict(single_class=True)
     elif "category_ids" in seen:
         known = dict(known=(model.classes, seen["category_ids"]))
-    args.ignore_index = config.get("segment", {}).get("ignore_index", ())
+    trained = config.get("segment") or config.get("detect") or {}
+    if trained.get("classes") and not args.classes:  # its names are not those of the data
+        known["by_name"] = False
+    args.ignore_index = trained.get("ignore_index", ())
     scenes = load_tests(args, model.task, args.split, known)
     if scenes is None:
         raise ValueError(f"{args.dataset} has no split validation, val or test: name one with --split")
@@ -574,7 +577,8 @@ def predict(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint
     """Write what is found in pictures without truth, and draw it."""
     task, config = load_task(args, accelerator.device)
     place, split = args.dataset, args.split
-    if pair := folders.pair_of_split(Path(place).expanduser(), split):  # masks are no photographs
+    pair = None if args.image_column else folders.pair_of_split(Path(place).expanduser(), split)
+    if pair:  # masks are no photographs
         place, split = str(pair[1]), "train"
     records = data.load_images(place, split, args.image_column, "", False, args.max_images, spread=True)
     model, form = task.model, data.pixel_format(records, task.model.config["channels"], args.pixel_range)

@@ -161,11 +161,9 @@ def fill_defaults(args: argparse.Namespace):
         raise ValueError(f"--crop-ratio must lie in (0, 1], got {args.crop_ratio}")
     if args.command == "knn" and (min(args.k) < 1 or args.temperature <= 0):
         raise ValueError("--k must be at least 1, --temperature positive")
-    if args.command == "finetune":
-        shares = dict.fromkeys(("smoothing", "layer_decay", "drop_path", "erasing"), 1)
-        for name, high in (shares | dict(randaugment=10, mixup=math.inf, cutmix=math.inf)).items():
-            if not 0 <= (value := getattr(args, name)) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must lie between 0 and {high}, got {value}")
+    if args.command == "finetune" and not 0 <= args.randaugment <= 10:
+        raise ValueError(f"--randaugment must lie between 0 and 10, got {args.randaugment}")
+    cli.check_rates(vars(args))
     args.precision = cli.choose_precision(args.precision)
 
 

@@ -3,6 +3,7 @@
 Letters in shapes: ``k`` objects, ``H``/``W`` image height/width in pixels.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -12,7 +13,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 
 import data
@@ -187,6 +187,7 @@ def load_instances(
     classes: str | None = None,
     boxes: str = "xywh",
     known: tuple[list[str], list[int]] | None = None,
+    by_name: bool = True,
 ) -> Instances:
     """Load pictures with objects.
 
@@ -194,8 +195,8 @@ def load_instances(
     SPLIT/_annotations.coco.json; or what ``data.load_images`` takes, with a column of objects (a
     dictionary of lists: bbox, category, perhaps area and iscrowd) and perhaps one of masks, in which
     object i has the value i + 1. ``classes``: a text file with a name in each line. ``boxes``: "xywh" or
-    "xyxy". ``known``: classes and category ids of another split, which this one has too. Raises
-    FileNotFoundError or ValueError.
+    "xyxy". ``known``: classes and category ids of another split, which this one has too; a
+    column's numbers are told by their names if ``by_name``. Raises FileNotFoundError or ValueError.
     """
     file = None if name in data.DEMO else find_annotations(Path(name).expanduser(), split)
     if name in data.DEMO or file is not None:
@@ -209,7 +210,7 @@ def load_instances(
     column = next((key for key in OBJECT_COLUMNS if key in records.features), None)
     fields = _fields(name, records, column)
     mask = _mask_column(records, mask_column, name)
-    given = _given_names(records, column, fields["category"], classes)
+    given = None if known and not by_name else _given_names(records, column, fields["category"], classes)
     names = known[0] if known else given or _found_names(records, column, fields["category"])
     texts = [json.dumps(_number_classes(_objects(row, fields, boxes), names, given)) for row in records[column]]
     kept = records.select_columns([key for key in ("image", mask) if key])
@@ -289,7 +290,8 @@ def _number_classes(objects: list[dict], names: list[str], given: list[str] | No
             value = given[value] if 0 <= value < len(given) else f"class {value}"
         if isinstance(value, str):
             if value not in names:
-                raise ValueError(f"an object has the class {value!r}, expected {', '.join(names[:5])}, ...")
+                expected = ", ".join(names[:5])
+                raise ValueError(f"an object has the class {value!r}, expected {expected}, ...: see --classes")
             value = names.index(value)
         each["category"] = value
     return objects
@@ -323,7 +325,7 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
     for index in data.evenly_spaced(len(scenes), 64):
         record = scenes.records[int(index)]
         try:
-            width, height = _size_of(data.open_upright(record["image"]))
+            width, height = _size_of(record["image"])
             objects = json.loads(record["objects"])
             if scenes.has_masks:
                 scenes.encode_masks(objects, record, height, width)
@@ -354,11 +356,11 @@ def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
     return scenes
 
 
-def _size_of(picture: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Width and height, of an array (H, W), (H, W, c) or (c, H, W) too, whose shortest axis is taken for channels."""
-    if isinstance(picture, Image.Image):
-        return picture.size
-    shape = list(picture.shape)
+def _size_of(record) -> tuple[int, int]:
+    """Width and height of a picture, in an array of many channels too, whose shortest axis is taken for these."""
+    with contextlib.suppress(ValueError):  # which an array raises
+        return data.open_picture(record).size
+    shape = list(data.open_upright(record).shape)
     if len(shape) == 3:
         shape.remove(min(shape))
     return shape[1], shape[0]

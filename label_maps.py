@@ -53,8 +53,8 @@ class Labels(NamedTuple):
     def as_named_by(self, own: "Labels", where: str) -> "Labels":
         """The same classes in data that name them as ``own`` does, perhaps with other values.
 
-        Values without a class stay so; those of other classes are refused where they occur. Raises
-        ValueError if all are of other classes.
+        Values that are no class here stay so, unless they have the name of one; other names are refused
+        where they occur. Raises ValueError if no name is known.
         """
         number = {name: i for i, name in enumerate(self.classes)}
         names = {value: own.classes[i] for value, i in own.class_of.items() if i != IGNORED}
@@ -237,6 +237,7 @@ def load_label_maps(
     classes: str | None = None,
     ignored: Sequence[int] = (),
     labels: Labels | None = None,
+    by_name: bool = True,
 ) -> LabelMaps:
     """Load pictures with label maps.
 
@@ -244,8 +245,8 @@ def load_label_maps(
     beside masks/ or annotations/ (in ADE20K's own, 0 is void); or what ``data.load_images`` takes, with
     a column of label maps. ``classes``: a text file (:func:`read_classes`) or a column that lists
     classes, whose names are taken; by default such a column is found, or all label maps are looked
-    through. ``ignored``: values that are no class. ``labels``: the classes of another split, which are
-    found by their names where this one names them.
+    through. ``ignored``: values that are no class. ``labels``: the classes of another split, which with
+    ``by_name`` are found by their names where this one names them, but in ADE20K's own folders.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -256,7 +257,7 @@ def load_label_maps(
         own = Labels(names, {i: i for i in range(len(names))})
         return LabelMaps(_undecoded(records), without(own, ignored) if ignored else own, data.RGB, by_picture=True)
     pairs = None
-    if not image_column and not mask_column:
+    if image_column in (None, "image") and mask_column in (None, "mask"):
         pairs = folders.find_pairs(Path(name).expanduser(), split)
     if pairs is None:
         records = data.load_images(name, split, image_column, "")
@@ -267,7 +268,8 @@ def load_label_maps(
     if is_ade20k:
         ignored = (0, *ignored)
         data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
-    own = _given_labels(name, records, classes, is_ade20k)
+    by_value = labels is not None and (not by_name or (is_ade20k and not classes))
+    own = None if by_value else _given_labels(name, records, classes, is_ade20k)
     if labels is not None:
         labels = labels if own is None else labels.as_named_by(own, name)
     else:
@@ -282,7 +284,7 @@ def load_label_maps(
 def refuse_options(where: str | Path, **options: str | None):
     """Raise ValueError for options that say what data themselves say."""
     if given := [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value]:
-        raise ValueError(f"{' '.join(given)}: {where} says that itself")
+        raise ValueError(f"{' '.join(given)}: of no use, {where} names its columns and classes itself")
 
 
 def _rename_mask(name: str, records: datasets.Dataset, column: str | None) -> datasets.Dataset:

@@ -31,7 +31,8 @@ def load_labelled(
     training = data.load_images(name, split, *columns, max_images if streaming else None)
     tests = data.load_test_images(name, test_split, *columns)
     if not test_split and data.are_same(training, tests):
-        raise ValueError(f"{name} would be tested on what it is trained on, split {split!r}: name a --test-split")
+        advice = "name a test split (eval.py --test-split)"
+        raise ValueError(f"{name} would be tested on what it is trained on, split {split!r}: {advice}")
     for dataset, option in ((training, "--split"), (tests, "--test-split")):
         label = (dataset.features or {}).get("label")
         if label is None:

@@ -284,6 +284,8 @@ def test_pictures_are_held_out_where_no_split_is_for_the_test(tmp_path, capsys):
         (["segment", "--image-size", 30], "is not a positive multiple of the patch size 8"),
         (["detect", "--image-size", 40], "must be a multiple of 32"),
         (["segment", "--head", "upernet", "--batch-size", 1], "BatchNorm needs at least two pictures"),
+        (["segment", "--drop-path", 1.5], r"--drop-path must lie in \[0, 1\), got 1.5"),
+        (["segment", "--layer-decay", 0], r"--layer-decay must lie in \(0, 1\], got 0"),
         (["segment", "--blocks", 9], "blocks must lie between 1 and 2"),
         (["segment", "--scale", 2, 1], "--scale takes two factors"),
         (["segment", "--test-split", "oak"], "Unknown split 'oak'"),
@@ -314,8 +316,10 @@ def test_a_test_reads_pictures_and_classes_as_the_training_did(tmp_path, monkeyp
     task, config = dense.load_task(args, torch.device("cpu"))
     assert args.pixel_range == config["data"]["pixel_range"] == [0, 4095] and task.model.classes == ["earth", "sea"]
     how = ["--checkpoint", tmp_path / "run", "--split", "train", "--precision", "no", "--out", tmp_path / "test"]
-    assert dense.main(["test", *data, *how])["images"] == 12
-    assert highest == [4095] * 4
+    tested = dense.main(["test", *data, *how])
+    assert tested["images"] == 12 and highest == [4095] * 4
+    tested_again = dense.main(["test", *data[:2], *how, "--overwrite"])  # the names need not be given again
+    assert tested_again["iou"] == tested["iou"]
 
 
 def test_a_split_without_truth_is_no_split_for_the_test(tmp_path, capsys):

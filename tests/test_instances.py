@@ -116,6 +116,8 @@ def test_numbers_of_another_split_are_told_by_their_names(tmp_path):
     known = ["dog", "owl", "cat"], [0, 1, 2]
     scenes = load_instances(str(tmp_path / "data"), "train", known=known)
     assert scenes.classes == known[0] and [each["category"] for each in scenes.read(0)["objects"]] == [0, 2]
+    scenes = load_instances(str(tmp_path / "data"), "train", known=known, by_name=False)
+    assert [each["category"] for each in scenes.read(0)["objects"]] == [1, 0]
     with pytest.raises(ValueError, match="an object has the class 'dog', expected cat, owl"):
         load_instances(str(tmp_path / "data"), "train", known=(["cat", "owl"], [0, 1]))
     (tmp_path / "names.txt").write_text("owl\n", encoding="utf-8-sig")  # as Windows writes it
@@ -190,7 +192,9 @@ def test_columns_and_classes_are_not_for_data_that_name_them(tmp_path):
     make_coco(tmp_path)
     for name in ("shapes", str(tmp_path)):
         for option in ("image_column", "mask_column", "classes"):
-            with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} oak: .* says that itself"):
+            with pytest.raises(
+                ValueError, match=f"--{option.replace('_', '-')} oak: .* names its columns and classes itself"
+            ):
                 load_instances(name, "train", **{option: "oak"})
 
 
@@ -283,7 +287,7 @@ def test_files_of_coco_in_other_forms(tmp_path):
             each[name] = f"picture-{each[name]}"
     scenes = load_instances(str(make_coco(tmp_path, content=content)), "train")
     assert scenes.image_ids()[2] == "picture-7" and rle.area(scenes.read(2)["objects"][0]["segmentation"]) == 300
-    with pytest.raises(ValueError, match=r"--classes names.txt: .* says that itself"):
+    with pytest.raises(ValueError, match=r"--classes names.txt: .* names its columns and classes itself"):
         load_instances(str(tmp_path), "train", classes="names.txt")
 
 

@@ -199,6 +199,8 @@ def test_another_split_has_the_classes_of_the_first_by_their_names(tmp_path):
     assert np.array_equal(turned.read(0)["labels"], labels_of(1, 0, IGNORED))
     with pytest.raises(ValueError, match=r"labels beyond the 2 classes: 3 \(120 pixels\)"):
         load_label_maps(save("cbad", 0, 2, 3, 3), "train", labels=labels).read(0)
+    by_value = load_label_maps(str(tmp_path / "cba"), "train", labels=labels, by_name=False)
+    assert np.array_equal(by_value.read(0)["labels"], labels_of(0, 1, IGNORED))
     with pytest.raises(ValueError, match="has other classes: x, y"):
         load_label_maps(save("xy", 0, 1), "train", labels=labels)
     unnamed = make_folder(tmp_path / "folder", {"a": labels_of(0, 2)})
@@ -211,6 +213,7 @@ def test_a_column_that_is_named_counts_for_more_than_a_folder_of_that_kind(tmp_p
     row = "images/a.jpg,masks/a.png,parts/a.png"
     (tmp_path / "metadata.csv").write_text(f"file_name,mask_file_name,parts_file_name\n{row}\n")
     assert load_label_maps(str(tmp_path), "train").classes == ["class 0", "class 1"]
+    assert load_label_maps(str(tmp_path), "train", mask_column="mask").classes == ["class 0", "class 1"]
     assert load_label_maps(str(tmp_path), "train", mask_column="parts").classes == ["class 5", "class 6"]
     with pytest.raises(ValueError, match="no column 'oak' of label maps"):
         load_label_maps(str(tmp_path), "train", mask_column="oak")
@@ -218,7 +221,7 @@ def test_a_column_that_is_named_counts_for_more_than_a_folder_of_that_kind(tmp_p
 
 def test_options_of_the_demo_data_are_used_or_refused():
     assert load_label_maps("shapes", "test", ignored=[0]).read(5)["labels"].unique().tolist() == [IGNORED, 5]
-    with pytest.raises(ValueError, match="--classes oak: shapes says that itself"):
+    with pytest.raises(ValueError, match="--classes oak: of no use, shapes names its columns"):
         load_label_maps("shapes", "test", classes="oak")
 
 

@@ -12,6 +12,7 @@ from foreign import mae_checkpoint, same_weights, timm_vit
 from helpers import QUICK, ROOT, SMALL, contents, needs_compiler, records, run, train_here
 
 import checkpoint
+import cli
 import eval as judge
 import masks
 import readers
@@ -498,6 +499,12 @@ def test_bad_input_gives_one_line_and_leaves_earlier_results(arguments, message,
     assert stopped.value.code not in (0, None)
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in errors
     assert (out / "metrics.jsonl").read_text() == "precious" and len(list(out.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.os, "access", lambda path, how: False)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be written to"):
+        train.main([*QUICK, "--out", tmp_path / "deep" / "run"])
 
 
 def test_a_launcher_that_starts_one_process_where_several_were_asked_for_is_reported(tmp_path):
