@@ -1,6 +1,7 @@
 """What the commands share."""
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,3 +108,11 @@ def test_commands_can_be_called_from_python(quick_drawing, monkeypatch, tmp_path
         with pytest.raises((ValueError, OSError)):
             call()
     assert "error:" not in capfd.readouterr().err  # an exception says it
+
+
+def test_a_run_may_lie_in_a_folder_whose_files_are_no_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cli.check_out(Path("."), "column:mask")  # no file
+    (tmp_path / "model.pth").touch()
+    with pytest.raises(ValueError, match="holds the checkpoint itself"):
+        cli.check_out(Path("."), "model.pth")

@@ -454,3 +454,15 @@ def test_an_error_of_datasets_comes_with_its_cause(monkeypatch, tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"while generating the dataset \(.*No space left on device: '/cache/x.arrow'"):
         data.load_images(str(tmp_path / "x.parquet"))
+
+
+def test_the_same_split_is_known_by_any_of_its_names_and_by_what_it_holds():
+    def split(name: str, *paths: str):
+        features = datasets.Features(image=datasets.Image(decode=False))
+        columns = dict(image=[dict(bytes=None if "://" in path else path.encode(), path=path) for path in paths])
+        return datasets.Dataset.from_dict(columns, features, split=name)
+
+    assert data.are_same(split("val", "a", "b"), split("validation", "a", "b"))
+    assert not data.are_same(split("train", "a", "b"), split("test", "a", "b"))
+    assert not data.are_same(split("train", "a", "b"), split("train", "c", "d"))
+    assert not data.are_same(split("train", "zip://a"), split("train", "zip://b"))  # nobody knows

@@ -228,6 +228,15 @@ def test_masks_beside_the_pictures_are_no_pictures_to_predict(split, trained, tm
     assert dense.main(["predict", "--checkpoint", trained / "segment", *how])["images"] == 3
 
 
+def test_a_named_column_of_pictures_is_predicted(trained, tmp_path):
+    for name in ("images/0", "images/1", "masks/0", "scans/0"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(40, 32).save(tmp_path / "data" / f"{name}.png")
+    (tmp_path / "data" / "metadata.csv").write_text("file_name,scan_file_name\nimages/0.png,scans/0.png\n")
+    how = ["--dataset", tmp_path / "data", "--image-column", "scan", "--precision", "no", "--out", tmp_path / "found"]
+    assert dense.main(["predict", "--checkpoint", trained / "segment", *how])["images"] == 1
+
+
 def test_predictions_of_a_detector_are_boxes_and_pictures(trained, photos, tmp_path, monkeypatch):
     (photos / "16.png").write_bytes(b"not a picture")  # the fourth of eight that are spread over all
     how = ["--dataset", photos, "--split", "train", "--max-images", 8, "--max-bad-images", 0.2, "--precision", "no"]
@@ -366,6 +375,19 @@ def test_a_test_on_other_classes_is_refused(trained, tmp_path):
     how = ["--dataset", tmp_path / "data", "--split", "train", "--precision", "no", "--out", tmp_path / "run"]
     with pytest.raises(ValueError, match="data has other classes: earth, sea"):
         dense.main(["test", "--checkpoint", trained / "segment", "--classes", tmp_path / "names.txt", *how])
+
+
+@pytest.mark.parametrize("given, by_name", [(None, True), ("names.txt", False)])
+def test_names_given_to_the_training_are_not_looked_for_in_the_data(given, by_name, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "detect", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["detect"]["classes"] = given
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(dense, "load_tests", lambda args, task, split, known: seen.append(known))
+    seen = []
+    with pytest.raises(ValueError, match="has no split validation"):
+        dense.main(["test", "--checkpoint", tmp_path / "run", "--precision", "no", "--out", tmp_path / "test"])
+    assert seen[0].get("by_name", True) == by_name and seen[0]["known"][0] == config["detector"]["classes"]
 
 
 def test_objects_of_any_class_are_found_as_one(tmp_path):

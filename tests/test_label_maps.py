@@ -209,6 +209,7 @@ def test_another_split_has_the_classes_of_the_first_by_their_names(tmp_path):
 
 def test_a_column_that_is_named_counts_for_more_than_a_folder_of_that_kind(tmp_path):
     make_folder(tmp_path, {"a": labels_of(0, 1)})
+    assert len(load_label_maps(str(tmp_path), "train", image_column="image", mask_column="mask")) == 1
     write(tmp_path / "parts" / "a.png", labels_of(5, 6))
     row = "images/a.jpg,masks/a.png,parts/a.png"
     (tmp_path / "metadata.csv").write_text(f"file_name,mask_file_name,parts_file_name\n{row}\n")
