@@ -214,8 +214,8 @@ class EvalCrops(torch.utils.data.Dataset):
         except Exception as error:
             bad = data.describe_bad(index, record["image"], error)
         label = record.get("label")
-        path = record["image"].get("path") if isinstance(record["image"], dict) else None
-        return image, index, -1 if label is None else label, path or f"image {index}", bad
+        name = data.name_of(record["image"], index)
+        return image, index, -1 if label is None else label, name, bad
 
 
 class EvalStream(IterableDataset):

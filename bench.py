@@ -278,7 +278,7 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def bench_load(size: int, repeats: int, photographs: dict[str, int] = PHOTOGRAPHS) -> dict[str, list[float]]:
+def bench_load(size: int, repeats: int, photographs: dict[str, int]) -> dict[str, list[float]]:
     """Seconds per picture of reading JPEGs from files, by ours and by torchvision's ImageFolder.
 
     Training crops and evaluation crops, as in facebookresearch/mae; and libjpeg alone, which
@@ -709,7 +709,7 @@ def main():
         seconds = bench_cut(args.sides, args.batch_sizes, args.width, TYPES[args.precision], args.repeats, device)
     elif args.command == "load":
         print(f"one core of {platform.machine()}, torch {torch.__version__}, simplejpeg {simplejpeg.__version__}")
-        seconds = bench_load(args.image_size, args.repeats)
+        seconds = bench_load(args.image_size, args.repeats, PHOTOGRAPHS)
     elif args.command == "scale":
         print(f"{args.workers} workers on {cli.cores()} cores of {platform.machine()}, datasets {datasets.__version__}")
         seconds = bench_scale(args)

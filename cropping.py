@@ -64,6 +64,11 @@ class Crops(NamedTuple):
         return Crops((self.boxes / np.tile(sizes, 2)).astype(np.float32), self.flips)
 
 
+def torch_seeds(key: tuple[int, ...], indices: np.ndarray) -> list[int]:
+    """Seeds for torch's generators, one for each index (b,): a function of key and index only."""
+    return (uniform(key, indices, 1)[:, 0] * 2**24).astype(int).tolist()
+
+
 def random_crops(
     sizes: np.ndarray, noise: np.ndarray, scale: tuple[float, float] = (0.2, 1.0), aspect: float = 1.0
 ) -> Crops:
@@ -176,9 +181,9 @@ class CropOptions(NamedTuple):
         if self.augment is None or epoch is None:
             return images
         augmented = []
-        seeds = uniform((self.seed, epoch, RandomStream.AUGMENT), indices, 1)[:, 0] * 2**24
+        seeds = torch_seeds((self.seed, epoch, RandomStream.AUGMENT), indices)
         with torch.random.fork_rng(devices=[]):
             for image, seed in zip(images, seeds):
-                torch.default_generator.manual_seed(int(seed))
+                torch.default_generator.manual_seed(seed)
                 augmented.append(self.augment(image))
         return torch.stack(augmented)

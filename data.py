@@ -32,7 +32,7 @@ from torch import Tensor
 import folders
 import pixels
 import shapes
-from folders import say_once
+from folders import Dataset, say_once
 from pixels import RGB, Picture, PixelFormat, Size, center_crop, pair  # noqa: F401
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in MAE
@@ -51,8 +51,6 @@ NAME_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file") 
 TEXT_TABLES = (".csv", ".json", ".jsonl")
 DEMO = ("shapes", "shapes:easy")
 ENCODED_TYPES = {"binary", "large_binary", "string", "large_string"}  # for pictures or their paths
-
-Dataset = datasets.Dataset | datasets.IterableDataset
 
 
 class Source(NamedTuple):
@@ -165,7 +163,7 @@ def load_test_images(name_or_path: str, split: str | None, *options) -> Dataset:
             if not re.search("(?i)(unknown|bad) split|is empty", str(error)):
                 raise
     advice = "name its test split (eval.py --test-split)"
-    if Path(name_or_path).is_file():
+    if Path(name_or_path).expanduser().is_file():
         advice = "name the folder of two files instead, such as train.parquet and test.parquet"
     raise ValueError(f"{name_or_path} has no split validation, val or test: {advice}")
 
@@ -594,12 +592,17 @@ class BadImage(NamedTuple):
     description: str
 
 
+def name_of(record: dict | None, index: int) -> str:
+    """The file of an undecoded picture, or its number in the data."""
+    path = record.get("path") if isinstance(record, dict) else None
+    return path or f"image {index}"
+
+
 def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
     """Describe the picture of an undecoded ``record`` whose decoding raised ``error``."""
-    name = (record.get("path") if isinstance(record, dict) else None) or f"image {index}"
     in_memory = r" <_io\.BytesIO object at \w+>"  # PIL's name for the file
     reason = re.sub(in_memory, "", one_line(error))
-    return BadImage(index, f"{name}: {type(error).__name__}: {reason}")
+    return BadImage(index, f"{name_of(record, index)}: {type(error).__name__}: {reason}")
 
 
 def decode_or_next(

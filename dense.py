@@ -289,22 +289,16 @@ def load_scenes(args: argparse.Namespace, task: str, split: str, known: dict) ->
     """
     how = dict(image_column=args.image_column, mask_column=args.mask_column, classes=args.classes)
     if task == "segmenter":
-        ignored = getattr(args, "ignore_index", ())
-        scenes = load_label_maps(args.dataset, split, **how, ignored=ignored, **known)
-    else:
-        single = known.pop("single_class", getattr(args, "single_class", False))
-        scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, **known)
-        scenes = scenes.as_one_class() if single else scenes
-    return scenes
+        return load_label_maps(args.dataset, split, **how, ignored=args.ignore_index, **known)
+    scenes = load_instances(args.dataset, split, **how, boxes=args.boxes, **known)
+    return scenes.as_one_class() if args.single_class else scenes
 
 
 def classes_of(scenes: Scenes) -> dict:
     """The argument by which another split gets the same classes."""
     if not isinstance(scenes, Instances):
         return dict(labels=scenes.labels)
-    if scenes.single_class:
-        return dict(single_class=True)
-    return dict(known=(scenes.classes, scenes.category_ids))
+    return {} if scenes.single_class else dict(known=(scenes.classes, scenes.category_ids))
 
 
 def load_tests(
@@ -316,7 +310,7 @@ def load_tests(
     """
     for name in [split] if split else ("validation", "val", "test"):
         try:
-            tests = load_scenes(args, task, name, dict(known))
+            tests = load_scenes(args, task, name, known)
             if split or training is None or not data.are_same(tests.records, training.records):
                 return tests
         except ValueError as error:
@@ -542,16 +536,14 @@ def test(args: argparse.Namespace, accelerator: Accelerator, lock: checkpoint.Lo
     """Test a trained model on a split. Raises ValueError if that has other classes."""
     task, config = load_task(args, accelerator.device)
     model, seen, known = task.model, config.get("data", {}), {}
+    trained = config.get("segment") or config.get("detect") or {}
+    args.ignore_index, args.single_class = trained.get("ignore_index", ()), trained.get("single_class", False)
     if "class_of" in seen:
         known = dict(labels=Labels(model.classes, dict(seen["class_of"])))
-    elif config.get("detect", {}).get("single_class"):
-        known = dict(single_class=True)
-    elif "category_ids" in seen:
+    elif "category_ids" in seen and not args.single_class:
         known = dict(known=(model.classes, seen["category_ids"]))
-    trained = config.get("segment") or config.get("detect") or {}
     if trained.get("classes") and not args.classes:  # its names are not those of the data
         known["by_name"] = False
-    args.ignore_index = trained.get("ignore_index", ())
     scenes = load_tests(args, model.task, args.split, known)
     if scenes is None:
         raise ValueError(f"{args.dataset} has no split validation, val or test: name one with --split")

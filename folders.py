@@ -149,6 +149,11 @@ def split_of_table(file: str) -> str:
     return next((kind for kind in kinds if kind), "train")
 
 
+def as_split(name: str) -> datasets.NamedSplit:
+    """The name of a folder or file as that of a split; ``datasets`` takes only letters, digits and underscores."""
+    return datasets.NamedSplit(re.sub(r"\W", "_", name))
+
+
 def _children(root: Path) -> list[str]:
     return sorted(child.name for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
 
@@ -212,11 +217,12 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
     listing = listing if folder == root else list_files(folder)
     if not listing.images:
         raise ValueError(f"split {split!r} of {root} is empty")
-    above = [parent / name for parent in _parents(folder, root) for name in METADATA if (parent / name).is_file()]
+    parents = [parent for parent in folder.parents if parent.is_relative_to(root)]
+    above = [parent / name for parent in parents for name in METADATA if (parent / name).is_file()]
     metadata = [folder / file for file in listing.metadata] + above
     place = Path(os.path.abspath(folder))
     name = split if folder == root else folder.name
-    how = dict(split=datasets.NamedSplit(re.sub(r"\W", "_", name)))
+    how = dict(split=as_split(name))
     files, classes = listing.images, _classes(listing.images, single=split_kind(name) in ("validation", "test"))
     shards = min(STREAM_SHARDS, len(files)) if streaming else 1
     if streaming:
@@ -238,13 +244,6 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
     arguments = dict(folder=str(place), files=files, classes=classes)
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(_records, features=features, gen_kwargs=arguments, **how), listing
-
-
-def _parents(folder: Path, root: Path) -> Iterator[Path]:
-    """The folders above ``folder``, up to ``root``."""
-    while folder != root:
-        folder = folder.parent
-        yield folder
 
 
 def _classes(files: list[str], single: bool) -> list[str] | None:
@@ -338,7 +337,7 @@ def _rows(file: Path) -> list[dict]:
     """The rows of a metadata file."""
     if file.suffix == ".jsonl":
         with contextlib.suppress(json.JSONDecodeError):
-            return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+            return [json.loads(line) for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         raise ValueError(f"{file} does not hold a JSON object in each line")
     read = pyarrow.csv.read_csv if file.suffix == ".csv" else pyarrow.parquet.read_table
     return read(file).to_pylist()
@@ -377,9 +376,8 @@ def find_pairs(root: Path, split: str) -> Pairs | None:
         mask=[_image(os.path.abspath(masks / mask)) for mask in pairs.values()],
     )
     features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
-    name = datasets.NamedSplit(re.sub(r"\W", "_", name))
     return Pairs(
-        datasets.Dataset.from_dict(columns, features, split=name),
+        datasets.Dataset.from_dict(columns, features, split=as_split(name)),
         is_ade20k=masks.parent.name == "annotations" and next(iter(pairs)).startswith("ADE_"),
     )
 

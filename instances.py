@@ -6,7 +6,6 @@ Letters in shapes: ``k`` objects, ``H``/``W`` image height/width in pixels.
 import contextlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import data
 import folders
 import pixels
 import shapes
-from label_maps import map_values, name_of, refuse_options
+from label_maps import map_values, refuse_options
 
 try:
     from faster_coco_eval.core import mask as rle
@@ -107,7 +106,7 @@ class Instances:
             each["iscrowd"] = int(each.get("iscrowd") or 0)
             if not self.has_masks:
                 each.pop("segmentation", None)
-        name = name_of(record, index)
+        name = data.name_of(record["image"], index)
         return dict(image=tv_tensors.Image(image), objects=objects, has_masks=self.has_masks, name=name)
 
     def encode_masks(self, objects: list[dict], record: dict, height: int, width: int):
@@ -202,7 +201,7 @@ def load_instances(
     if name in data.DEMO or file is not None:
         refuse_options(file or name, image_column=image_column, mask_column=mask_column, classes=classes)
     if name in data.DEMO:
-        return _checked(name, Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, data.RGB, True))
+        return Instances(_demo(data.load_images(name, split)), shapes.SHAPE_NAMES, data.RGB, has_masks=True)
     if file is not None:
         records, names, category_ids, has_masks = read_coco(file, known, boxes)
         return _checked(name, Instances(records, names, data.RGB, has_masks, category_ids), boxes)
@@ -319,7 +318,7 @@ def _left_top_width_height(box: Sequence[float] | None, boxes: str) -> list[floa
     return [left, top, x, y] if boxes == "xywh" else [left, top, x - left, y - top]
 
 
-def _checked(name: str, scenes: Instances, boxes: str = "xywh") -> Instances:
+def _checked(name: str, scenes: Instances, boxes: str) -> Instances:
     """``scenes``, unless boxes or masks of a sample do not fit the pictures. Raises ValueError."""
     beyond, count, empty, largest, example = 0, 0, 0, 0.0, ""
     for index in data.evenly_spaced(len(scenes), 64):
@@ -425,8 +424,8 @@ def read_coco(
     arguments = dict(file=str(file.resolve()), place=str(place), version=version, ids=tuple(ids), boxes=boxes)
     del content
     name = file.parent.name if file.name == ROBOFLOW else file.stem.removeprefix("instances_")
-    name = datasets.NamedSplit(re.sub(r"\W", "_", name))
-    records = datasets.Dataset.from_generator(coco_records, features=features, gen_kwargs=arguments, split=name)
+    how = dict(gen_kwargs=arguments, split=folders.as_split(name))
+    records = datasets.Dataset.from_generator(coco_records, features=features, **how)
     return records, names, ids, has_masks
 
 

@@ -123,13 +123,12 @@ def read_classes(file: Path, first: int = 0) -> Labels:
     return numbered([*names, *greys.values()], [*colours, *greys])  # a map of one colour may look grey
 
 
-def numbered(names: Sequence[str], values: Iterable[int] | None = None) -> Labels:
-    """Classes of these ``names``, for the ``values`` in label maps (default: 0, 1, ...)."""
+def numbered(names: Sequence[str], values: Iterable[int]) -> Labels:
+    """Classes of these ``names``, for the ``values`` in label maps."""
     classes = [name for name in dict.fromkeys(names) if name.lower() not in VOID_NAMES]
     number = {name: i for i, name in enumerate(classes)}
     if void := [name for name in dict.fromkeys(names) if name not in number]:
         data.say_once(f"no class: {', '.join(void)}")
-    values = range(len(names)) if values is None else values
     return Labels(classes, {value: number.get(name, IGNORED) for value, name in zip(values, names)})
 
 
@@ -201,16 +200,16 @@ class LabelMaps:
         """
         record = self.records[index]
         image = pixels.to_tensor(data.open_picture(record["image"], self.form))
-        labels = self.labels.apply(self._values(record))
+        values = read_values(record)
+        if self.by_picture:  # the shape that is drawn; around it is background
+            values = np.where(values > 127, record["label"] + 1, 0)
+        labels = self.labels.apply(values)
         if labels.shape != tuple(image.shape[1:]):
             sizes = [f"{width} x {height}" for height, width in (labels.shape, image.shape[1:])]
             raise ValueError(f"its label map has {sizes[0]} pixels, the picture {sizes[1]}")
         labels = torch.from_numpy(labels)
-        return dict(image=tv_tensors.Image(image), labels=tv_tensors.Mask(labels), name=name_of(record, index))
-
-    def _values(self, record: dict) -> np.ndarray:
-        values = read_values(record)
-        return np.where(values > 127, record["label"] + 1, 0) if self.by_picture else values
+        name = data.name_of(record["image"], index)
+        return dict(image=tv_tensors.Image(image), labels=tv_tensors.Mask(labels), name=name)
 
 
 def read_values(record: dict) -> np.ndarray:
@@ -220,12 +219,6 @@ def read_values(record: dict) -> np.ndarray:
     mask = data.open_upright(record["mask"])
     turn = objects.turn_of(record["image"], mask.size)
     return map_values(mask if turn is None else pixels.turned(mask, turn))
-
-
-def name_of(record: dict, index: int) -> str:
-    """The file of a picture, or its number."""
-    path = record["image"].get("path") if isinstance(record["image"], dict) else None
-    return path or f"image {index}"
 
 
 def load_label_maps(
@@ -259,12 +252,11 @@ def load_label_maps(
     pairs = None
     if image_column in (None, "image") and mask_column in (None, "mask"):
         pairs = folders.find_pairs(Path(name).expanduser(), split)
-    if pairs is None:
-        records = data.load_images(name, split, image_column, "")
-        records = _rename_mask(name, records, mask_column)
+    if pairs:
+        records, is_ade20k = pairs
     else:
-        records = pairs.records
-    is_ade20k = pairs is not None and pairs.is_ade20k
+        records, is_ade20k = data.load_images(name, split, image_column, ""), False
+        records = _rename_mask(name, records, mask_column)
     if is_ade20k:
         ignored = (0, *ignored)
         data.say_once(f"{name}: the folders are those of ADE20K: 0 is void")
@@ -314,7 +306,7 @@ def _given_labels(name: str, records: datasets.Dataset, classes: str | None, is_
         names = _class_names(records.features[column])
         if names is None:
             raise ValueError(f"--classes {column}: the column holds no list of named classes")
-        return numbered(names)
+        return numbered(names, range(len(names)))
     if classes:
         if not Path(classes).is_file():
             raise ValueError(f"--classes {classes} is neither a text file nor a column: {', '.join(records.features)}")

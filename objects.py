@@ -119,9 +119,7 @@ def _have_soft_edges(counted: list[tuple[np.ndarray, np.ndarray]]) -> bool:
     return 2 * sum(shaded) > len(shaded)
 
 
-def understand_column(
-    dataset: data.Dataset, column: str, ids: list[int] | None = None, void: int | None = None
-) -> MaskRule:
+def understand_column(dataset: data.Dataset, column: str, ids: list[int] | None, void: int | None) -> MaskRule:
     """The rule for a column of masks, from a sample of it. Raises ValueError."""
 
     def readable() -> Iterator[np.ndarray]:
@@ -158,7 +156,7 @@ def turn_of(picture: dict, mask_size: tuple[int, int]) -> Image.Transpose | None
     with contextlib.suppress(Exception):  # a broken picture, or damaged EXIF
         source = picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])
         with Image.open(source) as image:
-            orientation = image.getexif().get(pixels.ORIENTATION, 1)
+            orientation = pixels.orientation_of(image)
             if orientation > 4 and image.size == mask_size and image.width != image.height:
                 return pixels.TURNS.get(orientation)
             if orientation in pixels.TURNS and (orientation < 5 or image.width == image.height):

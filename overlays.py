@@ -38,11 +38,11 @@ def label_picture(labels: Tensor, classes: int) -> Image.Image:
     return picture
 
 
-def tinted(image: Tensor, labels: Tensor, classes: int, alpha: float = 0.6) -> Tensor:
+def tinted(image: Tensor, labels: Tensor, classes: int) -> Tensor:
     """A picture (c, H, W) uint8 in the colours of its label map (H, W); IGNORED pixels white: (3, H, W) uint8."""
     colours = torch.from_numpy(palette(classes).astype(np.float32))
     painted = colours[labels.clamp(min=0).cpu()].movedim(-1, 0)
-    mixed = (alpha * painted + (1 - alpha) * three_channels(image)).round()
+    mixed = (0.6 * painted + 0.4 * three_channels(image)).round()
     return torch.where(labels.cpu() == IGNORED, 255, mixed).to(torch.uint8)
 
 
@@ -75,9 +75,7 @@ def as_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.movedim(0, -1).numpy()))
 
 
-def sheet(
-    rows: list[tuple[Tensor, ...]], titles: Sequence[str], text: str, legend: dict[str, tuple] | None = None
-) -> Figure:
+def sheet(rows: list[tuple[Tensor, ...]], titles: Sequence[str], text: str, legend: dict[str, tuple]) -> Figure:
     """A figure of rows of pictures (3, H, W) uint8, fitted into frames of one size, and a ``legend`` of colours."""
     fitted = [[_fitted(picture) for picture in row] for row in rows]
     width, height = (max(sizes) for sizes in zip(*(picture.size for row in fitted for picture in row)))

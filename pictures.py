@@ -190,8 +190,9 @@ def loss_curve(metrics: str | os.PathLike) -> Figure:
     with open(metrics) as file:
         records = [json.loads(line) for line in file]
     probed = [record for record in records if "knn" in record]
-    figure = Figure(figsize=(6, 7 if probed else 5), layout="constrained")
-    axes = figure.subplots(3 if probed else 2, sharex=True, height_ratios=[3, 2, 2][: 3 if probed else 2])
+    heights = [3, 2, 2] if probed else [3, 2]
+    figure = Figure(figsize=(6, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     loss, rates = axes[:2]
     for phase in dict.fromkeys(record["phase"] for record in records):
         epochs, losses = zip(*((r["epoch"], r["loss"]) for r in records if r["phase"] == phase))

@@ -118,8 +118,7 @@ class Jpeg:
         except ValueError:  # PIL reads it nevertheless, or says what is wrong
             with Image.open(io.BytesIO(self.encoded)) as image:
                 image.draft(None, (width // factor, height // factor))
-                values = np.array(image.convert("L" if self.form.channels == 1 else "RGB"))
-            return values
+                return np.array(image.convert("L" if self.form.channels == 1 else "RGB"))
 
 
 Picture = Image.Image | Bands | Jpeg
@@ -187,9 +186,11 @@ def scale(values: np.ndarray, form: PixelFormat) -> np.ndarray:
 
 def usual_top(values: np.ndarray) -> int:
     """The value of white: 65,535 for 16 bits and beyond 255, 1 for floats and booleans up to 1, else 255."""
+    if is_16_bit(values):
+        return 65535
     finite = values[np.isfinite(values)]
     largest = finite.max() if finite.size else 0
-    if is_16_bit(values) or largest > 255:
+    if largest > 255:
         return 65535
     return 1 if values.dtype.kind in "fb" and largest <= 1 else 255
 
@@ -204,17 +205,16 @@ def _deep_grey(image: Image.Image, form: PixelFormat) -> Image.Image:
     values = np.asarray(image)
     if form.low is not None:
         return Image.fromarray(scale(values, form))
+    top = usual_top(values)
     if image.mode == "F":
         values = np.where(np.isfinite(values), values, np.float32(0))  # missing values are black
-    top = 65535 if image.mode.startswith("I;16") else usual_top(values)
-    if image.mode == "F":
         values = values.clip(0, top) * np.float32(255 / top)
         return Image.fromarray(values.round(out=values).astype(np.uint8))
     table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)  # saves memory
     return Image.fromarray(table[values.clip(0, top)])
 
 
-def blank(form: PixelFormat = RGB) -> Picture:
+def blank(form: PixelFormat) -> Picture:
     """A black picture of one pixel."""
     return convert(np.zeros((1, 1, form.channels), np.uint8), form)
 

@@ -297,7 +297,8 @@ class MapCrops(torch.utils.data.Dataset):
 
         Adds the broken pictures to ``bad``.
         """
-        tries = max(1, self.options.bad_limit - len(bad))
+        limit = self.options.bad_limit
+        tries = limit if len(dict(bad)) < limit else 1  # beyond it the caller stops
         found, label, met = data.decode_or_next(self.dataset, index, tries, self.options.form, **use)
         bad += met
         return found, label, index + len(met)
@@ -323,16 +324,14 @@ class PreloadedReader(IndexReader):
         device: torch.device,
     ):
         super().__init__(options.size, plan)
-        self.options, self.device = options, device
+        self.options, self.device, self.bad = options, device, bad
         count, side = len(dataset), self._side(dataset)
         self.images = torch.empty(count, options.form.channels, side, side, dtype=torch.uint8)
         self.sizes = np.empty((count, 2), np.int64)
         self.labels = np.empty(count, np.int64)
-        self.bad: list[BadImage] = []
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             list(pool.map(lambda index: self._store(dataset, index), range(count)))
         self.images = self.images.to(store)
-        bad.add(self.bad)
         bad.check()
 
     def _side(self, dataset: datasets.Dataset) -> int:
@@ -347,9 +346,10 @@ class PreloadedReader(IndexReader):
             self.images[index] = pixels.stretch(picture, self.images.shape[-1])
             self.sizes[index] = picture.height, picture.width
 
-        tries = max(1, self.options.bad_limit - len(self.bad))
+        limit = self.options.bad_limit
+        tries = limit if self.bad.count < limit else 1
         _, self.labels[index], met = data.decode_or_next(dataset, index, tries, self.options.form, store)
-        self.bad += met
+        self.bad.add(met)
 
     def read(self, requests: list[Request]) -> Iterable[Batch]:
         return map(self._answer, requests)
@@ -365,7 +365,7 @@ class PreloadedReader(IndexReader):
             images = data.to_device(images, self.device)
         images = crop_batch(images, boxes, flips, pair(size))
         images = self.options.augmented(images, epoch, indices)
-        return Batch(images, indices, self.bad, self.labels[indices], crops)
+        return Batch(images, indices, [], self.labels[indices], crops)
 
 
 # --------------------------------------------------------------------------------- streams

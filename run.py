@@ -38,7 +38,7 @@ import data
 import optim
 import smae
 from batches import Batch, TrainBatches
-from cropping import RandomStream, uniform
+from cropping import RandomStream, torch_seeds
 
 LONGEST_UNSAVED = 15 * 60  # seconds of work without a checkpoint
 
@@ -219,8 +219,8 @@ class Run:
         plan, rank = self.batches.plan, np.array([self.accelerator.process_index])
         done = self.steps_done_in_epoch() * plan.accumulate
         for micro, batch in enumerate(self.batches_of(epoch), start=done):
-            number = uniform((plan.seed, epoch, RandomStream.MIX, micro), rank, 1)[0, 0]
-            torch.manual_seed(int(number * 2**24))
+            (seed,) = torch_seeds((plan.seed, epoch, RandomStream.MIX, micro), rank)
+            torch.manual_seed(seed)
             yield batch
 
     def batches_of(self, epoch: int) -> Iterator[Batch]:

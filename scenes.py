@@ -6,7 +6,7 @@ choice is a function of (seed, epoch, index of the picture).
 Letters in shapes: ``b`` batch, ``c`` channels, ``k`` objects, ``H``/``W`` image height/width in pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import datasets
@@ -21,10 +21,10 @@ from torchvision.transforms import v2
 import data
 import pixels
 from batches import TrainBatches, check_division
-from cropping import RandomStream, uniform
+from cropping import RandomStream, torch_seeds
 from data import BadImage, BadImages
 from instances import targets_of
-from label_maps import IGNORED, name_of
+from label_maps import IGNORED
 from pixels import PixelFormat
 from readers import MapReader, Plan, Request, Share, ignore_signals, shared
 
@@ -64,15 +64,15 @@ class Pictures:
     def read(self, index: int) -> dict:
         record = self.records[index]
         image = pixels.to_tensor(data.open_picture(record["image"], self.form))
-        return dict(image=tv_tensors.Image(image), name=name_of(record, index))
+        return dict(image=tv_tensors.Image(image), name=data.name_of(record["image"], index))
 
 
-def hold_out(scenes: Scenes, every: int = 10) -> tuple[Scenes, Scenes]:
-    """``scenes`` without every tenth, and these."""
-    held_out = range(every - 1, len(scenes), every)
+def hold_out(scenes: Scenes) -> tuple[Scenes, Scenes]:
+    """``scenes`` without every tenth, and these. Raises ValueError if there are fewer than ten."""
+    held_out = range(9, len(scenes), 10)
     if not held_out:
         raise ValueError(f"{len(scenes)} pictures are too few to hold some out for the test: name a --test-split")
-    return scenes.select([i for i in range(len(scenes)) if i % every != every - 1]), scenes.select(held_out)
+    return scenes.select([i for i in range(len(scenes)) if i not in held_out]), scenes.select(held_out)
 
 
 # ------------------------------------------------------------------------------ augmentation
@@ -128,8 +128,8 @@ class ObjectCrop:
         if "masks" in found:
             seen = found["masks"].flatten(1).bool().any(dim=1)
             boxes[seen] = masks_to_boxes(found["masks"][seen]) + torch.tensor([0, 0, 1, 1])
+            boxes[~seen] = 0
         kept = (boxes[:, 2:] - boxes[:, :2]).min(dim=1).values >= 1
-        kept = kept & seen if "masks" in found else kept
         found["boxes"] = boxes
         return dict(image=image) | {name: values[kept] for name, values in found.items()}
 
@@ -240,11 +240,11 @@ class SceneCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, request: Request) -> SceneBatch:
         epoch, indices, _ = request
-        seeds = uniform((self.seed, epoch, RandomStream.AUGMENT), indices, 1)[:, 0] * 2**24
+        seeds = torch_seeds((self.seed, epoch, RandomStream.AUGMENT), indices)
         crops, bad = [], []
         with torch.random.fork_rng(devices=[]):
             for index, seed in zip(indices, seeds):
-                crop, met = self._crop_or_next(int(index), int(seed))
+                crop, met = self._crop_or_next(int(index), seed)
                 bad += met
                 if crop is None:  # too many are broken: the caller stops
                     return SceneBatch(torch.empty(0), {}, indices, bad)
@@ -312,19 +312,12 @@ class WholeScenes(torch.utils.data.Dataset):
 
 def each_scene(
     scenes: Scenes, prepare: Callable[[dict], dict], workers: int, share: Share
-) -> Iterator[tuple[int, dict | None, BadImage | None]]:
+) -> Iterable[tuple[int, dict | None, BadImage | None]]:
     """Index, scene and, of a broken picture, the reason: every picture once over all processes."""
-    return iter(
-        DataLoader(
-            WholeScenes(scenes, prepare),
-            batch_size=None,
-            sampler=range(share.rank, len(scenes), share.world),
-            num_workers=workers,
-            worker_init_fn=ignore_signals,
-        )
+    return DataLoader(
+        WholeScenes(scenes, prepare),
+        batch_size=None,
+        sampler=range(share.rank, len(scenes), share.world),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
     )
-
-
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture (c, H, W) uint8 at another size, bilinearly, antialiased."""
-    return v2.functional.resize(image.as_subclass(Tensor), list(size), antialias=True)

@@ -86,9 +86,5 @@ def average_precision(
         evaluation.summarize()
     stats = dict(zip(STATS, [None if value < 0 else 100 * value for value in map(float, evaluation.stats)]))
     precision = torch.as_tensor(evaluation.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, class
-    by_class = []
-    for number in range(len(classes)):
-        values = precision[:, :, number]
-        values = values[values > -1]
-        by_class.append(100 * values.mean().item() if len(values) else float("nan"))
-    return stats | dict(by_class=_by_class(classes, by_class))
+    by_class = 100 * precision.masked_fill(precision < 0, torch.nan).nanmean(dim=(0, 1))
+    return stats | dict(by_class=_by_class(classes, by_class.tolist()))

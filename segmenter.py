@@ -81,8 +81,7 @@ class Segmenter(nn.Module):
         ``labels`` (b, H, W) int64 are classes, or IGNORED. The loss is the mean cross-entropy of the
         other pixels, plus that of UPerNet's auxiliary head.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            maps = self.encoder.intermediate(images, self.blocks)
+        maps = self.encoder.intermediate(images, self.blocks)
         maps = [torch.cat(maps, dim=1)] if self.frozen else self.neck(maps)
         logits = self.head(maps[0] if self.frozen else maps)
         if labels is None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.transforms import v2
 
 import cli
 import data
@@ -23,7 +24,7 @@ from instances import Instances, rle
 from label_maps import IGNORED, LabelMaps
 from readers import Share
 from run import lost_processes
-from scenes import LabelCrop, ObjectCrop, Scenes, apart, each_scene, resize
+from scenes import LabelCrop, ObjectCrop, Scenes, apart, each_scene
 from segmenter import Segmenter
 
 SHOWN_SCORE = 0.5  # of the boxes that are drawn
@@ -77,7 +78,7 @@ class Prepare(NamedTuple):
         factor = self.side / (max if self.longest else min)(size)
         least = 1 if self.longest else self.side
         size = tuple(max(least, round(length * factor / self.multiple) * self.multiple) for length in size)
-        return scene | dict(input=resize(scene["image"], size))
+        return scene | dict(input=v2.functional.resize(scene["image"].as_subclass(Tensor), size))
 
 
 def predictions(
@@ -170,17 +171,19 @@ class Segmentation:
                 counts[window] += 1
         return classes_at(logits / counts, scene["image"].shape[1:])
 
-    def test(self, scenes: LabelMaps, accelerator: Accelerator, **options) -> dict:
+    def test(
+        self, scenes: LabelMaps, accelerator: Accelerator, stopped: Callable[[], int] = lambda: 0, **options
+    ) -> dict:
         count = len(scenes.classes)
         matrix = torch.zeros(count, count, dtype=torch.int64, device=accelerator.device)
         images = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        for _, scene, found in predictions(self, scenes, accelerator, **options):
+        for _, scene, found in predictions(self, scenes, accelerator, stopped=stopped, **options):
             truth = data.to_device(scene["labels"].as_subclass(Tensor), found.device)
             matrix += scores.confusion(found, truth, count, IGNORED)
             images += 1
-        stopped = torch.tensor(int(bool(options.get("stopped", bool)())), device=accelerator.device)
-        matrix, images, stopped = (accelerator.reduce(each) for each in (matrix, images, stopped))
-        if stopped:  # by a signal: a part of the pictures gives no score
+        signals = torch.tensor(stopped(), device=accelerator.device)
+        matrix, images, signals = (accelerator.reduce(each) for each in (matrix, images, signals))
+        if signals:  # by a signal: a part of the pictures gives no score
             return {}
         if not matrix.any():
             raise ValueError("none of the pictures to test on has a pixel of a known class")

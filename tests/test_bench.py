@@ -39,7 +39,6 @@ def test_made_up_photographs_have_as_many_bytes_as_real_ones():
 
 def test_load_reads_the_same_pictures_by_both(run, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "PHOTOGRAPHS", {"60x40": 3})
-    monkeypatch.setattr(bench.bench_load, "__defaults__", (bench.PHOTOGRAPHS,))
     text = run("load", "--image-size", 16, "--repeats", 2, "--json", tmp_path / "load.json")
     assert "60x40" in text and text.count("ImageFolder, centre") == 1
     seconds = json.loads((tmp_path / "load.json").read_text())["seconds"]

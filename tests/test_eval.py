@@ -692,7 +692,7 @@ def test_two_commands_do_not_write_to_one_folder(monkeypatch, folder, tmp_path, 
     assert evaluate(monkeypatch, "embed", tmp_path, *arguments)["images"] == 48
 
 
-def test_a_few_pictures_have_the_classes_of_all(tmp_path):
+def test_a_few_pictures_have_the_classes_of_all(tmp_path, monkeypatch):
     for split, count in (("train", 24), ("test", 12)):
         content = dict(image=[Image.new("RGB", (8, 8))] * count, label=[10 * (i * 12 // count) for i in range(count)])
         features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
@@ -700,8 +700,10 @@ def test_a_few_pictures_have_the_classes_of_all(tmp_path):
     training, tests, classes = load_labelled(str(tmp_path), "train", None, max_images=5)
     assert training["label"] == [0, 2, 5, 8, 11] and tests["label"] == list(range(12))
     assert classes == [str(10 * number) for number in range(12)]
-    with pytest.raises(ValueError, match="name the folder of two files instead"):
-        data.load_test_images(str(tmp_path / "train.parquet"), None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (str(tmp_path / "train.parquet"), "~/train.parquet"):
+        with pytest.raises(ValueError, match="name the folder of two files instead"):
+            data.load_test_images(file, None)
 
 
 def test_too_many_broken_pictures_end_an_evaluation_at_once():

@@ -301,7 +301,7 @@ def test_tables_with_capital_suffixes_are_read_from_a_folder_with_brackets(tmp_p
 
 def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
     write(tmp_path, ["1.png"])
-    row = '{"file_name": "1.png", "caption": "two\u2028lines"}\n'
+    row = '\ufeff{"file_name": "1.png", "caption": "two\u2028lines"}\n'  # with the mark that Windows writes
     (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
     assert data.load_images(str(tmp_path))[0]["caption"] == "two\u2028lines"
 

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, dataset_of, image_bytes, picture
+from helpers import dataset_of, image_bytes, picture
 from PIL import Image, ImageOps
 
 import data
@@ -172,11 +172,8 @@ def test_streams_and_evaluation_leave_out_what_is_broken_inside():
 
 
 @pytest.mark.parametrize("name", ["imagenet1k-sample", "objmask"])
-def test_crops_of_photographs_differ_little_from_those_of_pil(name):
-    folder = ROOT.parent / "shared" / "data" / name
-    if not folder.exists():
-        pytest.skip(f"the pictures of {name} are not on this machine")
-    dataset = data.load_images(str(folder))
+def test_crops_of_photographs_differ_little_from_those_of_pil(name, photographs):
+    dataset = data.load_images(photographs(name))
     options, sides, count = CropOptions(64, (0.2, 1.0), seed=0, bad_limit=1), (160, 64, 24), 60
     found = {side: [] for side in sides}
     for index in data.evenly_spaced(len(dataset), count):

@@ -28,6 +28,16 @@ def test_a_data_set_that_is_gone_is_not_tried_again_for_every_picture_of_a_batch
     assert len(batch.images) == 64 and len(batch.bad) < 200
 
 
+@pytest.mark.parametrize("options", [{}, dict(preload="host"), dict(preload="host", workers=2)])
+def test_broken_pictures_in_a_row_are_replaced_as_long_as_they_are_allowed(options):
+    """Once counted anew by every picture that met them, until black crops of class 0 were taken instead."""
+    blobs = [b"broken" if 10 <= i < 14 else image_bytes(picture(seed=i)) for i in range(100)]
+    batches = TrainBatches(dataset_of(blobs, [7] * 100), 16, 100, max_bad=0.05, labels=True, **options)
+    (batch,) = batches.epoch(1)
+    assert (batch.labels == 7).all() and batch.images.flatten(1).amax(dim=1).all()
+    assert batches.bad.count == 4
+
+
 # ------------------------------------------------------------------------------------------- preloaded
 
 
