@@ -62,7 +62,7 @@ def layers(subjects: list[Subject], how: How) -> Finding:
     for subject in with_model(subjects, found):
         depth, decoder = len(subject.model.blocks), subject.model.config["decoder_depth"]
         usual = [-(-depth // 4), depth // 2, depth - 1, *[f"decoder-{decoder}"] * bool(decoder)]
-        chosen = [layer for layer in how.layers or dict.fromkeys(usual) if layer in subject.layers]
+        chosen = [layer for layer in how.layers or dict.fromkeys(usual) if layer in subject.model.layers]
         if not chosen:
             found.left_out.append(f"{subject.name} has none of these layers")
             continue
@@ -238,10 +238,9 @@ def reconstruction(subjects: list[Subject], how: How) -> Finding:
         shown, x = few(subject, how.drawn)
         mask = subject.random_mask(slice(0, len(x)), how.ratio, how.seed)
         hidden = pictures.marked(mask.masked, subject.grid)
-        rebuilt = pictures.displayable(
-            data.denormalize(subject.model.reconstruct(x, mask).float(), *subject.encoder.statistics)
-        )
-        columns = {"input": shown, "masked": pictures.hide(shown, ~hidden, hidden), "reconstruction": rebuilt}
+        rebuilt = data.denormalize(subject.model.reconstruct(x, mask), *subject.encoder.statistics)
+        columns = {"input": shown, "masked": pictures.hide(shown, ~hidden, hidden)}
+        columns["reconstruction"] = pictures.displayable(rebuilt)
         figures[subject.name] = pictures.contact_sheet(columns, subject.name)
     return found.with_figures(figures)
 
@@ -293,12 +292,12 @@ def matched(labels: Tensor, reference: Tensor, k: int) -> Tensor:
 def same_size(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Columns of pictures, enlarged or reduced to the size of the largest."""
     height, width = max(column.shape[1:3] for column in columns.values())
-    return {
-        name: column[:, np.arange(height) * column.shape[1] // height][
-            :, :, np.arange(width) * column.shape[2] // width
-        ]
-        for name, column in columns.items()
-    }
+    resized = {}
+    for name, column in columns.items():
+        rows = np.arange(height) * column.shape[1] // height
+        across = np.arange(width) * column.shape[2] // width
+        resized[name] = column[:, rows][:, :, across]
+    return resized
 
 
 def pick(curves: dict[str, dict], key: str) -> dict[str, dict]:
@@ -449,18 +448,18 @@ def look(args: argparse.Namespace):
         cli.check_folder(args.out, args.overwrite, files)
         subjects = open_subjects(args)
         how = How(
-            args.mask_ratio,
-            args.seed,
-            args.layers,
-            args.foreground,
-            args.relevance,
-            args.clusters,
-            args.drawn,
-            args.checkpoints,
+            ratio=args.mask_ratio,
+            seed=args.seed,
+            layers=args.layers,
+            foreground=args.foreground,
+            relevance=args.relevance,
+            clusters=args.clusters,
+            drawn=args.drawn,
+            checkpoints=args.checkpoints,
         )
         args.out.mkdir(parents=True, exist_ok=True)
         findings, result = {}, dict(arguments=cli.plain(vars(args)), pictures=len(subjects[0].images))
-        if how.layers and not any(layer in subject.layers for subject in subjects for layer in how.layers):
+        if how.layers and not any(layer in subject.encoder.layers for subject in subjects for layer in how.layers):
             raise ValueError(f"--layers {' '.join(map(str, how.layers))}: no encoder has such a block")
         for name, command in FIGURES.items():
             if args.command in (name, "report"):

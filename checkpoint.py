@@ -18,7 +18,6 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 

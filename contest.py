@@ -1,6 +1,5 @@
 """How well masks find known objects, beside baselines: random masks, the centre, raw pixels, an untrained encoder."""
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -114,7 +113,7 @@ class Guess(NamedTuple):
 
 
 def contestants(model: smae.SMAE, images: Tensor, layers: list[int | str], seed: int) -> Iterator[Contestant]:
-    """The baselines, then the model's layers, on uint8 images (N, 3, H, W)."""
+    """The baselines, then the model's layers, on uint8 images (N, c, H, W)."""
     count, (h, w) = len(images), model.grid(images)
     generator = torch.Generator().manual_seed(seed)
     yield Contestant("random mask", relevance=torch.rand(count, h * w, generator=generator))
@@ -137,7 +136,7 @@ def raw_patches(model: smae.SMAE, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features_of(model: smae.SMAE, images: Tensor, layer: int | str) -> Tensor:
-    """Features (N, n, d) of uint8 images (N, 3, H, W), batch by batch, on the host."""
+    """Features (N, n, d) of uint8 images (N, c, H, W), batch by batch, on the host."""
     device, statistics = model.positions.device, model.statistics
     parts = []
     for part in images.split(64):
@@ -155,16 +154,16 @@ def guesses(contestant: Contestant, grid: tuple[int, int]) -> Iterator[Guess]:
         relevance = contestant.relevance
         yield Guess(relevance, relevance > relevance.median(dim=1, keepdim=True).values, {})
         return
-    ways = list(itertools.product((False, True), ("border", "small", "peak"), ("foreground", "contrast")))
-    found = {way: [] for way in ways}
-    mean = contestant.features.mean(dim=0)
+    found, mean = {}, contestant.features.mean(dim=0)
     for part in contestant.features.split(64):
-        for debias, group in itertools.groupby(ways, key=lambda way: way[0]):
+        for debias in (False, True):
             affinity = masks.similarity(part - mean if debias else part)
             y = masks.normalized_cut(affinity)
-            for way in group:
-                side = masks.foreground_side(y, grid, way[1])
-                found[way].append((masks.relevance(affinity, side, way[2]), side))
+            for rule in ("border", "small", "peak"):
+                side = masks.foreground_side(y, grid, rule)
+                for scoring in ("foreground", "contrast"):
+                    relevance = masks.relevance(affinity, side, scoring)
+                    found.setdefault((debias, rule, scoring), []).append((relevance, side))
     for way, parts in found.items():
         relevance, side = map(torch.cat, zip(*parts))
         yield Guess(relevance, side, dict(zip(("debias", "foreground", "relevance"), way)))

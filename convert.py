@@ -263,8 +263,7 @@ def select(weights: Weights, prefix: str) -> Weights:
 
 def strip_prefix(weights: Weights, prefix: str) -> Weights:
     """The tensors whose names start with ``prefix``, which is removed."""
-    names = [name for name in weights if name.startswith(prefix)]
-    return {name.removeprefix(prefix): weights[name] for name in names}
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def leave_out(weights: Weights, starts: tuple[str, ...]) -> Weights:
@@ -556,10 +555,9 @@ def transformers_config(arguments: dict) -> dict:
 def timm_config(arguments: dict, classifier: dict | None) -> dict:
     """The ``config.json`` of a timm folder."""
     model_args = timm_arguments(arguments, classifier)
-    classes = dict(num_classes=model_args["num_classes"])
     config = dict(
         architecture="vit_base_patch16_224",  # any ViT would do: model_args hold all differences
-        **classes,
+        num_classes=model_args["num_classes"],
         num_features=arguments["width"],
         global_pool=model_args["global_pool"],
         layer_norm_eps=arguments["norm_eps"],  # for from_foreign(); timm always uses 1e-6
@@ -569,7 +567,7 @@ def timm_config(arguments: dict, classifier: dict | None) -> dict:
             mean=arguments["mean"],
             std=arguments["std"],
             interpolation="bicubic",
-            **classes,
+            num_classes=model_args["num_classes"],
             first_conv="patch_embed.proj",
             classifier="head",
         ),

@@ -45,6 +45,7 @@ from run import (
     all_processes_or_none,
     compare_configurations,
     find_checkpoint,
+    lost_processes,
     read_state,
     take_folder,
 )
@@ -623,10 +624,10 @@ def transfer(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
     accelerator = cli.make_accelerator(args.precision, getattr(args, "accumulate", 1), **how)
     set_seed(args.seed)
 
-    if args.command == "test":
-        result = test(args, accelerator, lock)
-    elif args.command == "predict":
-        result = predict(args, accelerator, lock)
+    if args.command in ("test", "predict"):
+        command = test if args.command == "test" else predict
+        with lost_processes(accelerator.num_processes):
+            result = command(args, accelerator, lock)
     else:
         encoder = load_encoder(args)
         scenes = load_both(args, encoder.config["channels"])

@@ -21,7 +21,6 @@ import data
 import probes
 import smae
 from batches import EvalBatches
-from run import lost_processes
 
 
 class Encoder(Protocol):
@@ -74,7 +73,7 @@ class Pixels(nn.Module):
 
     pools, layers, backbone = ("cls", "mean"), [], None
 
-    def __init__(self, image_size: data.Size, patch_size: int = 8, channels: int = 3):
+    def __init__(self, image_size: data.Size, patch_size: int, channels: int):
         super().__init__()
         self.image_size, self.patch_size, self.channels = data.pair(image_size), patch_size, channels
         self.statistics = (data.MEAN, data.STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
@@ -108,11 +107,11 @@ def resized(encoder: smae.SMAE, image_size: data.Size) -> smae.SMAE:
 
     Learned positions are resized; computed ones are stretched, as they are when used.
     """
-    config = encoder.config | dict(image_size=list(data.pair(image_size)), decoder_depth=0)
+    config = encoder.config | dict(image_size=image_size, decoder_depth=0)
     if not config["learned_positions"]:
         config["position_size"] = config["position_size"] or encoder.config["image_size"]
     copy = smae.SMAE(**config)
-    smae.initialise(copy, encoder.copy_encoder(), decoder=False)
+    smae.initialise(copy, encoder, decoder=False)
     return copy
 
 
@@ -154,13 +153,12 @@ def compute_rows(
 
     Processes with fewer pictures take part until all are done, so that each picture comes exactly
     once. Leaves broken pictures out and names them, the first time. Raises TooManyBadImages, in the first process,
-    if they exceed ``batches.max_bad``.
+    if they exceed ``batches.max_bad``; ValueError if no picture can be decoded.
     """
     iterator, bad, good = iter(batches), [], 0
     bar = cli.progress_bar(batches.length, "image", disable=not accelerator.is_main_process, leave=False)
     while True:
-        with lost_processes(accelerator.num_processes):
-            batch, mine = next(iterator, None), None
+        batch, mine = next(iterator, None), None
         if batch is not None:
             with torch.no_grad(), accelerator.autocast():
                 values = compute(data.normalize(batch.images, *statistics), batch.indices).cpu()
@@ -191,6 +189,8 @@ def compute_rows(
             raise data.TooManyBadImages(
                 f"{len(bad)} of {total} images are broken, more than --max-bad-images {batches.max_bad}"
             )
+    if not good:
+        raise ValueError("none of the pictures can be decoded")
 
 
 def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, pool: str) -> probes.Features:
@@ -198,7 +198,7 @@ def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, po
 
     Raises ValueError if a label is hidden, a feature is not finite, or no picture can be decoded.
     """
-    parts, labels, count = [], [], 0
+    parts, labels = [], []
 
     def pooled(images: Tensor, indices: Tensor) -> Tensor:
         return encoder.pooled(images, pool)
@@ -206,12 +206,9 @@ def extract(encoder: Encoder, batches: EvalBatches, accelerator: Accelerator, po
     for rows in compute_rows(batches, accelerator, encoder.statistics, pooled):
         check_labels(rows.labels)
         check_finite(rows)
-        count += len(rows.names)
         if accelerator.is_main_process:
             parts.append(rows.values)
             labels.append(rows.labels)
-    if not count:
-        raise ValueError("none of the pictures can be decoded")
     if not parts:
         return probes.Features(torch.empty(0, 0), torch.empty(0))
     values, end = torch.empty(sum(map(len, parts)), parts[0].shape[1]), 0

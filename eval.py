@@ -55,6 +55,7 @@ from run import (
     all_processes_or_none,
     compare_configurations,
     find_checkpoint,
+    lost_processes,
     read_state,
     take_folder,
 )
@@ -174,12 +175,13 @@ def fill_recipe(args: argparse.Namespace, images: int | None, world: int):
     if args.warmup_epochs is None:
         args.warmup_epochs = recipe.get("warmup_epochs", 0) * args.epochs // recipe["epochs"]
     share = world * max(1, args.accumulate)
-    least = 2 * share if getattr(args, "recipe", None) == "mae" else share  # BatchNorm takes two images or more
+    normalises = getattr(args, "recipe", None) == "mae"  # by BatchNorm, which takes two images or more
+    least = 2 * share if normalises else share
     if args.batch_size is None:  # of a small data set, so that an epoch has 16 steps
         largest, unit = (images or 2**62) // 16, math.lcm(8, share)  # the same for 1, 2, 4 and 8 processes
         unit = unit if largest >= unit else share
         args.batch_size = max(least, min(recipe["batch_size"], largest // unit * unit))
-    if args.batch_size < least:
+    if normalises and args.batch_size < least:
         raise ValueError(
             f"--recipe mae needs two images in each micro-batch for BatchNorm: a --batch-size of at least {least}, "
             f"got {args.batch_size}"
@@ -220,7 +222,8 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
             raise ValueError(f"{args.checkpoint} has no decoder to reconstruct with")
         h, w = encoder.backbone.grid(image)
         masks.masked_count(h * w, args.mask_ratio)  # or raise
-        masks.hint_count(h * w, args.mask_ratio, "none" if args.masked_by == "random" else "random", 0.05)  # or raise
+        if args.masked_by == "own":
+            masks.hint_count(h * w, args.mask_ratio, "random", 0.05)  # or raise
     encoder.pooled(image, args.pool)  # or raise
     return encoder
 
@@ -404,8 +407,6 @@ def write_features(path: Path, rows: Iterator[Rows]) -> int:
         writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
         writer.write_table(table)
         count += len(part.names)
-    if not writer:
-        raise ValueError("none of the pictures can be decoded")
     writer.close()
     return count
 
@@ -431,7 +432,7 @@ def reconstruct(model: smae.SMAE, kind: str, ratio: float, seed: int, images: Te
         mask = masks.self_guided_mask(features, grid, ratio, noise=noise)
     masked = pictures.marked(mask.masked, grid)
     before, after = (
-        pictures.displayable(data.denormalize(each.float(), *model.statistics))
+        pictures.displayable(data.denormalize(each, *model.statistics))
         for each in (images, model.reconstruct(images, mask))
     )
     strips = np.concatenate([before, pictures.hide(before, ~masked, masked), after], axis=2)
@@ -439,7 +440,7 @@ def reconstruct(model: smae.SMAE, kind: str, ratio: float, seed: int, images: Te
     return torch.cat([torch.from_numpy(strips).float().flatten(1), losses], dim=1)
 
 
-def write_reconstructions(out: Path, rows: Iterator[Rows], size: tuple[int, int], note: str = "") -> dict:
+def write_reconstructions(out: Path, rows: Iterator[Rows], size: tuple[int, int], note: str) -> dict:
     """Write a picture for each row of :func:`reconstruct`, and one of the first eight; the mean loss."""
     folder, first, losses = out / "reconstructions", [], []
     folder.mkdir(exist_ok=True)
@@ -450,8 +451,6 @@ def write_reconstructions(out: Path, rows: Iterator[Rows], size: tuple[int, int]
             picture.save(folder / f"{index:05d}-{Path(name).stem if '.' in name else 'picture'}.png")
         first += list(strips)[: 8 - len(first)]
         losses += part.values[:, -1].tolist()
-    if not losses:
-        raise ValueError("none of the pictures can be decoded")
     columns = dict(zip(("input", "masked", "reconstruction"), np.split(np.stack(first), 3, axis=2)))
     loss = float(np.mean(losses))
     sheet = pictures.contact_sheet(columns, f"mean loss of {len(losses)} pictures: {loss:.4f}{note}")
@@ -509,7 +508,8 @@ def evaluate(args: argparse.Namespace, lock: checkpoint.Lock) -> dict:
         result = fit(args, accelerator, folder, encoder, training, batches[1], classes)
     else:
         take_folder(accelerator, lock, args.overwrite, files)
-        result = apply(args, accelerator, encoder, batches, len(classes))
+        with lost_processes(accelerator.num_processes):
+            result = apply(args, accelerator, encoder, batches, len(classes))
 
     if len(parts) == 2:
         result = dict(test_split=str(parts[1].split)) | result

@@ -433,10 +433,10 @@ def write_maps(file: Path, parts: Iterator[np.ndarray], shape: tuple[int, int, i
 
 def find_source(
     name: str | None,
-    dataset: data.Dataset | None = None,
-    device: torch.device | str = "cpu",
-    object_ids: list[int] | None = None,
-    object_void: int | None = None,
+    dataset: data.Dataset | None,
+    device: torch.device | str,
+    object_ids: list[int] | None,
+    object_void: int | None,
 ) -> Source | None:
     """The :data:`Source` that --guide-from names; a path that exists wins over the names of the floors."""
     if name is None or (name in FLOORS and not Path(name).exists()):

@@ -55,11 +55,6 @@ class Subject:
         return smae.patch_grid(*self.images.shape[2:], self.patch_size)
 
     @property
-    def layers(self) -> list[int | str]:
-        """The names of all blocks; none for pixels."""
-        return list(self.encoder.layers)
-
-    @property
     def has_decoder(self) -> bool:
         return bool(self.model and self.model.config["decoder_depth"])
 
@@ -156,7 +151,7 @@ def objects_found(subject: Subject, foreground: str, scoring: str) -> dict[int |
             relevance, side = masks.find_object(tokens, subject.grid, foreground, scoring)
             share = shares[rows].to(x.device)
             iou = torch.where(share.sum(dim=1) > 0, measures.iou(side, share), torch.nan)  # no object: no value
-            values = dict(iou=iou, auc=measures.rank_auc(relevance.float(), share))
+            values = dict(iou=iou, auc=measures.rank_auc(relevance, share))
             for name, value in values.items():
                 found.setdefault(layer, {}).setdefault(name, []).append(value.cpu())
     return {layer: {name: torch.cat(parts) for name, parts in both.items()} for layer, both in found.items()}
@@ -165,7 +160,7 @@ def objects_found(subject: Subject, foreground: str, scoring: str) -> dict[int |
 def reconstruction_errors(
     subject: Subject, masked_by: str, ratio: float, seed: int, foreground: str = "border", scoring: str = "contrast"
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every patch (N, m) under some masks, and which patches these are (N, m).
+    """The loss of every masked patch (N, m) under some masks, and which patches these are (N, m).
 
     ``masked_by``: "random", the same for every model of as many patches, or the model's own clusters
     with hints ("own") or without ("own, no hints"); ``foreground`` and ``scoring`` are those of masks.py.
@@ -198,8 +193,8 @@ def checkpoints_over_time(run: Path, most: int) -> dict[float, Path]:
     if len(found) < 2 or not images or not batch:
         raise ValueError(f"{run.name} has {len(found)} checkpoints of a run: train with --keep 999 --save-every 1")
     steps = sorted(found)
-    chosen = {steps[round((len(steps) - 1) * (i / max(1, most - 1)) ** 1.5)] for i in range(most)}
-    return {step / max(1, images // batch): found[step] for step in sorted(chosen)}
+    chosen = {steps[round((len(steps) - 1) * (i / (most - 1)) ** 1.5)] for i in range(most)}
+    return {step / (images // batch): found[step] for step in sorted(chosen)}
 
 
 def progress(subject: Subject, run: Path, most: int, ratio: float, seed: int) -> dict:

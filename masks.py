@@ -241,7 +241,7 @@ def _cut(multiply: Callable[[Tensor], Tensor], degree: Tensor) -> Tensor:
         return (scale * torch.bmm(top[:, None], basis[:, 1:]))[:, 0]
 
 
-def _top_eigenvector(matrices: Tensor, squarings: int = 14) -> Tensor:
+def _top_eigenvector(matrices: Tensor) -> Tensor:
     """An eigenvector (b, s) of the largest eigenvalue of small symmetric matrices (b, s, s).
 
     Squares repeatedly, because ``torch.linalg.eigh`` would wait for the device.
@@ -249,7 +249,7 @@ def _top_eigenvector(matrices: Tensor, squarings: int = 14) -> Tensor:
     # adding a bound on all eigenvalues makes the largest also the largest in absolute value
     bound = matrices.abs().sum(-1).amax(-1)
     power = matrices + torch.diag_embed(bound[:, None].expand(-1, matrices.shape[-1]))
-    for _ in range(squarings):
+    for _ in range(14):
         power = power / power.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-30)[:, None, None]
         power = torch.bmm(power, power)
     column = power.diagonal(dim1=1, dim2=2).argmax(dim=1)  # all columns are multiples; take the longest

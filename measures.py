@@ -110,8 +110,8 @@ def cluster_gap(weights: Tensor, side: Tensor) -> Tensor:
     n = weights.shape[-1]
     same = side[:, :, None] == side[:, None, :]
     within = same & ~torch.eye(n, dtype=torch.bool, device=weights.device)
-    mean = [(weights * edges).sum(dim=(1, 2)) / edges.sum(dim=(1, 2)) for edges in (within, ~same)]
-    return mean[0] - mean[1]
+    intra, inter = ((weights * edges).sum(dim=(1, 2)) / edges.sum(dim=(1, 2)) for edges in (within, ~same))
+    return intra - inter
 
 
 def relation_divergence(last: Tensor, similarity: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def attention_information(attention: Tensor) -> Tensor:
     information = (attention * logs).sum(dim=-1).mean(dim=-1)
     entropy = -(p_key * p_key.clamp(min=1e-30).log()).sum(dim=-1)
     both = (math.log(attention.shape[-1]) * entropy).sqrt()
-    return torch.where(both > 1e-12, information / both.clamp(min=1e-12), torch.zeros_like(both))
+    return torch.where(both > 1e-12, information / both, 0)
 
 
 # --------------------------------------------------------------------------------- decoder

@@ -4,6 +4,7 @@ Letters in shapes: ``n`` training pictures, ``m`` test pictures, ``d`` width. Ac
 cent.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ def evaluate_linear(
     how = dict(classes=classes, epochs=epochs, batch_size=batch_size, seed=seed, device=device)
     x, labels = training
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order.split([-(-len(x) // 10), len(x) - -(-len(x) // 10)])
+    tenth = math.ceil(len(x) / 10)
+    held_out, kept = order[:tenth], order[tenth:]
 
     # choose the best head
     heads = fit_heads(x, labels, kept, settings=settings, **how)
@@ -167,7 +169,7 @@ def fit_heads(
 
     # train all heads on the same batches
     generator = torch.Generator().manual_seed(seed)
-    steps_per_epoch = -(-len(rows) // batch_size)
+    steps_per_epoch = math.ceil(len(rows) / batch_size)
     for epoch in range(epochs):
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         for step, part in enumerate(shuffled.split(batch_size)):

@@ -156,7 +156,7 @@ def explore(
             encoders=[
                 _explored(each, rows, layers, foreground, scoring, ratio, k)
                 for each in subjects
-                if not each.model or not layers or set(layers) & set(each.layers)
+                if not each.model or not layers or set(layers) & set(each.model.layers)
             ],
         )
 
@@ -165,7 +165,7 @@ def _explored(subject: Subject, rows: Tensor, layers, foreground, scoring, ratio
     x = data.normalize(subject.images[rows].to(subject.device), *subject.encoder.statistics)
     depth = len(subject.model.blocks) if subject.model else 1
     usual = list(dict.fromkeys([-(-depth // 4), -(-depth // 2), max(1, depth - 1), depth]))
-    chosen = [layer for layer in layers or usual if layer in subject.layers] if subject.model else [None]
+    chosen = [layer for layer in layers or usual if layer in subject.model.layers] if subject.model else [None]
     prefix, found = subject.model.prefix if subject.model else 0, []
     attentions = {}
     if subject.model and subject.model.config["class_token"]:
@@ -186,7 +186,7 @@ def _explored(subject: Subject, rows: Tensor, layers, foreground, scoring, ratio
         relevance, _ = masks.find_object(tokens, subject.grid, foreground, scoring)
         masked = masks.informed_mask(relevance, ratio, "none").masked
         hidden = (reduced(torch.zeros_like(relevance).scatter(1, masked, 1)) > 0.5).float()
-        tokens = reduced(tokens) if small != (h, w) else tokens
+        tokens = reduced(tokens)
         similarity = masks.similarity(tokens)
         found.append(
             dict(

@@ -67,7 +67,6 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
         epochs=8,
         pretrain="--width 96 --depth 4 --heads 3 --decoder-width 64 --decoder-depth 1 --decoder-heads 2 "
         "--image-size 64 --warmup-epochs 1 --batch-size 64 --blr 4e-3",
-        finetune="none",
     ),
     "cpu": dict(  # three hours on two cores, on Imagenette
         seeds=[0, 1, 2],
@@ -84,6 +83,7 @@ SCALES = {  # options of train.py and of eval.py finetune; the guide starts afte
         "--compile",
         finetune=f"--epochs 30 --warmup-epochs 3 --batch-size 256 {LIGHT}",
     ),
+    "paper": dict(seeds=[0, 1, 2], jobs=1, epochs=400, pretrain=""),  # only printed
 }
 METRICS = dict(knn="kNN (k = 20)", linear="linear probe", finetune="fine-tuning")
 PROBES = 3  # linear probes per run: which head is chosen depends on the split of the training data
@@ -100,14 +100,14 @@ class Experiment:
 
     scale: str
     dataset: str | None
-    epochs: int | None
+    epochs: int
     seeds: list[int]
     arms: dict[str, str]  # options of train.py, by name
     pretrain: str  # more of them, for all arms
     finetune: str | None  # options of eval.py finetune; None: no fine-tuning
     probe: str  # options common to eval.py knn and linear
     select: bool  # judge on a part of the training data
-    jobs: int | None
+    jobs: int
     judge_at: list[int]  # epochs
     evidence: Path | None
     gpus: int
@@ -118,7 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Experiment:
     parser = argparse.ArgumentParser(
         description="Compare kinds of masks: pre-train, evaluate, tabulate.", formatter_class=cli.HelpFormatter
     )
-    parser.add_argument("--scale", choices=[*SCALES, "paper"], default="demo", help="size of the experiment")
+    parser.add_argument("--scale", choices=list(SCALES), default="demo", help="size of the experiment")
     parser.add_argument(
         "--dataset", help="data with labels and a test split, as in eval.py (default for demo: drawn shapes)"
     )
@@ -170,8 +170,8 @@ def plan_experiment(args: argparse.Namespace) -> Experiment:
         if not equals or not name or "/" in name or name in ARMS:
             raise ValueError(f"--arm takes NAME=OPTIONS with a name of its own, got {text!r}")
         arms[name] = options
-    scale = SCALES.get(args.scale, dict(seeds=[0, 1, 2], pretrain="", jobs=1, epochs=400))
-    finetune = [text for text in (scale.get("finetune"), args.finetune) if text not in ("none", None)]
+    scale = SCALES[args.scale]
+    finetune = " ".join(filter(None, (scale.get("finetune"), args.finetune)))
     experiment = Experiment(
         scale=args.scale,
         dataset=args.dataset or scale.get("dataset"),
@@ -179,7 +179,7 @@ def plan_experiment(args: argparse.Namespace) -> Experiment:
         seeds=list(dict.fromkeys(args.seeds or scale["seeds"])),
         arms=arms,
         pretrain=f"{scale['pretrain']} {args.pretrain}",
-        finetune=None if args.finetune == "none" else " ".join(finetune) or None,
+        finetune=None if args.finetune == "none" else finetune or None,
         probe=args.probe,
         select=args.select,
         jobs=max(scale["jobs"], torch.cuda.device_count()) if args.jobs is None else args.jobs,
@@ -270,7 +270,7 @@ class Run:
         """The checkpoints at the ends of epochs, by epoch."""
         if not (self.out / "config.json").exists():
             return {}
-        steps = read(self.out / "config.json")["data"]["images"] // self.settings.batch_size
+        steps = smae.read_json(self.out / "config.json")["data"]["images"] // self.settings.batch_size
         found = {checkpoint.number(folder): folder for folder in checkpoint.folders(self.out)}
         return {step // steps: folder for step, folder in sorted(found.items()) if step % steps == 0}
 
@@ -286,7 +286,7 @@ class Run:
 
     def is_judged(self, experiment: Experiment) -> bool:
         """Whether all its results are there, so that its weights are no longer needed."""
-        due, known = self.due(experiment), read(judgements(experiment, self))
+        due, known = self.due(experiment), smae.read_json(judgements(experiment, self))
         tuned = experiment.select or not experiment.finetune or (self.out / "finetune" / "result.json").exists()
         return tuned and len(self.records()) == self.settings.epochs and all(str(epoch) in known for epoch in due)
 
@@ -302,10 +302,6 @@ class Run:
         start = self.settings.guide_start
         before = {epoch: folder for epoch, folder in random.checkpoints().items() if epoch <= start}
         return ["--resume", str(before[max(before)]), "--overwrite"] if before else ["--resume"]
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the program to stop."""
 
 
 class Job(NamedTuple):
@@ -408,10 +404,6 @@ def judgements(experiment: Experiment, run: Run) -> Path:
     return run.out / ("selection.json" if experiment.select else "tests.json")
 
 
-def read(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def write(file: Path, content: dict | list):
     smae.write_text(file, json.dumps(content, indent=1) + "\n")
 
@@ -420,7 +412,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
     """Evaluate every checkpoint that is due by kNN and linear probe (mean of PROBES). Decodes the pictures once."""
     due = []
     for run in (run for run in runs if run.done):
-        known, checkpoints = read(judgements(experiment, run)), run.checkpoints()
+        known, checkpoints = smae.read_json(judgements(experiment, run)), run.checkpoints()
         wanted = [epoch for epoch in run.due(experiment) if str(epoch) not in known]
         if gone := [epoch for epoch in wanted if epoch not in checkpoints]:
             print(f"{run.name}: not evaluated after epochs {gone}, whose checkpoints are gone", flush=True)
@@ -452,7 +444,7 @@ def judge_all(experiment: Experiment, runs: list[Run]):
         found = [probes.evaluate_linear(*seen, **how, **common, seed=seed)["top1"] for seed in seeds]
         how = dict(ks=knn.k, temperature=knn.temperature)
         scores = dict(knn=probes.evaluate_knn(*seen, **how, **common)["top1"], linear=statistics.mean(found))
-        write(judgements(experiment, run), read(judgements(experiment, run)) | {str(epoch): scores})
+        write(judgements(experiment, run), smae.read_json(judgements(experiment, run)) | {str(epoch): scores})
         figures = f"kNN {scores['knn']:.2f} %, linear {scores['linear']:.2f} %"
         print(f"{run.name}, epoch {epoch}: {figures}, {time.perf_counter() - since:.0f} s", flush=True)
 
@@ -477,13 +469,13 @@ def collect(experiment: Experiment, runs: list[Run]) -> list[dict]:
     found = []
     for run in runs:
         past = {record["epoch"]: record for record in run.records()}
-        for epoch, scores in read(judgements(experiment, run)).items():
+        for epoch, scores in smae.read_json(judgements(experiment, run)).items():
             if int(epoch) not in run.epochs_to_judge() or int(epoch) not in past:
                 continue
             minutes = sum(record["seconds"] for e, record in past.items() if e <= int(epoch)) / 60
             known = dict(arm=run.arm, seed=run.seed, epoch=int(epoch), minutes=minutes, loss=past[int(epoch)]["loss"])
             known |= scores
-            result = read(run.out / "finetune" / "result.json")
+            result = smae.read_json(run.out / "finetune" / "result.json")
             if result and int(epoch) == run.settings.epochs and not experiment.select:
                 known["finetune"] = result["top1"]
             found.append(known)
@@ -556,7 +548,7 @@ def table(experiment: Experiment, records: list[dict]) -> str:
 
 def report(experiment: Experiment):
     """Write tables and figures of all results so far, for all arms and seeds that the folder has been used for."""
-    settings, kind = read(experiment.out / "settings.json"), "selection-" if experiment.select else ""
+    settings, kind = smae.read_json(experiment.out / "settings.json"), "selection-" if experiment.select else ""
     experiment = replace(experiment, arms=settings["arms"])
     runs = [Run(experiment, arm, seed) for seed in settings["seeds"] for arm in settings["arms"]]
     if records := collect(experiment, runs):
@@ -671,7 +663,7 @@ def note_settings(experiment: Experiment):
     ours = {name: value for name, value in ours.items() if value is not None}
     known = dict(arms={}, seeds=[])
     for folder in filter(None, (experiment.evidence, experiment.out)):
-        theirs = dict(arms={}, seeds=[]) | read(folder / "settings.json")
+        theirs = dict(arms={}, seeds=[]) | smae.read_json(folder / "settings.json")
         other = [f"--{name} {theirs[name]!r}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
         expected = known["arms"] | experiment.arms
         for name, options in theirs["arms"].items():
@@ -690,7 +682,7 @@ def note_settings(experiment: Experiment):
 
 def main():
     def stop(number, _):
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)
 
     with cli.one_line_errors(ValueError, OSError):
         experiment = parse_arguments()

@@ -474,8 +474,8 @@ class Run:
         if not (folder.is_due(epoch, progress.step) if ended else folder.is_due_at_step(progress.step)):
             folder.extra_steps.add(progress.step)
         state = self._state()
-        what = self.model, state, folder.keep, folder.extra_steps, self.attached()
-        done = self.write(lambda: checkpoint.write(folder.path, progress.step, *what))
+        how = dict(keep=folder.keep, passing=folder.extra_steps, attached=self.attached())
+        done = self.write(lambda: checkpoint.write(folder.path, progress.step, self.model, state, **how))
         if not self.peers.largest(not done)[0]:
             folder.saved_step = progress.step
         folder.last_attempt = time.monotonic()

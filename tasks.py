@@ -23,7 +23,6 @@ from detector import Detector
 from instances import Instances, rle
 from label_maps import IGNORED, LabelMaps
 from readers import Share
-from run import lost_processes
 from scenes import LabelCrop, ObjectCrop, Scenes, apart, each_scene
 from segmenter import Segmenter
 
@@ -98,19 +97,18 @@ def predictions(
     share, broken = Share(accelerator.process_index, accelerator.num_processes), []
     task.model.eval()
     bar = cli.progress_bar(len(scenes), "image", disable=not accelerator.is_main_process, leave=False)
-    with lost_processes(share.world):
-        for index, scene, bad in each_scene(scenes, task.prepare, workers, share):
-            bar.update(share.world)
-            if stopped():
+    for index, scene, bad in each_scene(scenes, task.prepare, workers, share):
+        bar.update(share.world)
+        if stopped():
+            break
+        if bad:
+            broken.append(bad)
+            if len(broken) > max_bad * len(scenes):  # the rest is in vain
                 break
-            if bad:
-                broken.append(bad)
-                if len(broken) > max_bad * len(scenes):  # the rest is in vain
-                    break
-                continue
-            with accelerator.autocast():
-                found = task.predict(scene)
-            yield index, scene, found
+            continue
+        with accelerator.autocast():
+            found = task.predict(scene)
+        yield index, scene, found
     bar.close()
     broken = sorted(gather_object(broken))
     for picture in broken[:20]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from torch import Tensor
 
 import checkpoint
@@ -196,24 +196,22 @@ def arguments_of_run(run: str, parser: argparse.ArgumentParser) -> list[str]:
     options = smae.read_json(file).get("options")
     if not isinstance(options, dict):
         raise ValueError(f"--config {run}: {file} holds no options, as runs of train.py write them since 2026-11-25")
-    actions, found = {action.dest: action for action in parser._actions}, []
-    if unknown := sorted(options.keys() - actions.keys()):
+    known, found = vars(parser.parse_args([])), []
+    if unknown := sorted(options.keys() - known.keys()):
         data.say_once(f"--config {run}: left out {', '.join(unknown)}, which are no options of train.py")
     for name, value in options.items():
-        if name in actions and name not in NOT_REPEATED and value is not None and value is not False:  # 0 is a value
+        if name in known and name not in NOT_REPEATED and value is not None and value is not False:  # 0 is a value
             values = [] if value is True else value if isinstance(value, list) else [value]
-            found += [actions[name].option_strings[0], *map(str, values)]
+            found += [f"--{name.replace('_', '-')}", *map(str, values)]
     return found
 
 
 def describe_repeat(run: str, options: dict) -> str:
     """Which ``options`` differ from those of a run, in a line."""
     parser = build_parser()
-    then, now = vars(parser.parse_args(arguments_of_run(run, parser))), options
-    changed = {
-        name: value for name, value in cli.plain(then).items() if name not in NOT_REPEATED and now[name] != value
-    }
-    words = [f"--{name.replace('_', '-')} {now[name]} (there {value})" for name, value in changed.items()]
+    then = cli.plain(vars(parser.parse_args(arguments_of_run(run, parser))))
+    changed = [name for name in then if name not in NOT_REPEATED and options[name] != then[name]]
+    words = [f"--{name.replace('_', '-')} {options[name]} (there {then[name]})" for name in changed]
     return f"repeating {run}, " + (f"but with {', '.join(words)}" if words else "with the same options")
 
 
@@ -306,9 +304,12 @@ def decoder_sizes(encoder: smae.SMAE) -> dict:
 
 def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device="cpu") -> Guide:
     """What guides the masks after the first phase. --guide-from may name a column of ``dataset``."""
-    hint = args.hint
-    if args.mask == "random":  # hints only show in masks.png, where they fit
-        try:
+    hint, start = args.hint, args.guide_start
+    if start == "auto":
+        start = None
+    if args.mask == "random":
+        start = args.epochs
+        try:  # hints only show in masks.png, where they fit
             for share in (1, args.hint_end):
                 shares = share * args.hint_ratio, share * args.hint_portion
                 masks.hint_count(model.patch_count, args.mask_ratio, hint, *shares)
@@ -334,7 +335,7 @@ def build_guide(args: argparse.Namespace, model: smae.SMAE, dataset=None, device
         throw_ratio=args.throw_ratio,
         compile=args.compile,
         cached=args.guide == "cached",
-        start=args.epochs if args.mask == "random" else None if args.guide_start == "auto" else args.guide_start,
+        start=start,
         every=args.guide_every,
         epochs=args.epochs,
         seed=args.seed,
@@ -474,21 +475,21 @@ def prepare_kernels(model: smae.SMAE, device: torch.device, compile: bool):
 def build_watch(args: argparse.Namespace, model: smae.SMAE, accelerator: Accelerator) -> encoders.Watch | None:
     """What --probe-every measures; None, with a word, if the training data has no labels or no test split."""
     source = args.probe_dataset or args.dataset
-    counts = args.probe_images
+    most_training, most_tests = args.probe_images
     try:
         if args.streaming and not args.probe_dataset:
             raise ValueError("a stream is read once: name other pictures with --probe-dataset")
         columns = (None, None) if args.probe_dataset else (args.image_column, args.label_column)
         where = "train" if args.probe_dataset else args.split
         training, tests, classes = load_labelled(
-            source, where, None, *columns, streaming=False, max_images=counts[0], skip_unlabelled=True
+            source, where, None, *columns, streaming=False, max_images=most_training, skip_unlabelled=True
         )
     except (ValueError, FileNotFoundError) as error:
         if args.probe_dataset:
             raise
         accelerator.print(f"--probe-every is left out: {data.one_line(error)}")
         return None
-    tests = tests.select(data.evenly_spaced(len(tests), counts[1]))
+    tests = tests.select(data.evenly_spaced(len(tests), most_tests))
     form = data.pixel_format(training, model.config["channels"], args.pixel_range)
     options = cli.eval_batch_options(args, accelerator) | dict(keep=bool(args.preload), max_bad=1.0, form=form)
     accelerator.print(
@@ -522,7 +523,7 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, guide: Guide, b
         lines += [f"not self-guided: relevance comes from {args.guide_from}" + (f" ({rule.kind})" if rule else "")]
     if args.guide_shuffle:
         lines += ["shuffled: each picture is masked by the relevance of another"]
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     if on_cpu and "MASTER_ADDR" in os.environ and world == 1:  # several were asked for
         lines += ["on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N"]
     accelerator.print("\n".join(lines))

@@ -185,6 +185,14 @@ def test_resuming_with_another_head_is_refused(trained, tmp_path):
         dense.main([*SEGMENT, "--epochs", 1, "--head-width", 16, "--out", tmp_path / "run", "--resume"])
 
 
+def test_a_test_that_loses_a_process_ends_in_a_line(trained, tmp_path):
+    how = ["test", "--checkpoint", trained / "segment", "--split", "test", "--max-images", 6, "--workers", 0]
+    how += ["--out", tmp_path / "out"]
+    assert forked.finish(forked.start(tmp_path / "log", *how, script="dense", world=2, patches="dying")) == [1, 9]
+    said = (tmp_path / "log-0").read_text()
+    assert "error: another process of the run is gone" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(trained, tmp_path, task):
     before = json.loads((trained / task / "result.json").read_text())

@@ -91,11 +91,15 @@ def test_features_that_are_not_finite_are_named(command, monkeypatch, folder, ch
     assert "1.png has features that are not finite: try --precision no" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["knn", "linear", "embed"])
+@pytest.mark.parametrize("command", ["knn", "linear", "embed", "reconstruct", "predict"])
 def test_data_without_a_picture_that_can_be_decoded_end_in_a_line(command, monkeypatch, checkpoint, tmp_path, capsys):
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "1.png").write_bytes(b"broken")
+    if command == "predict":
+        classifier = smae.Classifier(smae.load(checkpoint), ["cat", "dog"])
+        checkpoint = tmp_path / "classifier"
+        smae.save(classifier, checkpoint)
     with pytest.raises(SystemExit):
         where = "--checkpoint", checkpoint, "--dataset", tmp_path / "data", "--max-bad-images", 1
         evaluate(monkeypatch, command, tmp_path / "out", *where)
@@ -407,6 +411,13 @@ def test_a_fine_tuning_that_diverges_ends_in_a_line(monkeypatch, checkpoint, fol
 # ------------------------------------------------------------------------------------------- every image once
 
 
+def test_an_evaluation_that_loses_a_process_ends_in_a_line(checkpoint, folder, tmp_path):
+    arguments = ["embed", "--checkpoint", checkpoint, "--dataset", folder, *TINY, "--out", tmp_path / "out"]
+    assert forked.finish(forked.start(tmp_path / "log", *arguments, script="eval", world=2, patches="dying")) == [1, 9]
+    said = (tmp_path / "log-0").read_text()
+    assert "error: another process of the run is gone" in said and "Traceback" not in said
+
+
 def test_two_processes_count_every_picture_once_and_agree_with_one(monkeypatch, finetuned, folder, tmp_path):
     tuned, _ = finetuned
     for command, extra in (("knn", ["--k", 5]), ("predict", []), ("embed", [])):
@@ -589,6 +600,7 @@ def test_the_probe_of_mae_needs_two_pictures_in_a_batch():
     args = parser.parse_args("linear --recipe mae --batch-size 1".split())
     with pytest.raises(ValueError, match="BatchNorm: a --batch-size of at least 2, got 1"):
         judge.fill_recipe(args, 20, 1)
+    judge.fill_recipe(parser.parse_args("finetune --batch-size 2 --accumulate 4".split()), 20, 1)  # refused elsewhere
 
 
 @pytest.mark.parametrize("label", [[1, 2], 0.5])
