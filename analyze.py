@@ -502,7 +502,9 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, checkpoint: dict) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=cli.HelpFormatter)
         sub.add_argument("--checkpoint", required=True, action="extend", **checkpoint)
-        cli.add(sub, "dataset", "split", "image-column", "max-images", "pixel-range", "image-size", split=None)
+        cli.add(sub, "dataset", "image-column", "pixel-range", "image-size")
+        sub.add_argument("--split", help="split of the data (default: train; of the demo data: test)")
+        sub.add_argument("--max-images", type=int, help="pictures to look at, evenly spaced in the data")
         sub.add_argument(
             "--mask-column",
             default="mask",
@@ -518,7 +520,7 @@ def build_parser() -> argparse.ArgumentParser:
         cli.add(sub, "out", out=Path("runs") / name)
         return sub
 
-    several = dict(nargs="+", metavar="NAME=PATH", help="encoders to look at, with a name for each")
+    several = dict(nargs="+", metavar="NAME=PATH", help="run folders, checkpoints, names on the hub, random or pixels")
     helps = {name: function.__doc__ for name, function in FIGURES.items()} | dict(
         report="All of the above, in report.html."
     )

@@ -92,7 +92,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     scale = command("scale", "what grows with the number of pictures")
     scale.add_argument("--images", type=int, default=1_281_167, help="pictures, as many as ImageNet-1k by default")
     scale.add_argument("--folder", type=Path, default=Path("runs/scale"), help="where they are written, and stay")
-    scale.add_argument("--read", type=int, default=50_000, help="pictures to read in each of three epochs, at its end")
+    scale.add_argument("--read", type=int, default=50_000, help="pictures to read at the end of each of three epochs")
     scale.add_argument("--workers", type=int, default=min(2, cli.cores()), help="data workers")
 
     guides = command("guide", "guides: cost and quality")

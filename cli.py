@@ -78,8 +78,8 @@ OPTIONS = {  # that several commands have
     ),
     "split": dict(default="train", help="split of the data"),
     "image-column": dict(help="column of the images (default: found by its type)"),
-    "label-column": dict(help="column of the labels (default: found by its type)"),
-    "streaming": FLAG | dict(help="read the data while training, without downloading it first"),
+    "label-column": dict(help="column of the labels (default: label, or one of type ClassLabel)"),
+    "streaming": FLAG | dict(help="read the data as a stream, without downloading it first"),
     "max-images": dict(
         type=int,
         help="use only so many images (to train on, where there are others to test on); of a stream: images per epoch",
@@ -101,8 +101,8 @@ OPTIONS = {  # that several commands have
     "crop-scale": dict(type=float, nargs=2, help="smallest and largest crop, as fractions of the image area"),
     # model
     "checkpoint": dict(
-        help="run folder; checkpoint of facebookresearch/mae, transformers or timm; the name of one on the hub; or "
-        "random: untrained"
+        help="run folder; checkpoint of facebookresearch/mae, transformers or timm; the name of one on the hub; random "
+        "(untrained) or pixels, where the command can use them"
     ),
     "model": dict(choices=list(smae.PRESETS), default="tiny", help="size of the encoder"),
     "image-size": dict(
@@ -143,7 +143,10 @@ OPTIONS = {  # that several commands have
     "batch-size": dict(type=int, help="images per step, over all processes together"),
     "accumulate": dict(type=int, default=1, help="micro-batches per step in each process (gradient accumulation)"),
     "blr": dict(type=float, action=BaseLearningRate, help="base learning rate, for a batch of 256 images"),
-    "lr": dict(type=float, help="learning rate (default: blr * batch size / 256; fast linear probe: the best of ten)"),
+    "lr": dict(
+        type=float,
+        help="learning rate (default: blr * batch size / 256; eval.py linear --recipe fast: the best of ten)",
+    ),
     "weight-decay": dict(type=float, help="weight decay, on weight matrices only"),
     "clip-grad": dict(type=float, help="largest gradient norm (default: no clipping)"),
     "layer-decay": dict(type=float, help="ratio of the learning rate of each block to that of the next"),
@@ -151,7 +154,7 @@ OPTIONS = {  # that several commands have
     "precision": dict(
         choices=["auto", "no", "bf16", "fp16"],
         default="auto",
-        help="auto: accelerate's own setting, else bf16 where the hardware has it, else fp16 on a GPU",
+        help="no: float32; auto: accelerate's own setting, else bf16 where the hardware has it, else fp16 on a GPU",
     ),
     "compile": FLAG | dict(help="compile the model (slow start, faster steps)"),
     "seed": dict(type=int, default=0, help="random seed"),

@@ -7,7 +7,7 @@
     accelerate launch dense.py predict --checkpoint runs/segment --dataset PHOTOS    # label maps, or boxes, drawn
 
 Training leaves in --out: config.json, model.safetensors (``smae.load`` reads them), metrics.jsonl, result.json,
-predictions.png, checkpoints, and detections.json in COCO's result format. On the demo data an untrained
+predictions.png, checkpoints; detect also detections.json in COCO's result format. On the demo data an untrained
 encoder is then trained in the same way, for comparison (--floor).
 """
 
@@ -135,7 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name not in PRESETS:
             sub.add_argument("--checkpoint", default="runs/segment", help="run folder of a segmenter or detector")
         else:
-            cli.add(sub, "checkpoint")
+            text = cli.OPTIONS["checkpoint"]["help"]
+            sub.add_argument("--checkpoint", help=f"{text} (default: runs/pretrain if it exists, else random)")
             sub.add_argument(
                 "--preset",
                 choices=list(PRESETS[name]),
@@ -172,11 +173,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("segment", "train and test a segmenter: mean IoU")
     sub.add_argument("--ignore-index", type=int, nargs="+", default=[], help="values to ignore, like 255")
-    sub.add_argument("--head", choices=HEADS, help="linear, on a frozen encoder; upernet, on a trained one")
+    sub.add_argument(
+        "--head",
+        choices=HEADS,
+        help="linear, on a frozen encoder; upernet, on a trained one (default: linear; demo, ade20k: upernet)",
+    )
     sub.add_argument(
         "--blocks", type=int, nargs="+", help="encoder blocks that the head reads (default: the last; upernet: four)"
     )
-    sub.add_argument("--head-width", type=int, help="channels of UPerNet")
+    sub.add_argument("--head-width", type=int, help="channels of UPerNet (default: 512; demo: 32)")
     add_training_options(sub, "short side of pictures")
 
     sub = command("detect", "train and test a detector: average precision of boxes and masks")
@@ -186,9 +191,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=14,
         help="side of the attention windows, in patches, in all but four blocks (0: none)",
     )
-    sub.add_argument("--head-width", type=int, help="channels of feature pyramid and heads")
-    sub.add_argument("--rois", type=int, help="regions per picture that the heads are trained on")
-    sub.add_argument("--proposals", type=int, help="regions per picture that the heads judge")
+    sub.add_argument("--head-width", type=int, help="channels of feature pyramid and heads (default: 256; demo: 32)")
+    sub.add_argument("--rois", type=int, help="regions per picture to train the heads on (default: 512; demo: 32)")
+    sub.add_argument(
+        "--proposals", type=int, help="regions per picture for the heads to judge (default: 1000; demo: 100)"
+    )
     add_training_options(sub, "long side of pictures")
 
     command("test", "test a segmenter or detector")
@@ -204,7 +211,9 @@ def add_training_options(parser: argparse.ArgumentParser, side: str):
         help=f"side of the training crops, and {side} in the test (default: the checkpoint's, or 64, rounded up)",
     )
     parser.add_argument("--test-split", help="split to test on (default: validation, val or test, else every tenth)")
-    parser.add_argument("--max-test-images", type=int, help="test on only so many pictures, evenly spaced")
+    parser.add_argument(
+        "--max-test-images", type=int, help="test on only so many pictures, evenly spaced (default: all; demo: 300)"
+    )
     group = parser.add_argument_group("optimisation (defaults: those of the preset)")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "weight-decay")
     group.add_argument("--lr", type=float, help="learning rate, not scaled with the batch")

@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_training_options(parser: argparse.ArgumentParser):
     """The options of a training with labels; RECIPES has their defaults."""
-    group = parser.add_argument_group("optimisation (defaults: those of the recipe)")
+    group = parser.add_argument_group("optimisation (defaults: the recipe's; a batch is at most a 16th of the data)")
     cli.add(group, "epochs", "warmup-epochs", "batch-size", "accumulate", "blr", "lr", "weight-decay")
     cli.add(group, "crop-scale", crop_scale=(0.08, 1.0))
     cli.add(parser.add_argument_group("run (finetune and --recipe mae)"), "resume", "save-every-steps", "keep")

@@ -36,7 +36,7 @@ SPLITS = {  # names of folders, whatever their case
     "validation": rf"(val|valid|validation|dev|eval|evaluation){WORDS}",
     "test": rf"test(ing)?{WORDS}",
 }
-MASK_FOLDERS = r"masks?|annotations?|labels?|label_?maps?|segmentation(class)?|gt"  # beside PICTURE_FOLDERS
+MASK_FOLDERS = r"masks?|annotations?|labels?|label_?maps?|segmentation(class|object)?|gt"  # beside PICTURE_FOLDERS
 PICTURE_FOLDERS = r"(jpeg)?images?|imgs?|pictures|photos"  # where splits lie beside folders of annotations
 THUMBNAILS = r"_?thumb(nail)?s?"
 
@@ -209,14 +209,18 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
     """The pictures of a split below ``root``, whose ``listing`` is known, with labels or metadata if there are any.
 
     The label is the name of the folder that a picture lies in, if all lie at the same depth and in more
-    than one folder. A metadata.csv, .jsonl or .parquet beside the pictures, or above them up to
-    ``root``, adds columns, or another label: rows with a ``file_name``. A stream has the pictures in
-    a fixed random order, not class by class. Raises ValueError.
+    than one folder. Masks beside the pictures are left out. A metadata.csv, .jsonl or .parquet beside
+    the pictures, or above them up to ``root``, adds columns, or another label: rows with a
+    ``file_name``. A stream has the pictures in a fixed random order, not class by class. Raises
+    ValueError.
     """
     folder = find_split(root, split)
     listing = listing if folder == root else list_files(folder)
     if not listing.images:
         raise ValueError(f"split {split!r} of {root} is empty")
+    if masks := _masks_among(listing.images):
+        listing = listing._replace(images=[file for file in listing.images if file not in masks])
+        listing.left_out["masks"] += len(masks)
     parents = [parent for parent in folder.parents if parent.is_relative_to(root)]
     above = [parent / name for parent in parents for name in METADATA if (parent / name).is_file()]
     metadata = [folder / file for file in listing.metadata] + above
@@ -244,6 +248,20 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
     arguments = dict(folder=str(place), files=files, classes=classes)
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     return kind.from_generator(_records, features=features, gen_kwargs=arguments, **how), listing
+
+
+def _masks_among(files: list[str]) -> set[str]:
+    """Files in a folder of masks, such as masks/1.png, beside a picture of the same name, such as images/1.jpg."""
+
+    def within(pattern: str) -> dict[str, str]:
+        """The files in folders of this kind: their paths without the folder's name and the suffix."""
+        folder = re.compile(rf"(?i)(^|/)({pattern})/")
+        places = {place for place in {file.rpartition("/")[0] for file in files} if folder.search(place + "/")}
+        found = [file for file in files if file.rpartition("/")[0] in places]
+        return {file: folder.sub(r"\1*/", os.path.splitext(file)[0], count=1) for file in found}
+
+    images = set(within(PICTURE_FOLDERS).values())
+    return {file for file, name in within(MASK_FOLDERS).items() if name in images}
 
 
 def _classes(files: list[str], single: bool) -> list[str] | None:

@@ -76,12 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="RUN",
-        help="repeat this run, by folder or config.json: its options stand before those given",
+        help="repeat this run, by folder or config.json: options that are given as well take precedence",
     )
     cli.add_data_options(parser)
 
     group = cli.add_model_options(parser)
-    group.add_argument("--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised")
+    group.add_argument(
+        "--raw-pixels", action="store_true", help="reconstruct pixels as they are, not normalised by patch"
+    )
     group.add_argument("--init-from", help="start from weights and sizes of this run, checkpoint or name on the hub")
     group.add_argument("--fresh-decoder", action="store_true", help="take only the encoder of --init-from")
 
@@ -133,8 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--guide-start",
         type=cli.epochs_or_auto,
-        help="epochs of random masks before, or auto: until the decoder exploits mask tokens more than visible ones "
-        "(default: half of --epochs)",
+        help="epochs of random masks before guiding starts, or auto: until the decoder exploits mask tokens more than "
+        "visible ones (default: half of --epochs)",
     )
     group.add_argument(
         "--guide-every",
@@ -168,7 +170,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--probe-dataset", help="labelled data for it (default: the training data and its test split)")
     group.add_argument(
-        "--probe-images", type=int, nargs=2, default=(5000, 2000), help="its training and test pictures, evenly spaced"
+        "--probe-images",
+        type=int,
+        nargs=2,
+        default=(5000, 2000),
+        help="how many training and test pictures",
     )
     return parser
 

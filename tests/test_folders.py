@@ -306,6 +306,19 @@ def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
     assert data.load_images(str(tmp_path))[0]["caption"] == "two\u2028lines"
 
 
+@pytest.mark.parametrize("above", ["", "train/", "pets/"])
+def test_masks_beside_the_pictures_are_no_pictures(above, tmp_path, capsys):
+    """They were, and the two folders became classes."""
+    write(
+        tmp_path, [f"{above}{name}" for name in ("Images/a/1.jpg", "Images/a/2.jpg", "masks/a/1.png", "masks/a/1.bmp")]
+    )
+    loaded = data.load_images(str(tmp_path))
+    assert len(loaded) == 2 and "label" not in loaded.features
+    assert "2 pictures; left out: 2 masks" in capsys.readouterr().err
+    write(tmp_path, [f"{above}masks/b/3.png"])  # the mask of no picture
+    assert len(data.load_images(str(tmp_path))) == 3
+
+
 def test_predictions_among_the_pictures_are_no_pictures(tmp_path):
     write(tmp_path, ["1.png", "overlays/0.png", "label_maps/0.png", "reconstructions/0.png"])
     assert len(data.load_images(str(tmp_path))) == 4  # folders of anyone's
