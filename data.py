@@ -338,7 +338,8 @@ def _open_file(path: Path, split: str, streaming: bool) -> Dataset:
     if suffix not in FILES:
         raise ValueError(f"a file of this kind cannot be read: expected {', '.join(FILES)}, or a folder")
     files = {split: glob.escape(str(path))}  # a name, not a pattern
-    return datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming)
+    how = dict(drop_labels=True) if suffix == ".zip" else {}  # datasets 5.2 takes its own folder for a class
+    return datasets.load_dataset(FILES[suffix], data_files=files, split=split, streaming=streaming, **how)
 
 
 def _open_saved(path: Path, split: str, streaming: bool) -> Dataset:

@@ -4,8 +4,13 @@ import functools
 
 import torch
 import undrawn
+from torch._dynamo.backends.debugging import aot_eager
 
 
 def apply():
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    def backend(graph, examples):
+        print("traced a graph", flush=True)
+        return aot_eager(graph, examples)
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
     undrawn.apply()

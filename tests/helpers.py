@@ -61,7 +61,7 @@ def with_bad(count=20, bad=(3, 4, 11, 15)):
 
 def run(*arguments, script: str = "train.py") -> subprocess.CompletedProcess:
     """Run a script on the CPU, under ``accelerate launch``."""
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [str(x) for x in (sys.executable, "-m", *launch, script, *arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -38,9 +39,19 @@ def test_made_up_photographs_have_as_many_bytes_as_real_ones():
 
 
 def test_load_reads_the_same_pictures_by_both(run, monkeypatch, tmp_path):
+    read = Counter()
+    for kind in (bench.ImageFolder, bench.MapCrops, bench.EvalCrops):
+
+        def noted(self, which, kind=kind, get=kind.__getitem__):
+            read.update((kind, int(i)) for i in np.atleast_1d(getattr(which, "indices", which)))
+            return get(self, which)
+
+        monkeypatch.setattr(kind, "__getitem__", noted)
     monkeypatch.setattr(bench, "PHOTOGRAPHS", {"60x40": 3})
     text = run("load", "--image-size", 16, "--repeats", 2, "--json", tmp_path / "load.json")
     assert "60x40" in text and text.count("ImageFolder, centre") == 1
+    rounds = {bench.ImageFolder: 8, bench.MapCrops: 4, bench.EvalCrops: 4}  # two to warm up, two to measure
+    assert read == {(kind, i): count for kind, count in rounds.items() for i in range(3)}
     seconds = json.loads((tmp_path / "load.json").read_text())["seconds"]
     assert set(seconds) == {
         f"60x40, {name}" for name in ("ImageFolder", "ours", "ImageFolder, centre", "ours, centre", "libjpeg alone")

@@ -51,9 +51,8 @@ def test_the_slurm_script_is_queued_again_after_its_signal_and_continues(tmp_pat
     assert job.returncode == 138 and "scontrol requeue 77" in printed, printed
     done = len(records(tmp_path / "run")) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
     assert done < 2
+    environment |= dict(SLURM_NTASKS="1", LOCAL_WORLD_SIZE="1")  # it may continue on fewer processes
     again = subprocess.run(command, timeout=200, **how)
-    if again.returncode == 134:  # gloo aborted a process at its exit, when all was written (seen once in twelve runs)
-        again = subprocess.run(command, timeout=200, **how)
     assert again.returncode == 0 and "continuing from" in again.stdout and "requeue" not in again.stdout
     assert len(records(tmp_path / "run")) == 2
 

@@ -111,6 +111,8 @@ VARIANTS = {
     "registers without CLS token": ("vit_medium_patch16_reg4_gap_256", {}),
     "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {}),
     "MAE": ("vit_base_patch16_224.mae", {}),
+    "DeiT III": ("deit3_base_patch16_224", {}),
+    "SigLIP, mean": ("vit_base_patch16_siglip_gap_224", {}),
 }
 
 
@@ -269,7 +271,7 @@ def test_the_encoder_alone_of_a_vitmae(images, tmp_path):
         ours(images, masks.random_mask(2, 36))
 
 
-@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "IJepa"])
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "IJepa", "ViTMSN"])
 def test_other_vits_of_transformers_give_the_same_features(kind, images, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192)

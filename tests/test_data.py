@@ -1,7 +1,9 @@
 import io
 import itertools
+import json
 import struct
 import tarfile
+import zipfile
 import zlib
 
 import datasets
@@ -86,6 +88,31 @@ def test_every_format_gives_undecoded_images_and_labels(kind, streaming, tmp_pat
         found = [number[data.decode(record["image"]).tobytes()] for record in records]
         assert found == list(range(5)) or (streaming and "saved" in kind and len(set(found)) == 5)
         assert [record["label"] for record in records] == [i % 2 for i in found]
+
+
+@pytest.mark.parametrize("kind", ["zip", "arrow", "json"])
+def test_other_single_files_of_pictures_are_read(kind, tmp_path):
+    names, file = ["a/1.png", "b/2.png"], tmp_path / f"some.{kind}"
+    write_folder(tmp_path, names)
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in names:
+                archive.write(tmp_path / name, name)
+    elif kind == "arrow":
+        dataset_of([(tmp_path / name).read_bytes() for name in names]).save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(file)
+    else:
+        file.write_text(json.dumps([dict(image=name) for name in names]))
+    found = [np.asarray(data.decode(record)) for record in data.load_images(str(file))["image"]]
+    assert len(found) == 2 and all(np.array_equal(x, np.asarray(picture(seed=i))) for i, x in enumerate(found))
+
+
+def test_a_configuration_of_a_data_set_on_the_hub_is_named_after_a_colon(monkeypatch):
+    asked = []
+    found = dataset_of([image_bytes(picture())])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **how: asked.append((given, how)) or found)
+    assert len(data.load_images("user/photos:small", "validation")) == 1
+    assert asked == [(("user/photos", "small"), dict(split="validation", streaming=False))]
 
 
 def test_a_column_of_raw_bytes_can_be_named(tmp_path):

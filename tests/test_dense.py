@@ -14,6 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+import undrawn
 from accelerate import Accelerator
 from coco_files import coco_content, make_coco
 from helpers import ROOT, contents, picture, records, with_bad
@@ -46,6 +47,12 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
+@pytest.fixture
+def quick_drawing(monkeypatch):
+    """Trainings draw no predictions, which takes two thirds of their time."""
+    monkeypatch.setattr(dense, "draw", undrawn.draw_predictions)
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """A small encoder, saved."""
@@ -60,6 +67,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(dense, "draw", undrawn.draw_predictions)
         for command in (SEGMENT, DETECT):
             dense.main([*command, "--epochs", 1, "--out", folder / command[0]])
     return folder
@@ -93,7 +101,7 @@ def test_a_detector_is_trained_and_tested(tmp_path):
 
 
 @pytest.mark.parametrize("command", [SEGMENT, DETECT], ids=["segment", "detect"])
-def test_a_run_stopped_within_an_epoch_resumes_to_the_bit(tmp_path, monkeypatch, command):
+def test_a_run_stopped_within_an_epoch_resumes_to_the_bit(tmp_path, quick_drawing, monkeypatch, command):
     dense.main([*command, "--out", tmp_path / "whole", "--workers", 1])
     kind, losses = (tasks.Segmentation if command is SEGMENT else tasks.Detection), []
     loss = kind.loss
@@ -120,14 +128,29 @@ def test_a_run_stopped_within_an_epoch_resumes_to_the_bit(tmp_path, monkeypatch,
     ]
 
 
-def test_a_finished_run_is_resumed_to_the_same_result(trained, tmp_path):
+def test_a_training_does_what_its_options_say(tmp_path, quick_drawing, monkeypatch):
+    """Hardly any of it shows in a score."""
+    runs, scales, make, augment = [], [], dense.Run, tasks.Segmentation.augment
+    monkeypatch.setattr(dense, "Run", lambda *given, **more: runs.append(make(*given, **more)) or runs[0])
+    monkeypatch.setattr(tasks.Segmentation, "augment", lambda self, scale: scales.append(scale) or augment(self, scale))
+    how = "--lr 2e-3 --schedule steps --clip-grad 0.5 --warmup-epochs 1 --layer-decay 0.5 --weight-decay 0.3"
+    how += " --drop-path 0.25 --scale 0.9 1.1 --max-images 8"
+    dense.main([*SEGMENT, *how.split(), "--out", tmp_path])
+    schedule, groups = runs[0].schedule, runs[0].optimizer.param_groups
+    assert (schedule.lr, schedule.shape, schedule.clip_grad, schedule.warmup_epochs) == (2e-3, "steps", 0.5, 1)
+    assert {round(group["lr"] / runs[0].lr, 6) for group in groups} == {0.125, 0.25, 0.5, 1}  # embedding, blocks, head
+    assert {group["weight_decay"] for group in groups} == {0, 0.3} and scales == [(0.9, 1.1)]
+    assert [block.drop_path for block in runs[0].model.encoder.blocks] == [0, 0.25]
+
+
+def test_a_finished_run_is_resumed_to_the_same_result(trained, quick_drawing, tmp_path):
     shutil.copytree(trained / "segment", tmp_path / "run")
     before = json.loads((tmp_path / "run" / "result.json").read_text())
     found = dense.main([*SEGMENT, "--epochs", 1, "--out", tmp_path / "run", "--resume"])
     assert found["miou"] == before["miou"] and found["iou"] == before["iou"]
 
 
-def test_a_test_that_fails_costs_no_training(tmp_path, monkeypatch):
+def test_a_test_that_fails_costs_no_training(tmp_path, quick_drawing, monkeypatch):
     """The test pictures may be broken, or the time of the job may be over."""
     losses, loss, predict = [], tasks.Segmentation.loss, tasks.Segmentation.predict
 
@@ -144,7 +167,7 @@ def test_a_test_that_fails_costs_no_training(tmp_path, monkeypatch):
     assert dense.main([*command, "--resume"])["images"] == 6 and len(losses) == 4
 
 
-def test_broken_test_pictures_cost_no_training(tmp_path, monkeypatch):
+def test_broken_test_pictures_cost_no_training(tmp_path, quick_drawing, monkeypatch):
     def broken(*arguments, **options):
         raise TooManyBadImages("2 of 6 pictures are broken")
 
@@ -158,7 +181,7 @@ def test_broken_test_pictures_cost_no_training(tmp_path, monkeypatch):
     assert dense.main([*command, "--max-bad-images", 0.5, "--resume"])["images"] == 6 and len(losses) == 4
 
 
-def test_what_is_random_does_not_depend_on_what_was_drawn_before(tmp_path, monkeypatch):
+def test_what_is_random_does_not_depend_on_what_was_drawn_before(tmp_path, quick_drawing, monkeypatch):
     judge = tasks.Segmentation.test
     command = [*SEGMENT, "--test-every", 1]  # UPerNet has dropout
     dense.main([*command, "--out", tmp_path / "one"])
@@ -194,7 +217,7 @@ def test_a_test_that_loses_a_process_ends_in_a_line(trained, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["segment", "detect"])
-def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(trained, tmp_path, task):
+def test_a_test_gives_the_scores_of_the_training_over_any_number_of_processes(trained, quick_drawing, tmp_path, task):
     before = json.loads((trained / task / "result.json").read_text())
     how = ["--checkpoint", trained / task, "--split", "test", "--max-images", 6, "--workers", 0, "--precision", "no"]
     found = dense.main(["test", *how, "--out", tmp_path / "one"])
@@ -264,7 +287,7 @@ def test_predictions_of_a_detector_are_boxes_and_pictures(trained, photos, tmp_p
         assert min(drawn.size) >= 256
 
 
-def test_detections_are_written_under_the_ids_of_the_data(tmp_path):
+def test_detections_are_written_under_the_ids_of_the_data(tmp_path, quick_drawing):
     """And pycocotools gives them the same score."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -285,7 +308,7 @@ def test_detections_are_written_under_the_ids_of_the_data(tmp_path):
     assert {each["category_id"] for each in json.loads((tmp_path / "run" / "detections.json").read_text())} <= {3, 9}
 
 
-def test_pictures_are_held_out_where_no_split_is_for_the_test(tmp_path, capsys):
+def test_pictures_are_held_out_where_no_split_is_for_the_test(tmp_path, quick_drawing, capsys):
     for number in range(20):
         for name, image in (("images", picture(40, 32, seed=number)), ("masks", Image.new("L", (40, 32), number % 2))):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
@@ -398,7 +421,7 @@ def test_names_given_to_the_training_are_not_looked_for_in_the_data(given, by_na
     assert seen[0].get("by_name", True) == by_name and seen[0]["known"][0] == config["detector"]["classes"]
 
 
-def test_objects_of_any_class_are_found_as_one(tmp_path):
+def test_objects_of_any_class_are_found_as_one(tmp_path, quick_drawing):
     for split in ("train2017", "val2017"):
         make_coco(tmp_path / "coco", split)
     how = ["--dataset", tmp_path / "coco", "--single-class", "--batch-size", 2, "--max-images", 3, "--epochs", 1]

@@ -21,6 +21,7 @@ import checkpoint as checkpoint_file
 import data
 import encoders
 import eval as judge
+import optim
 import smae
 import train
 from batches import EvalBatches
@@ -72,6 +73,10 @@ def test_knn_of_an_encoder(monkeypatch, folder, checkpoint, tmp_path, capsys):
     assert (result["images"], result["train_images"]) == (15, 48)
     assert result["config"]["temperature"] == 0.07 and result["seconds"] > 0
     assert "15 images" in capsys.readouterr().out.strip().splitlines()[-1]
+    used, vote = [], judge.knn
+    monkeypatch.setattr(judge, "knn", lambda *given: used.append(given[-1]) or vote(*given))
+    evaluate(monkeypatch, "knn", tmp_path, *arguments, "--temperature", 0.5, "--overwrite")
+    assert used == [0.5]
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "knn", tmp_path, *arguments)
     assert "add --overwrite" in capsys.readouterr().err
@@ -193,15 +198,42 @@ def test_recipes_are_those_of_mae():
 # ------------------------------------------------------------------------------------------- fine-tuning
 
 
-def test_smoothed_mixed_labels_give_the_loss_of_timm():
-    pytest.importorskip("timm")
-    from timm.data.mixup import mixup_target
-    from timm.loss import SoftTargetCrossEntropy
+def test_a_fine_tuning_does_what_its_options_say(monkeypatch, checkpoint, folder, tmp_path):
+    """Hardly any of it shows in an accuracy."""
+    from types import SimpleNamespace
 
-    labels, logits, share = torch.tensor([0, 2, 1]), torch.randn(3, 4), 0.3
-    expected = SoftTargetCrossEntropy()(logits, mixup_target(labels, 4, share, smoothing=0.1))
-    soft = share * F.one_hot(labels, 4) + (1 - share) * F.one_hot(labels.flip(0), 4)
-    torch.testing.assert_close(F.cross_entropy(logits, soft, label_smoothing=0.1), expected)
+    seen = dict(soft=[], smoothing=set(), augment=set(), augmented=0)
+
+    def cross_entropy(logits, labels, label_smoothing=0.0):
+        seen["soft"].append(labels.is_floating_point() and ((labels > 0) & (labels < 1)).any().item())
+        seen["smoothing"].add(label_smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    def augment(*given):
+        seen["augment"].add(given)
+
+        def noted(image):
+            seen["augmented"] += 1
+            return image
+
+        return noted
+
+    runs, make = [], judge.Run
+    monkeypatch.setattr(judge, "Run", lambda *given, **more: runs.append(make(*given, **more)) or runs[0])
+    monkeypatch.setattr(judge, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    monkeypatch.setattr(judge, "Augment", augment)
+    arguments = ["--checkpoint", checkpoint, "--dataset", folder, "--epochs", 2, "--warmup-epochs", 1]
+    arguments += ["--batch-size", 16, "--lr", "1e-3", "--min-lr", "1e-4", "--layer-decay", 0.5, "--weight-decay", 0.3]
+    arguments += "--smoothing 0.2 --mixup 5 --cutmix 0 --drop-path 0.25 --randaugment 3 --erasing 0.4".split()
+    evaluate(monkeypatch, "finetune", tmp_path, *arguments)
+    assert seen["smoothing"] == {0.2} and seen["augment"] == {(3, 0.4)} and seen["augmented"] == 2 * 48
+    assert len(seen["soft"]) == 6 and all(seen["soft"])  # mixup, at every step
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert rates == pytest.approx([optim.learning_rate(step, 6, 3, 1e-3, 1e-4) for step in (2, 5)])
+    groups = runs[0].optimizer.param_groups
+    assert {round(group["lr"] / rates[-1], 6) for group in groups} == {0.125, 0.25, 0.5, 1}  # embedding, blocks, head
+    assert {group["weight_decay"] for group in groups} == {0, 0.3}
+    assert [block.drop_path for block in runs[0].model.encoder.blocks] == [0, 0.25]
 
 
 def test_drop_path_leaves_out_branches_of_whole_images_while_training(small_model):
@@ -773,6 +805,8 @@ def test_pictures_are_masked_and_rebuilt(masked_by, monkeypatch, checkpoint, fol
     strip = np.asarray(Image.open(strips[0])).astype(int)
     assert strip.shape == (32, 96, 3)
     before, covered, after = np.split(strip, 3, axis=1)
+    with Image.open(sorted((folder / "train").rglob("*.png"))[0]) as whole:  # to its edges
+        assert np.abs(data.center_crop(whole, 32).permute(1, 2, 0).numpy().astype(int) - before).max() <= 1
 
     def unchanged(other: np.ndarray) -> np.ndarray:  # patches of 8 x 8
         return (np.abs(other - before) <= 1).reshape(4, 8, 4, 8, 3).all((1, 3, 4))

@@ -24,6 +24,8 @@ def write(file, values, mode="L"):
         image.putpalette(np.random.default_rng(0).permutation(768).astype(np.uint8).tobytes())
     elif mode == "I;16":
         image = Image.fromarray(values.astype(np.uint16))
+    elif mode in ("1", "RGB"):
+        image = Image.fromarray((values * (255 if mode == "1" else 1)).astype(np.uint8)).convert(mode)
     else:
         image = Image.fromarray(values.astype(np.uint8))
     image.save(file)
@@ -39,7 +41,7 @@ def make_folder(root, masks: dict[str, np.ndarray], images="images", names="mask
     return root
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB"])
 def test_numbers_are_read_in_every_mode(tmp_path, mode):
     make_folder(tmp_path, {"a": labels_of(0, 2, 1), "b": labels_of(1, 1, 255)}, mode=mode)
     maps = load_label_maps(str(tmp_path), "train")
@@ -47,6 +49,11 @@ def test_numbers_are_read_in_every_mode(tmp_path, mode):
     assert np.array_equal(maps.read(0)["labels"], labels_of(0, 2, 1))
     assert np.array_equal(maps.read(1)["labels"], labels_of(1, 1, IGNORED))
     assert maps.read(1)["image"].shape == (3, *SIZE[::-1]) and maps.read(1)["name"].endswith("b.jpg")
+
+
+def test_masks_of_one_bit_are_two_classes(tmp_path):
+    maps = load_label_maps(str(make_folder(tmp_path, {"a": labels_of(0, 1)}, mode="1")), "train")
+    assert maps.classes == ["class 0", "class 1"] and np.array_equal(maps.read(0)["labels"], labels_of(0, 1))
 
 
 def test_colours_are_read_by_a_file_of_names_and_refused_without(tmp_path):

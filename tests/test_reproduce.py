@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -412,6 +413,25 @@ def test_the_confidence_interval_is_that_of_a_paired_t_test():
     dots, bar, mean = figure.axes[0].lines[1:]
     assert list(dots.get_xdata()) == values and mean.get_xdata() == pytest.approx([np.mean(values)])
     assert bar.get_xdata() == pytest.approx([expected.low, expected.high])
+
+
+def test_the_summary_of_evidence_has_leads_and_paired_tests(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("summary", reproduce.ROOT / "docs" / "evidence" / "summary.py")
+    summary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(summary)
+    scores = dict(random=[50.0, 52.0, 51.0, 10.0], self=[51.0, 54.0, 52.0, 90.0])
+    records = [
+        dict(arm=arm, seed=seed, epoch=8, linear=value)
+        for arm, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    reproduce.write(tmp_path / "results.json", records)
+    summary.main(tmp_path, ["self:random"], [0, 1, 2])
+    said, p = capsys.readouterr().out, scipy.stats.ttest_rel(scores["self"][:3], scores["random"][:3]).pvalue
+    assert "| self | 3 |  | 52.3 ± 1.5 | +1.3 ± 0.6 (-0.1 to +2.8) |" in said
+    assert f"linear, self minus random, 3 seeds: +1.33 ± 0.58 (-0.10 to +2.77), p = {p:.2g}" in said
+    with pytest.raises(SystemExit, match="there are no arms oak"):
+        summary.main(tmp_path, ["oak:random"], None)
 
 
 class Fake:

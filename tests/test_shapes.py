@@ -62,6 +62,7 @@ def test_easy_shapes_are_upright_and_calm(shapes):
     assert contrast[1] < contrast[0] / 2 and min(widths) > 2.5 and len(widths) == 10
 
 
+@pytest.mark.slow  # the drawings do not change: see above
 def test_a_shape_cannot_be_told_from_raw_pixels_or_mean_colour(shapes):
     linear_model = pytest.importorskip("sklearn.linear_model")
     x = {split: np.stack([np.asarray(image) for image in shapes[split]["image"]]) / 255.0 for split in shapes}

@@ -1,7 +1,6 @@
 import functools
 import json
 import re
-import subprocess
 import sys
 
 import forked
@@ -33,7 +32,10 @@ def test_a_run_leaves_all_it_promises_and_says_what_to_do_next(tmp_path):
     assert (first["epoch"], first["phase"], second["epoch"], second["phase"]) == (1, "random", 2, "selfguided")
     assert 0 < second["loss"] < 3 and first["lr"] > second["lr"] > 0
 
-    assert "effective batch 16 = 1 processes x 1 micro-batches x 16; learning rate 6.25e-05" in result.stdout
+    world = 2 if "2 process(es)" in result.stdout else 1  # accelerate 1.15 quietly starts one
+    assert world == 2 or "accelerate launch starts one process only; for more: torchrun" in result.stdout
+    effective = f"effective batch 16 = {world} processes x 1 micro-batches x {16 // world}; learning rate 6.25e-05"
+    assert effective in result.stdout and first["lr"] == pytest.approx(6.25e-5)  # where the warm-up ends
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith("wrote config.json") and "next:" in last and str(out) in last
 
@@ -107,12 +109,9 @@ def test_training_learns_something(quick_drawing, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--streaming"],
-        ["--preload"],
         ["--preload", "host", "--clip-grad", "0.1", "--mask", "random"],
         ["--precision", "bf16", "--raw-pixels", "--hint", "similar", "--foreground", "peak"],
         ["--log-with", "tensorboard", "--save-every", "1", "--crop-scale", "0.5", "1"],
-        ["--mask", "amt"],
         ["--mask", "amt", "--streaming", "--hint-ratio", "0.9"],
         ["--mask", "random", "--streaming", "--guide", "cached"],
         ["--guide", "cached", "--preload", "--guide-debias", "--relevance", "contrast"],
@@ -141,6 +140,8 @@ def test_a_compiled_run(code, tmp_path):
     arguments = [*QUICK, "--compile", "--guide-start", 1, "--out", tmp_path / "run"]
     assert forked.finish(forked.start(tmp_path / "log", *arguments, patches=patches), 300) == [0]
     assert [record["phase"] for record in records(tmp_path / "run")] == ["random", "selfguided"]
+    if code == "traced":  # the model that is trained, and the features that guide it
+        assert (tmp_path / "log-0").read_text().count("traced a graph") == 2
 
 
 # ------------------------------------------------------------------------------------------- watching
@@ -346,12 +347,17 @@ def test_paper_preset_is_the_papers_recipe_and_flags_win():
 
 def test_many_compiled_runs_fit_in_one_process(monkeypatch):
     """torch.compile has a limit of graphs for all models of a process together."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for width in (8, 16, 24, 32):
-            model = smae.SMAE(width=width, depth=1, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2)
+    graphs = []
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph)
+    )
+    sizes = dict(depth=1, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, image_size=16, patch_size=8)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (8, 16):
+            model = smae.SMAE(width=width, **sizes)
             train.prepare_kernels(model, torch.device("cpu"), compile=True)
-            model(torch.randn(1, 3, 224, 224), masks.random_mask(1, 196))
+            model(torch.randn(1, 3, 16, 16), masks.random_mask(1, 4))
+    assert len(graphs) == 2
 
 
 def test_the_guide_starts_after_half_of_the_epochs_unless_told():
@@ -507,16 +513,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(monkeypatch, tmp_
         train.main([*QUICK, "--out", tmp_path / "deep" / "run"])
 
 
-def test_a_launcher_that_starts_one_process_where_several_were_asked_for_is_reported(tmp_path):
-    """accelerate launch --cpu --num_processes 2 quietly starts one (seen with accelerate 1.15)."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train.py", *QUICK]
-    result = subprocess.run(
-        [*command, "--out", tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2 process(es)" in result.stdout or "starts one process only; for more: torchrun" in result.stdout
-
-
 def test_a_wrong_call_fails_without_a_traceback_of_ours(tmp_path):
     (process,) = forked.start(tmp_path / "log", "--dataset", tmp_path / "none", "--out", tmp_path)
     assert forked.finish([process]) == [1]
@@ -548,23 +544,6 @@ def test_another_run_is_not_overwritten_unless_told(quick_drawing, monkeypatch, 
     assert len(records(out)) == 2
 
 
-def test_a_broken_picture_is_skipped_counted_and_named(quick_drawing, monkeypatch, tmp_path, photos, capfd):
-    arguments = [*QUICK, "--max-images", 40, "--batch-size", 8, "--dataset", photos, "--max-bad-images", 0.05]
-    train_here(monkeypatch, *arguments, "--out", tmp_path / "run")
-    assert [record["bad_images"] for record in records(tmp_path / "run")] == [1, 1]
-    assert "skipped a broken image" in (printed := capfd.readouterr().out) and "17.png" in printed
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_too_many_broken_pictures_stop_the_run_with_their_paths(processes, tmp_path, photos):
-    arguments = [*QUICK, "--max-images", 40, "--batch-size", 8, "--dataset", photos, "--epochs", 3]
-    started = forked.start(tmp_path / "log", *arguments, "--out", tmp_path / "run", world=processes)
-    assert forked.finish(started) == [1] * processes
-    text = (tmp_path / "log-0").read_text()
-    assert "1 of 40 images are broken, more than --max-bad-images 0.01" in text
-    assert "17.png" in text and "Traceback" not in text
-
-
 def test_too_many_broken_pictures_leave_the_run_before_as_it_was(quick_drawing, monkeypatch, tmp_path, photos, capfd):
     train_here(monkeypatch, *QUICK, "--out", tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -594,14 +573,6 @@ def test_the_first_of_two_processes_draws(tmp_path):
     assert forked.finish(forked.start(tmp_path / "log", *arguments, world=2, patches=None)) == [0, 0]
     for name in ("masks.png", "loss.png"):
         assert (tmp_path / "run" / name).stat().st_size > 5_000
-
-
-def test_broken_pictures_are_counted_over_all_processes(tmp_path, photos):
-    (photos / "30.png").write_bytes(b"")
-    arguments = [*QUICK, "--max-images", 40, "--batch-size", 40, "--dataset", photos, "--max-bad-images", 0.3]
-    started = forked.start(tmp_path / "log", *arguments, "--out", tmp_path / "run", world=2)
-    assert forked.finish(started) == [0, 0]
-    assert records(tmp_path / "run")[0]["bad_images"] == 2
 
 
 # ------------------------------------------------------------------------------------------- from another checkpoint

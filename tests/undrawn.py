@@ -11,5 +11,11 @@ def draw(out: Path, epoch: int, *_):
     Image.new("RGB", (16, 8), (epoch % 256, 0, 0)).save(out / "masks.png")
 
 
+def draw_predictions(task, scenes, file: Path, text: str):
+    Image.new("RGB", (16, 8)).save(file)
+
+
 def apply():
-    train.draw = draw
+    import dense  # forked.py has imported it
+
+    train.draw, dense.draw = draw, draw_predictions
