@@ -828,6 +828,13 @@ def test_new_reconstructions_replace_the_old_ones(monkeypatch, checkpoint, folde
     assert len(list((tmp_path / "a" / "reconstructions").iterdir())) == 2
 
 
+def test_masks_without_room_for_hints_are_refused(monkeypatch, checkpoint, folder, tmp_path, capsys):
+    arguments = ["--checkpoint", checkpoint, "--masked-by", "own", "--mask-ratio", 0.95, "--dataset", folder]
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "reconstruct", tmp_path / "out", *arguments)
+    assert "only 1 patches are visible" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_without_a_decoder_nothing_is_rebuilt(monkeypatch, folder, tmp_path, capsys):
     sizes = dict(width=32, depth=1, heads=2, decoder_depth=0, image_size=32, patch_size=8)
     smae.save(smae.SMAE(**sizes), tmp_path / "encoder")

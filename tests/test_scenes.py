@@ -8,7 +8,7 @@ from helpers import image_bytes, picture
 from torchvision import tv_tensors
 
 from data import TooManyBadImages
-from instances import load_instances
+from instances import load_instances, rle
 from label_maps import IGNORED, load_label_maps
 from pixels import RGB
 from readers import Share
@@ -71,6 +71,20 @@ def test_objects_are_cropped_with_their_picture():
             assert torch.equal(box, inside.float())
             kept += 1
     assert 20 < kept <= 30
+
+
+def test_an_object_of_which_only_the_box_reaches_into_a_crop_is_left_out():
+    scene, counts = load_instances("shapes", "test").read(0), []
+    height, width = scene["image"].shape[1:]
+    corner = np.zeros((height, width), np.uint8, order="F")
+    corner[:16, :16] = 1
+    scene["objects"][0] |= dict(bbox=[0, 0, width, height], segmentation=rle.encode(corner))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = ObjectCrop(64, (1.2, 1.6))(scene)
+        counts.append(len(found["boxes"]))
+        assert found["masks"].flatten(1).any(dim=1).all()
+    assert set(counts) == {0, 1}
 
 
 def test_a_strip_of_a_picture_can_be_cropped():
