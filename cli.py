@@ -401,7 +401,7 @@ def choose_precision(option: str) -> str:
 def check_launcher():
     """Raise ValueError if accelerate's configuration asks for something that is not supported."""
     for variable, name in UNSUPPORTED.items():
-        if parse_flag_from_env(variable):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise ValueError(f"{name} is not supported: run accelerate config for plain data parallelism ({variable})")
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp8":
         raise ValueError("precision fp8 is not supported: take bf16, fp16 or no (ACCELERATE_MIXED_PRECISION)")

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -607,17 +607,25 @@ def describe_bad(index: int, record: dict | None, error: Exception) -> BadImage:
 
 
 def decode_or_next(
-    dataset: datasets.Dataset, index: int, tries: int, form: PixelFormat = RGB, use: Callable = lambda picture: picture
+    dataset: datasets.Dataset,
+    index: int,
+    tries: int,
+    form: PixelFormat = RGB,
+    use: Callable = lambda picture: picture,
+    known: Mapping[int, str] | None = None,
 ) -> tuple[Any, int, list[BadImage]]:
     """What ``use`` makes of picture ``index`` or the next that is not broken, its label, and the broken ones before.
 
     A JPEG that is only broken inside counts as broken if ``use`` wants its pixels. The label is 0
     if there is none. After ``tries`` broken pictures a blank one is used: the caller then has
-    enough reason to stop.
+    enough reason to stop. ``known``: broken pictures, which are not tried again.
     """
     bad = []
     for i in range(index, index + tries):
         i, record = i % len(dataset), {}
+        if known and i in known:
+            bad.append(BadImage(i, known[i]))
+            continue
         try:
             record = dataset[i]
             return use(open_picture(record["image"], form)), record.get("label", 0), bad

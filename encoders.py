@@ -270,7 +270,7 @@ def accuracy(classifier: nn.Module, batches: EvalBatches, accelerator: Accelerat
 
     ``classifier``: normalised images to logits; ``statistics`` to normalise with; ``classes``,
     their names. With fewer than five classes, top-5 counts all of them. Raises ValueError if a
-    label is hidden.
+    label is hidden, or no picture can be decoded.
     """
     hits, count, top = torch.zeros(2, dtype=torch.float64), 0, probes.top(len(classifier.classes))
     classifier.eval()

@@ -36,7 +36,7 @@ SPLITS = {  # names of folders, whatever their case
     "validation": rf"(val|valid|validation|dev|eval|evaluation){WORDS}",
     "test": rf"test(ing)?{WORDS}",
 }
-MASK_FOLDERS = r"masks?|annotations?|labels?|label_?maps?|segmentation(class|object)?|gt"  # beside PICTURE_FOLDERS
+MASK_FOLDERS = r"masks?|annotations?|labels?|label_?maps?|segmentation(class)?|gt"  # beside PICTURE_FOLDERS
 PICTURE_FOLDERS = r"(jpeg)?images?|imgs?|pictures|photos"  # where splits lie beside folders of annotations
 THUMBNAILS = r"_?thumb(nail)?s?"
 
@@ -218,13 +218,13 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
     listing = listing if folder == root else list_files(folder)
     if not listing.images:
         raise ValueError(f"split {split!r} of {root} is empty")
-    if masks := _masks_among(listing.images):
-        listing = listing._replace(images=[file for file in listing.images if file not in masks])
-        listing.left_out["masks"] += len(masks)
     parents = [parent for parent in folder.parents if parent.is_relative_to(root)]
     above = [parent / name for parent in parents for name in METADATA if (parent / name).is_file()]
     metadata = [folder / file for file in listing.metadata] + above
-    place = Path(os.path.abspath(folder))
+    named, place = _read_metadata(metadata), Path(os.path.abspath(folder))
+    if masks := {file for file in _masks_among(listing.images) if os.path.normpath(place / file) not in named}:
+        listing = listing._replace(images=[file for file in listing.images if file not in masks])
+        listing.left_out["masks"] += len(masks)
     name = split if folder == root else folder.name
     how = dict(split=as_split(name))
     files, classes = listing.images, _classes(listing.images, single=split_kind(name) in ("validation", "test"))
@@ -233,7 +233,7 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
         order = np.random.default_rng(0).permutation(len(files))
         files, classes = [files[i] for i in order], classes and [classes[i] for i in order]
     if metadata:
-        rows, images, from_folders = _read_metadata(place, files, metadata, classes)
+        rows, images, from_folders = _join_metadata(place, files, metadata[0], named, classes)
         dataset = datasets.Dataset.from_list(rows, **how)
         for column in images:
             dataset = dataset.cast_column(column, datasets.Image())
@@ -251,17 +251,36 @@ def open_images(root: Path, split: str, streaming: bool, listing: Listing) -> tu
 
 
 def _masks_among(files: list[str]) -> set[str]:
-    """Files in a folder of masks, such as masks/1.png, beside a picture of the same name, such as images/1.jpg."""
+    """Files in a folder of masks, such as masks/1.png, beside a picture of the same name, such as images/1.jpg.
 
-    def within(pattern: str) -> dict[str, str]:
-        """The files in folders of this kind: their paths without the folder's name and the suffix."""
-        folder = re.compile(rf"(?i)(^|/)({pattern})/")
-        places = {place for place in {file.rpartition("/")[0] for file in files} if folder.search(place + "/")}
-        found = [file for file in files if file.rpartition("/")[0] in places]
-        return {file: folder.sub(r"\1*/", os.path.splitext(file)[0], count=1) for file in found}
+    None where other folders with pictures lie beside these two: they may be classes.
+    """
 
-    images = set(within(PICTURE_FOLDERS).values())
-    return {file for file, name in within(MASK_FOLDERS).items() if name in images}
+    def kind(folder: str) -> str | None:
+        if re.fullmatch(PICTURE_FOLDERS, folder, re.IGNORECASE):
+            return "pictures"
+        return "masks" if re.fullmatch(rf"{MASK_FOLDERS}|segmentationobject", folder, re.IGNORECASE) else None
+
+    children = collections.defaultdict(set)  # names of folders, by the folder that they lie in
+    for folder in {file.rpartition("/")[0] for file in files} - {""}:
+        parts = folder.split("/")
+        for i, name in enumerate(parts):
+            children["/".join(parts[:i])].add(name)
+    pairs = {above for above, names in children.items() if set(map(kind, names)) == {"pictures", "masks"}}
+    if not pairs:
+        return set()
+
+    images, masks = set(), []
+    for file in files:
+        *parts, stem = os.path.splitext(file)[0].split("/")
+        for i, name in enumerate(parts):
+            if "/".join(parts[:i]) in pairs:
+                elsewhere = *parts[:i], *parts[i + 1 :], stem
+                if kind(name) == "masks":
+                    masks.append((file, elsewhere))
+                else:
+                    images.add(elsewhere)
+    return {file for file, elsewhere in masks if elsewhere in images}
 
 
 def _classes(files: list[str], single: bool) -> list[str] | None:
@@ -280,7 +299,8 @@ def _classes(files: list[str], single: bool) -> list[str] | None:
         names = [parts[level] for parts in parents]
         if len(set(names)) > 1:
             return names
-    return [parts[-1] for parts in parents] if single else None
+    found = [parts[-1] for parts in parents]
+    return found if single and not re.fullmatch(PICTURE_FOLDERS, found[0], re.IGNORECASE) else None
 
 
 def _depth(file: str) -> int:
@@ -304,14 +324,8 @@ def _image(path: str) -> dict:
     return dict(bytes=None, path=path)
 
 
-def _read_metadata(
-    place: Path, files: list[str], metadata: list[Path], classes: list[str] | None
-) -> tuple[list[dict], list[str], bool]:
-    """A row for each picture that the metadata names, the columns that hold pictures, whether ``classes`` are used.
-
-    ``classes`` are the labels of the files: those of their folders, used if the metadata has no labels.
-    What does not match is said.
-    """
+def _read_metadata(metadata: list[Path]) -> dict[str, tuple[Path, dict]]:
+    """The pictures that some files of metadata name: by path, the folder of the file and the last row."""
     named, twice = {}, []
     for file in metadata:
         for row in _rows(file):
@@ -320,10 +334,25 @@ def _read_metadata(
             path = os.path.normpath(os.path.abspath(file.parent / row["file_name"]))
             twice += [path] if path in named else []
             named[path] = file.parent, row
+    if twice:
+        say_once(
+            f"{metadata[0]} names a picture more than once, the last row counts: {len(twice)}, for example {twice[0]}"
+        )
+    return named
+
+
+def _join_metadata(
+    place: Path, files: list[str], metadata: Path, named: dict[str, tuple[Path, dict]], classes: list[str] | None
+) -> tuple[list[dict], list[str], bool]:
+    """A row for each picture that the metadata names, the columns that hold pictures, whether ``classes`` are used.
+
+    ``classes`` are the labels of the files: those of their folders, used if the metadata has no labels.
+    What does not match is said.
+    """
     paths = [os.path.normpath(place / file) for file in files]
     present = set(paths)
     if not named.keys() & present:
-        raise ValueError(f"{metadata[0]} names none of the pictures in {place}")
+        raise ValueError(f"{metadata} names none of the pictures in {place}")
     from_folders = bool(classes) and not any("label" in row for _, row in named.values())
     rows, columns = [], {"image"}
     for number, path in enumerate(paths):
@@ -342,11 +371,10 @@ def _read_metadata(
     inside = [path for path in named if Path(path).is_relative_to(place)]
     for what, wrong in {
         "names pictures that do not exist": [path for path in inside if path not in present],
-        "names a picture more than once, the last row counts": twice,
         "does not name pictures, which are left out": [path for path in paths if path not in named],
     }.items():
         if wrong:
-            say_once(f"{metadata[0]} {what}: {len(wrong)}, for example {wrong[0]}")
+            say_once(f"{metadata} {what}: {len(wrong)}, for example {wrong[0]}")
     names = dict.fromkeys(name for row in rows for name in row)  # the first row may lack some
     return [{name: row.get(name) for name in names} for row in rows], sorted(columns), from_folders
 

@@ -267,7 +267,7 @@ class MapCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, request: Request) -> Batch:
         epoch, indices, size = request
-        bad: list[BadImage] = []
+        bad: dict[int, str] = {}
 
         # open the pictures, which tells their sizes
         opened = [self._next(int(index), bad) for index in indices]
@@ -290,17 +290,18 @@ class MapCrops(torch.utils.data.Dataset):
                 image, labels[i], _ = self._next(place, bad, use=functools.partial(crop_another, i=i))
                 images.append(image)
         images = self.options.augmented(torch.stack(images), epoch, indices)
+        bad = [BadImage(*each) for each in bad.items()]
         return Batch(shared(images), indices, bad, labels, crops.as_fractions(sizes))
 
-    def _next(self, index: int, bad: list[BadImage], **use: Callable) -> tuple[Any, int, int]:
+    def _next(self, index: int, bad: dict[int, str], **use: Callable) -> tuple[Any, int, int]:
         """What ``use`` makes of picture ``index``, or of the next that can be read; its label, and where it lies.
 
         Adds the broken pictures to ``bad``.
         """
         limit = self.options.bad_limit
-        tries = limit if len(dict(bad)) < limit else 1  # beyond it the caller stops
-        found, label, met = data.decode_or_next(self.dataset, index, tries, self.options.form, **use)
-        bad += met
+        tries = limit if len(bad) < limit else 1  # beyond it the caller stops
+        found, label, met = data.decode_or_next(self.dataset, index, tries, self.options.form, known=bad, **use)
+        bad.update(met)
         return found, label, index + len(met)
 
 
@@ -325,10 +326,10 @@ class PreloadedReader(IndexReader):
     ):
         super().__init__(options.size, plan)
         self.options, self.device, self.bad = options, device, bad
-        count, side = len(dataset), self._side(dataset)
+        count = len(dataset)
+        self.sizes, self.labels = np.empty((count, 2), np.int64), np.empty(count, np.int64)
+        side = self._side(dataset)
         self.images = torch.empty(count, options.form.channels, side, side, dtype=torch.uint8)
-        self.sizes = np.empty((count, 2), np.int64)
-        self.labels = np.empty(count, np.int64)
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             list(pool.map(lambda index: self._store(dataset, index), range(count)))
         self.images = self.images.to(store)
@@ -337,7 +338,7 @@ class PreloadedReader(IndexReader):
     def _side(self, dataset: datasets.Dataset) -> int:
         short_sides = []
         for index in range(min(100, len(dataset))):
-            picture, *_ = data.decode_or_next(dataset, index, self.options.bad_limit, self.options.form)
+            picture = self._decode(dataset, index, lambda picture: picture)
             short_sides.append(min(picture.size))
         return min(max(short_sides), 2 * max(pair(self.options.size)))
 
@@ -346,10 +347,16 @@ class PreloadedReader(IndexReader):
             self.images[index] = pixels.stretch(picture, self.images.shape[-1])
             self.sizes[index] = picture.height, picture.width
 
+        self._decode(dataset, index, store)
+
+    def _decode(self, dataset: datasets.Dataset, index: int, use: Callable) -> Any:
+        """What ``use`` makes of picture ``index``, or of the next that can be read, whose label it notes."""
         limit = self.options.bad_limit
         tries = limit if self.bad.count < limit else 1
-        _, self.labels[index], met = data.decode_or_next(dataset, index, tries, self.options.form, store)
+        known = self.bad.descriptions
+        found, self.labels[index], met = data.decode_or_next(dataset, index, tries, self.options.form, use, known)
         self.bad.add(met)
+        return found
 
     def read(self, requests: list[Request]) -> Iterable[Batch]:
         return map(self._answer, requests)

@@ -42,6 +42,7 @@ import smae
 import train
 from batches import EvalBatches
 from labelled import load_labelled
+from run import ProcessLost, lost_processes
 
 ROOT = Path(__file__).resolve().parent
 ARMS = {  # options of train.py
@@ -437,7 +438,8 @@ def judge_all(experiment: Experiment, runs: list[Run]):
             options = cli.eval_batch_options(linear, accelerator) | dict(crop_ratio=linear.crop_ratio)
             form = data.pixel_format(training, encoder.channels, linear.pixel_range)
             crops[kind] = [EvalBatches(part, **options, keep=True, form=form) for part in (training, tests)]
-        seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[kind]]
+        with lost_processes(world=1):
+            seen = [encoders.extract(encoder, part, accelerator, linear.pool) for part in crops[kind]]
         common = dict(classes=len(classes), device=accelerator.device)
         how = dict(epochs=linear.epochs, batch_size=linear.batch_size)
         seeds = range(PROBES * run.seed, PROBES * (run.seed + 1))
@@ -684,7 +686,7 @@ def main():
     def stop(number, _):
         raise KeyboardInterrupt(number)
 
-    with cli.one_line_errors(ValueError, OSError):
+    with cli.one_line_errors(ValueError, OSError, ProcessLost):
         experiment = parse_arguments()
         if experiment.scale == "paper":
             return paper(experiment)

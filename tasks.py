@@ -87,7 +87,7 @@ def predictions(
     *,
     workers: int,
     max_bad: float,
-    stopped: Callable[[], bool] = lambda: False,
+    stopped: Callable[[], int] = lambda: 0,
 ) -> Iterator[tuple[int, dict, object]]:
     """Index, scene and prediction of this process's share of the pictures, until it is ``stopped``.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 
 import checkpoint
@@ -529,7 +529,7 @@ def announce(args: argparse.Namespace, accelerator: Accelerator, guide: Guide, b
         lines += [f"not self-guided: relevance comes from {args.guide_from}" + (f" ({rule.kind})" if rule else "")]
     if args.guide_shuffle:
         lines += ["shuffled: each picture is masked by the relevance of another"]
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if on_cpu and "MASTER_ADDR" in os.environ and world == 1:  # several were asked for
         lines += ["on a CPU, accelerate launch starts one process only; for more: torchrun --nproc_per_node N"]
     accelerator.print("\n".join(lines))

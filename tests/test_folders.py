@@ -306,7 +306,7 @@ def test_a_caption_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
     assert data.load_images(str(tmp_path))[0]["caption"] == "two\u2028lines"
 
 
-@pytest.mark.parametrize("above", ["", "train/", "pets/"])
+@pytest.mark.parametrize("above", ["", "train/", "photos/", "pets/a/"])
 def test_masks_beside_the_pictures_are_no_pictures(above, tmp_path, capsys):
     """They were, and the two folders became classes."""
     write(
@@ -317,6 +317,23 @@ def test_masks_beside_the_pictures_are_no_pictures(above, tmp_path, capsys):
     assert "2 pictures; left out: 2 masks" in capsys.readouterr().err
     write(tmp_path, [f"{above}masks/b/3.png"])  # the mask of no picture
     assert len(data.load_images(str(tmp_path))) == 3
+    write(tmp_path, [f"{above}{name}/a/1.png" for name in ("drawings", "photos")])  # so these are classes
+    assert len(data.load_images(str(tmp_path))) == 7
+
+
+def test_masks_that_metadata_names_are_pictures(tmp_path):
+    names = ["images/1.png", "images/2.png", "masks/1.png", "masks/2.png"]
+    write(tmp_path, names)
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},{name[:4]}" for name in names)]))
+    assert data.load_images(str(tmp_path))["label"][:] == ["imag", "imag", "mask", "mask"]
+    (tmp_path / "metadata.csv").write_text("file_name,mask_file_name\nimages/1.png,masks/1.png\n")
+    loaded = data.load_images(str(tmp_path))
+    assert len(loaded) == 1 and set(loaded.features) == {"image", "mask"}
+
+
+def test_a_test_split_of_pictures_beside_masks_has_no_classes(tmp_path):
+    write(tmp_path, [f"{split}/{name}/1.png" for split in ("train", "test") for name in ("images", "masks")])
+    assert "label" not in data.load_images(str(tmp_path), "test").features
 
 
 def test_predictions_among_the_pictures_are_no_pictures(tmp_path):

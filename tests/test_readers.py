@@ -38,6 +38,16 @@ def test_broken_pictures_in_a_row_are_replaced_as_long_as_they_are_allowed(optio
     assert batches.bad.count == 4
 
 
+@pytest.mark.parametrize("options", [{}, dict(preload="host")])
+def test_broken_pictures_in_a_row_are_tried_once(options, monkeypatch):
+    """A damaged folder of a large data set would take hours if every picture in it tried all that follow."""
+    tried, decode = [], data.open_picture
+    monkeypatch.setattr(data, "open_picture", lambda record, *form: tried.append(1) or decode(record, *form))
+    blobs = [b"broken" if 10 <= i < 110 else image_bytes(picture(16, 16, seed=i)) for i in range(200)]
+    (batch,) = TrainBatches(dataset_of(blobs), 16, 200, max_bad=0.6, **options).epoch(1)
+    assert batch.images.flatten(1).amax(dim=1).all() and len(tried) <= 500
+
+
 # ------------------------------------------------------------------------------------------- preloaded
 
 
