@@ -241,28 +241,28 @@ class SceneCrops(torch.utils.data.Dataset):
     def __getitem__(self, request: Request) -> SceneBatch:
         epoch, indices, _ = request
         seeds = torch_seeds((self.seed, epoch, RandomStream.AUGMENT), indices)
-        crops, bad = [], []
+        crops, bad = [], {}
         with torch.random.fork_rng(devices=[]):
             for index, seed in zip(indices, seeds):
-                crop, met = self._crop_or_next(int(index), seed)
-                bad += met
+                crop = self._crop_or_next(int(index), seed, bad)
                 if crop is None:  # too many are broken: the caller stops
-                    return SceneBatch(torch.empty(0), {}, indices, bad)
+                    return SceneBatch(torch.empty(0), {}, indices, list(bad.values()))
                 crops.append(crop)
         images = torch.stack([crop.pop("image") for crop in crops])
-        return SceneBatch(shared(images), in_shared_memory(joined(crops)), indices, bad)
+        return SceneBatch(shared(images), in_shared_memory(joined(crops)), indices, list(bad.values()))
 
-    def _crop_or_next(self, index: int, seed: int) -> tuple[dict | None, list[BadImage]]:
-        """A crop of scene ``index`` or of the next one that can be read, or None; and the broken ones before."""
-        bad = []
+    def _crop_or_next(self, index: int, seed: int, bad: dict[int, BadImage]) -> dict | None:
+        """A crop of scene ``index`` or of the next one that can be read, or None. Adds the broken ones to ``bad``."""
         for i in range(index, index + self.tries):
             i = i % len(self.scenes)
+            if i in bad:  # met before
+                continue
             torch.default_generator.manual_seed(seed)
             try:
-                return self.augment(self.scenes.read(i)), bad
+                return self.augment(self.scenes.read(i))
             except Exception as error:  # a decoder raises anything on a broken file
-                bad.append(describe(self.scenes, i, error))
-        return None, bad
+                bad[i] = describe(self.scenes, i, error)
+        return None
 
 
 def joined(targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:

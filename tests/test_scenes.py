@@ -155,6 +155,14 @@ def test_broken_pictures_are_replaced_named_and_counted():
         list(SceneBatches(scenes, LabelCrop(16, (1.0, 1.0)), 8, max_bad=0.2).epoch(1))
 
 
+def test_broken_pictures_in_a_row_are_tried_once(monkeypatch):
+    scenes, tried, read = Broken(load_label_maps("shapes", "test").records.select(range(16)), [], RGB), [], Broken.read
+    scenes.broken = range(8)
+    monkeypatch.setattr(Broken, "read", lambda self, index: tried.append(index) or read(self, index))
+    (batch,) = SceneBatches(scenes, LabelCrop(16, (1.0, 1.0)), 16, max_bad=0.6).epoch(1)
+    assert len(batch.images) == 16 and len(tried) == 8 + 16
+
+
 def test_a_picture_that_cannot_be_augmented_is_broken_too():
     crop = LabelCrop(16, (1.0, 1.0))
 
