@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--blocks", type=int, nargs="+", help="encoder blocks that the head reads (default: the last; upernet: four)"
     )
-    sub.add_argument("--head-width", type=int, help="channels of UPerNet (default: 512; demo: 32)")
+    sub.add_argument("--head-width", type=int, help=f"channels of UPerNet {usual('segment', 'head_width')}")
     add_training_options(sub, "short side of pictures")
 
     sub = command("detect", "train and test a detector: average precision of boxes and masks")
@@ -191,16 +191,23 @@ def build_parser() -> argparse.ArgumentParser:
         default=14,
         help="side of the attention windows, in patches, in all but four blocks (0: none)",
     )
-    sub.add_argument("--head-width", type=int, help="channels of feature pyramid and heads (default: 256; demo: 32)")
-    sub.add_argument("--rois", type=int, help="regions per picture to train the heads on (default: 512; demo: 32)")
     sub.add_argument(
-        "--proposals", type=int, help="regions per picture for the heads to judge (default: 1000; demo: 100)"
+        "--head-width", type=int, help=f"channels of feature pyramid and heads {usual('detect', 'head_width')}"
+    )
+    sub.add_argument("--rois", type=int, help=f"regions per picture to train the heads on {usual('detect', 'rois')}")
+    sub.add_argument(
+        "--proposals", type=int, help=f"regions per picture for the heads to judge {usual('detect', 'proposals')}"
     )
     add_training_options(sub, "long side of pictures")
 
     command("test", "test a segmenter or detector")
     command("predict", "draw what a segmenter or detector finds; write it as label maps or boxes")
     return parser
+
+
+def usual(command: str, name: str) -> str:
+    """The default of an option, and that of the demo, for its help text."""
+    return f"(default: {OTHERWISE[command][name]}; demo: {PRESETS[command]['demo'][name]})"
 
 
 def add_training_options(parser: argparse.ArgumentParser, side: str):
