@@ -1,10 +1,15 @@
 import os
 import sys
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):  # a core each, for all that it starts
     cores = sorted(os.sched_getaffinity(0))
     number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # nothing comes from the cache of earlier runs, or stays in it
+    cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # until the end of the run
+    os.environ["HF_DATASETS_CACHE"] = cache.name
 
 import pytest
 import torch

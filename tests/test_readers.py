@@ -192,9 +192,16 @@ def test_a_broken_shard_of_a_stream_hides_no_other():
         assert len({record["image"]["path"] for record in records if isinstance(record, dict)}) == 50
 
 
-def test_a_stream_knows_its_length_by_its_description(photographs):
-    stream = data.load_images(photographs("imagenette128"), "validation", streaming=True)
-    assert TrainBatches(stream, 16, 8).length == 3925
+def test_a_stream_knows_its_length_by_its_description(tmp_path):
+    rows = [dict(bytes=image_bytes(picture(seed=i)), path=None) for i in range(20)]
+    features = datasets.Features(image=datasets.Image(decode=False))
+    datasets.Dataset.from_dict({"image": rows}, features).to_parquet(tmp_path / "validation-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="does not declare its number of images: set --max-images"):
+        TrainBatches(data.load_images(str(tmp_path), "validation", streaming=True), 16, 8)
+    card = "---\ndataset_info:\n  splits:\n  - name: validation\n    num_bytes: 1\n    num_examples: 20\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    stream = data.load_images(str(tmp_path), "validation", streaming=True)
+    assert TrainBatches(stream, 16, 8).length == 20
 
 
 def test_a_stream_skips_and_counts_broken_pictures():
