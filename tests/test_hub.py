@@ -32,6 +32,7 @@ def ask(tmp_path):
     def ask(code: str, address: str, **variables) -> str:
         env = dict(HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"), HF_HUB_DISABLE_XET="1", OMP_NUM_THREADS="1")
         env |= dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="0", HF_HUB_ETAG_TIMEOUT="1") | variables
+        env["HF_DATASETS_CACHE"] = env["HF_HOME"] + "/datasets"
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, cwd=tmp_path)
         return (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
