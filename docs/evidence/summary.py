@@ -2,6 +2,7 @@
 
     python docs/evidence/summary.py docs/evidence/cpu16 self:random self:shuffled self:centre teacher:centre
     python docs/evidence/summary.py docs/evidence/cpu100 self:shuffled self:random --seeds 62 63 64 65 66 67
+    python docs/evidence/summary.py docs/evidence/cpu16 --again docs/evidence/cpu16-again --seeds 45 46 47
 
 Prints Markdown: for each arm accuracies at the end (mean ± deviation over seeds), leads over random masks of the same
 seed with 95 % confidence intervals, and the rank-AUC of its guide from guides.json; leads after every epoch that was
@@ -24,8 +25,12 @@ def differences(records: list[dict], arm: str, than: str, metric: str, epoch: in
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def main(folder: Path, tests: list[str], seeds: list[int] | None):
+def main(folder: Path, tests: list[str], seeds: list[int] | None, again: Path | None = None):
     records = json.loads((folder / "results.json").read_text())
+    if again is not None:
+        repeats = json.loads((again / "results.json").read_text())
+        repeated = {(record["arm"], record["seed"]) for record in repeats}
+        records = [record for record in records if (record["arm"], record["seed"]) not in repeated] + repeats
     records = [record for record in records if seeds is None or record["seed"] in seeds]
     file = folder / "guides.json"
     guides = json.loads(file.read_text()) if file.exists() else {}
@@ -73,4 +78,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("tests", nargs="*", metavar="ARM:THAN")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these (default: all)")
+    parser.add_argument("--again", type=Path, help="a folder of repeats: they replace the runs of their arms and seeds")
     main(**vars(parser.parse_args()))
