@@ -20,7 +20,7 @@ import data
 from cropping import CropOptions
 from data import BadImage, BadImages
 from pixels import RGB, PixelFormat, Size, pair
-from readers import Batch, Plan, Share, ignore_signals, make_reader, shared, worker_place
+from readers import Batch, Plan, Share, make_reader, shared, worker_options, worker_place
 
 
 class TrainBatches:
@@ -182,10 +182,9 @@ class EvalBatches:
             crops,
             batch_size,
             sampler=sampler,
-            num_workers=workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_collate,
-            worker_init_fn=ignore_signals,
+            **worker_options(workers),
         )
 
     def __iter__(self) -> Iterator[EvalBatch]:

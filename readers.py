@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -137,17 +138,31 @@ def make_reader(
 def _loader_options(workers: int, device: torch.device) -> dict:
     return dict(
         batch_size=None,
-        num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # resuming changes the state of the global one
-        worker_init_fn=ignore_signals,
         collate_fn=_as_they_are,
+        **worker_options(workers),
     )
 
 
 def _as_they_are(batch):
     """Keep arrays as they are: each tensor from a worker takes an open file."""
     return batch
+
+
+def worker_options(workers: int) -> dict:
+    """Options of a DataLoader for ``workers`` processes, which outlive the signals that stop a run.
+
+    On Linux they are forked, as Python did by default before 3.14. A fork server would die of such a
+    signal and its workers with it, and each worker would import torch before it heeds
+    :func:`ignore_signals`.
+    """
+    forked = workers > 0 and sys.platform == "linux"
+    return dict(
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if forked else None,
+    )
 
 
 def ignore_signals(worker: int):

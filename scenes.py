@@ -26,7 +26,7 @@ from data import BadImage, BadImages
 from instances import targets_of
 from label_maps import IGNORED
 from pixels import PixelFormat
-from readers import MapReader, Plan, Request, Share, ignore_signals, shared
+from readers import MapReader, Plan, Request, Share, shared, worker_options
 
 GREY = [round(255 * value) for value in data.MEAN]  # of what lies beyond a picture
 MOST_OF_ONE_CLASS = 0.75  # of the labelled pixels of a crop, where ten draws allow it
@@ -318,6 +318,5 @@ def each_scene(
         WholeScenes(scenes, prepare),
         batch_size=None,
         sampler=range(share.rank, len(scenes), share.world),
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
+        **worker_options(workers),
     )

@@ -50,7 +50,6 @@ def start(
 
 
 def _run(script, arguments, environment, log, largest_file, patches):
-    multiprocessing.set_start_method("fork", force=True)  # for its workers, as on any Linux before Python 3.14
     os.setpgrp()  # with its workers, a group to be signalled
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)

@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import sys
 import time
 
 import datasets
@@ -9,9 +10,12 @@ import torch
 from helpers import dataset_of, image_bytes, picture, with_bad
 
 import data
-from batches import TrainBatches
+import readers
+from batches import EvalBatches, TrainBatches
 from cropping import CropOptions
-from readers import MapCrops, Request, Share, StreamCrops, Workers, ignore_signals
+from pixels import RGB
+from readers import MapCrops, Request, Share, StreamCrops, Workers, worker_options
+from scenes import Pictures, each_scene
 
 
 def crops_of(dataset, **options) -> torch.Tensor:
@@ -257,6 +261,22 @@ def test_whole_pictures_of_a_stream_are_refused():
         TrainBatches(with_bad().to_iterable_dataset(), 16, 8, length=20).uncropped()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_are_forked_whatever_the_default_of_python(monkeypatch):
+    """A fork server, the default since 3.14, died of the signals that stop a run, and its workers with it."""
+    monkeypatch.setattr(readers, "ignore_signals", lambda worker: None)  # no server could be sent this
+    pictures = with_bad(8, ())
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        for dataset in (pictures, pictures.to_iterable_dataset()):
+            assert len(list(TrainBatches(dataset, 16, 8, length=8, workers=1).epoch(1))) == 1
+            assert len(list(EvalBatches(dataset, 16, 8, workers=1))) == 1
+        assert len(list(each_scene(Pictures(pictures, [], RGB), dict, 1, Share(0, 1)))) == 8
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 class Stuck(torch.utils.data.Dataset):
     """Answers the first request and waits for ever at the second."""
 
@@ -274,9 +294,7 @@ class Stuck(torch.utils.data.Dataset):
 def test_workers_that_wait_for_ever_can_be_ended():
     """A worker killed while it held a lock left the others, and with them the whole run, waiting."""
     workers = Workers()
-    loader = torch.utils.data.DataLoader(
-        Stuck(), batch_size=None, num_workers=2, worker_init_fn=ignore_signals, multiprocessing_context="fork"
-    )
+    loader = torch.utils.data.DataLoader(Stuck(), batch_size=None, **worker_options(2))
     items = workers.iterate(loader)
     assert [next(items), next(items)] == [0, 1]
     processes = set(workers.processes)

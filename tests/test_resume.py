@@ -14,6 +14,7 @@ from pathlib import Path
 
 import forked
 import numpy as np
+import psutil
 import pytest
 import torch
 import undrawn
@@ -266,19 +267,19 @@ def test_under_a_launcher_nothing_is_lost_and_nothing_left_running(launcher, wha
         assert time.monotonic() < deadline and main.poll() is None
         time.sleep(0.1)
 
-    def pids(*condition) -> list[int]:
-        found = subprocess.run(["pgrep", *map(str, condition)], capture_output=True, text=True).stdout.split()
-        return [int(pid) for pid in found]
+    def running() -> list:
+        found = psutil.process_iter(["pid", "cmdline"])
+        return [process.info for process in found if str(out) in (process.info["cmdline"] or [])]
 
     name, whom = what.split()
-    number, processes = getattr(signal, f"SIG{name}"), pids("-P", main.pid)
+    number, processes = getattr(signal, f"SIG{name}"), [child.pid for child in psutil.Process(main.pid).children()]
     if whom == "group":
         os.killpg(main.pid, number)
     for pid in dict(launcher=[main.pid], processes=processes, process=processes[-1:]).get(whom, []):
         os.kill(pid, number)
     assert main.wait(60) != 0
     deadline = time.monotonic() + 10
-    while left := pids("-f", out):
+    while left := running():
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.1)
     text = (tmp_path / "log").read_text()
@@ -972,9 +973,9 @@ def test_a_dead_worker_ends_the_run_with_a_message(tmp_path):
     arguments = [*LONG, "--workers", 2, "--save-every-steps", 4, "--out", tmp_path / "run", "--resume", "auto"]
     processes = forked.start(tmp_path / "log", *arguments, patches="slow_steps")
     wait_for_step(tmp_path / "run", 4, processes)
-    children = subprocess.run(["pgrep", "-P", str(processes[0].pid)], capture_output=True, text=True).stdout.split()
+    children = psutil.Process(processes[0].pid).children()
     assert len(children) >= 2
-    os.kill(int(children[-1]), signal.SIGKILL)
+    children[-1].kill()
     assert forked.finish(processes, 60) == [1]
     text = (tmp_path / "log-0").read_text()
     assert "error: a process that reads pictures died" in text and "with --resume" in text

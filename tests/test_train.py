@@ -249,7 +249,7 @@ def test_that_a_guide_starts_too_late_to_guide_is_said(quick_drawing, monkeypatc
         ({}, "holds no options"),
         (dict(options=dict(mask="gone")), "invalid choice: 'gone'"),
         (dict(options=dict(epochs=[1, 2])), "unrecognized arguments: 2"),
-        (dict(options=dict(crop_scale=[0.2])), "expected 2 arguments"),
+        (dict(options=dict(crop_scale=[0.2])), "error: argument --crop-scale"),
         (dict(options=dict(seed={})), "invalid int value"),
         (None, "there is no such run folder"),
     ],
