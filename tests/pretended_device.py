@@ -1,8 +1,8 @@
 """A pretended accelerator: ``python tests/pretended_device.py train.py OPTIONS`` runs a script on it.
 
 Its tensors say that they are on a device of their own, and compute on the CPU. As on CUDA, an operation on tensors of
-two devices is an error, and so is a collective of host tensors under several processes. What waits for the device is
-counted in ``waits``, by operation and line. What the scripts do on CUDA alone
+two devices is an error, and so is a collective of host tensors under several processes; as on Apple's GPUs, there is no
+float64. What waits for the device is counted in ``waits``, by operation and line. What the scripts do on CUDA alone
 (pinned memory, SyncBatchNorm, float16) is not rehearsed.
 """
 
@@ -141,6 +141,8 @@ def compute(function, args: tuple, kwargs: dict):
             return output
         if result_on_device and id(output) in changed:
             return changed[id(output)]
+        if result_on_device and output.dtype == torch.float64:
+            raise RuntimeError(f"{name}: there is no float64 on the device")
         if name == "aten::_to_copy" and id(output) in inputs:
             output = output.clone()
         return OnDevice(output) if result_on_device else output

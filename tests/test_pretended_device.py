@@ -19,7 +19,7 @@ REFUSED = """
 import torch
 x = torch.ones(3).to("pretended:0")
 refused = [lambda: x + torch.ones(3), lambda: torch.ones(3)[x.long()], x.numpy, lambda: torch.ones(2).add_(x.sum())]
-refused.append(lambda: x.index_select(0, torch.tensor([0])))
+refused += [lambda: x.index_select(0, torch.tensor([0])), x.double, lambda: torch.zeros(2).double().to(x.device)]
 refused.append(lambda: torch.rand(3, device=x.device, generator=torch.Generator()))
 for number, operation in enumerate(refused):
     try:
