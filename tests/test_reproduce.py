@@ -430,11 +430,13 @@ def test_the_summary_of_evidence_has_leads_and_paired_tests(tmp_path, capsys):
     said, p = capsys.readouterr().out, scipy.stats.ttest_rel(scores["self"][:3], scores["random"][:3]).pvalue
     assert "| self | 3 |  | 52.3 ± 1.5 | +1.3 ± 0.6 (-0.1 to +2.8) |" in said
     assert f"linear, self minus random, 3 seeds: +1.33 ± 0.58 (-0.10 to +2.77), p = {p:.2g}" in said
+    reproduce.write(tmp_path / "results.json", [record | dict(knn=record["linear"]) for record in records])
     repeats = [dict(arm=arm, seed=2, epoch=8, linear=value) for arm, value in (("random", 49.0), ("self", 51.0))]
     (tmp_path / "again").mkdir()
     reproduce.write(tmp_path / "again" / "results.json", repeats)
     summary.main(tmp_path, ["self:random"], [0, 1, 2], again=tmp_path / "again")
-    assert "by seed: +1.0, +2.0, +2.0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "by seed: +1.0, +2.0, +2.0" in said and "knn, self minus random, 2 seeds" in said
     with pytest.raises(SystemExit, match="there are no arms oak"):
         summary.main(tmp_path, ["oak:random"], None)
 
